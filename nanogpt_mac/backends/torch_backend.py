@@ -1,0 +1,231 @@
+"""The torch back end: cpu, mps and cuda, eager or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanogpt_mac.backends import base
+from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
+from nanogpt_mac.gpt.torch_gpt import GPT, KVCache
+
+
+@dataclass(frozen=True)
+class Handle:
+    """An iteration under way: its loss and gradient norm on their way to the host, and the event behind them."""
+
+    result: Tensor  # float32 (2,) on the host, valid once `event` has passed
+    event: Any  # None on a CPU, where the result is already there
+
+
+class TorchBackend:
+    def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
+        self.spec, self.options, self.tokens = spec, options, tokens
+        self.device = torch.device(options.name)
+        self.accelerator = None if options.name == "cpu" else getattr(torch, options.name)  # torch.mps, torch.cuda
+        torch.set_float32_matmul_precision(options.matmul_precision)
+        self.dtype = getattr(torch, options.dtype)
+        self.model = GPT(spec).to(self.device)
+        self.parameters = dict(self.model.named_parameters())
+        self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
+        if options.compile:
+            self.loss = torch.compile(self.model.loss, dynamic=False, mode=options.compile_mode)
+        self.optimizer, fused = self._adamw()
+        self.scaler = torch.amp.GradScaler(
+            self.device.type,
+            INIT_LOSS_SCALE,
+            base.SCALE_GROWTH,
+            base.SCALE_BACKOFF,
+            base.GROWTH_INTERVAL,
+            enabled=options.dtype == "float16",
+        )
+        self.resident = {
+            split: torch.from_numpy(array.astype(np.int32)).to(self.device)
+            for split, array in tokens.splits.items()
+            if len(array) <= base.RESIDENT_TOKENS
+        }
+        self.offsets = torch.arange(spec.block_size + 1, device=self.device)
+        self.iteration = 0
+        self.runs_ahead = self.accelerator is not None
+        self.device_name = options.name
+        self.details = {"fused_adamw": fused, "resident_data": sorted(self.resident)}
+
+    def _adamw(self) -> tuple[torch.optim.AdamW, bool]:
+        """AdamW with nanoGPT's two groups, fused wherever torch has it for this device unless told otherwise."""
+        o, parameters = self.options, list(self.parameters.values())
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": o.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        betas = (o.beta1, o.beta2)
+        if o.fused_adamw is False:
+            return torch.optim.AdamW(groups, betas=betas), False
+        try:
+            return torch.optim.AdamW(groups, betas=betas, fused=True), True
+        except RuntimeError:  # torch's own answer where a device has no fused AdamW
+            if o.fused_adamw:
+                raise
+            return torch.optim.AdamW(groups, betas=betas), False
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def batch(self, split: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, int64 (B, T) each, gathered on the device where the split lives there."""
+        if split in self.resident:
+            rows = torch.from_numpy(starts).to(self.device, non_blocking=True)[:, None] + self.offsets
+            window = self.resident[split][rows]
+        else:
+            window = torch.from_numpy(self.tokens.windows(split, starts)).to(self.device, non_blocking=True)
+        window = window.long()
+        return window[:, :-1], window[:, 1:]
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def step(self, starts: np.ndarray, lr: float) -> Handle:
+        torch.manual_seed(base.step_seed(self.options.seed, self.iteration))  # dropout: a function of the iteration
+        self.iteration += 1
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for micro_starts in starts:
+            x, y = self.batch("train", micro_starts)
+            with self.autocast():
+                loss = self.loss(x, y) / len(starts)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        clip = self.options.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._handle(torch.stack((total, norm)))
+
+    def _handle(self, result: Tensor) -> Handle:
+        """Send the result to the host behind the iteration's work, so that reading it later drains nothing."""
+        if self.accelerator is None:
+            return Handle(result, None)
+        host = torch.empty(2, pin_memory=self.device.type == "cuda")
+        host.copy_(result, non_blocking=True)
+        event = self.accelerator.Event()
+        event.record()
+        return Handle(host, event)
+
+    def wait(self, handle: Handle) -> tuple[float, float]:
+        if handle.event is not None:
+            handle.event.synchronize()
+        loss, norm = handle.result.tolist()
+        return loss, norm
+
+    @torch.no_grad()
+    def evaluate(self, split: str, starts: np.ndarray) -> float:
+        self.model.eval()
+        total = torch.zeros((), device=self.device)
+        for batch_starts in starts:
+            x, y = self.batch(split, batch_starts)
+            with self.autocast():
+                total += self.loss(x, y)
+        return total.item() / len(starts)
+
+    # -- looking inside -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        self.model.eval()
+        with self.autocast():
+            logits = self.model(self._tokens(tokens))
+        return logits.cpu().numpy()
+
+    def gradients(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+        # Without dropout the training graph itself is what is checked; with it only evaluation mode is deterministic.
+        self.model.train(self.spec.dropout == 0.0)
+        with self.autocast():
+            loss = self.loss(self._tokens(tokens), self._tokens(targets))
+        self.scaler.scale(loss).backward()
+        scale = self.scaler.get_scale()
+        grads = {n: _numpy(p.grad) / np.float32(scale) for n, p in self.parameters.items() if p.grad is not None}
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item(), grads
+
+    def decode(self) -> Callable[[np.ndarray], np.ndarray]:
+        cache = KVCache()
+
+        @torch.no_grad()
+        def decoder(tokens: np.ndarray) -> np.ndarray:
+            self.model.eval()
+            with self.autocast():
+                logits = self.model(self._tokens(tokens[None]), cache)
+            return logits[0, -1].cpu().numpy()
+
+        return decoder
+
+    def _tokens(self, tokens: np.ndarray) -> Tensor:
+        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def load(self, weights: Mapping[str, np.ndarray]) -> None:
+        self.restore(TrainState.fresh(dict(weights)))
+
+    def state(self) -> TrainState:
+        state = TrainState.fresh({name: _numpy(p) for name, p in self.parameters.items()})
+        state.iteration = self.iteration
+        for name, p in self.parameters.items():
+            if p in self.optimizer.state:
+                moments = self.optimizer.state[p]
+                state.exp_avg[name], state.exp_avg_sq[name] = _numpy(moments["exp_avg"]), _numpy(moments["exp_avg_sq"])
+                state.optimizer_steps = int(moments["step"])
+        if self.scaler.is_enabled():
+            scaler = self.scaler.state_dict()
+            state.loss_scale, state.scale_growth = scaler["scale"], scaler["_growth_tracker"]
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: TrainState) -> None:
+        fused = self.details["fused_adamw"]
+        for name, p in self.parameters.items():
+            p.copy_(torch.from_numpy(state.weights[name]))
+            self.optimizer.state[p] = {  # just what AdamW makes in its first step
+                "step": torch.tensor(float(state.optimizer_steps), device=self.device if fused else None),
+                "exp_avg": torch.from_numpy(state.exp_avg[name].copy()).to(self.device),
+                "exp_avg_sq": torch.from_numpy(state.exp_avg_sq[name].copy()).to(self.device),
+            }
+        self.iteration = state.iteration
+        if self.scaler.is_enabled():
+            saved = {"scale": state.loss_scale, "_growth_tracker": state.scale_growth}
+            self.scaler.load_state_dict(self.scaler.state_dict() | saved)
+
+    # -- the device ---------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.synchronize()
+
+    def memory(self) -> dict[str, int]:
+        if self.device.type == "cuda":
+            return {"current": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
+        if self.device.type == "mps":  # the driver's pool only grows, so its size is the peak
+            return {
+                "current": torch.mps.current_allocated_memory(),
+                "peak": torch.mps.driver_allocated_memory(),
+            }
+        return base.resident_memory()
+
+    def reset_peak_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    """A copy on the host: a CPU tensor's own numpy() would change under the next step."""
+    return tensor.detach().cpu().numpy().copy()

@@ -1,0 +1,67 @@
+"""What several tests share: small models, a small corpus, the commands run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanogpt_mac.backends import detect
+from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.gpt.spec import GPTSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+
+# Every way of computing the model that this machine has: (back end, compiled).
+WAYS = [("cpu", False), ("cpu", True), ("mlx", False), ("mlx", True)]
+WAYS += [(name, compiled) for name in ("mps", "cuda") if detect.missing(name) is None for compiled in (False, True)]
+
+
+@pytest.fixture
+def spec():
+    return GPTSpec(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=65)
+
+
+@pytest.fixture
+def tokens():
+    """Four thousand tokens with something to learn: a noisy walk through 65 symbols."""
+    rng = np.random.default_rng(7)
+    walk = np.cumsum(rng.integers(0, 3, 4000)) % 65
+    return Tokens({"train": walk[:3600].astype(np.uint16), "val": walk[3600:].astype(np.uint16)}, 16)
+
+
+@pytest.fixture
+def make(spec, tokens):
+    """A back end with the spec's weights, seed 1337, loaded."""
+
+    def build(name="cpu", spec=spec, tokens=tokens, **options):
+        backend = detect.create(spec, BackendOptions(name, **options), tokens)
+        backend.load(spec.init_weights(1337))
+        return backend
+
+    return build
+
+
+@pytest.fixture
+def starts():
+    """Window starts of iteration i: (accumulation, 4)."""
+
+    def draw(i, accumulation=1):
+        return np.random.default_rng(i).integers(0, 3500, (accumulation, 4))
+
+    return draw
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run a root script in an empty folder, as a user would; the finished process."""
+
+    def run(script, *overrides, timeout=120, **environment):
+        argv = [sys.executable, str(ROOT / script), *overrides]
+        env = {**os.environ, **environment}
+        return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run
