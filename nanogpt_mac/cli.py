@@ -1,0 +1,210 @@
+"""The command line: everything that knows Hydra and OmegaConf.
+
+It turns overrides into a typed config, every kind of bad input into one line and exit code 2, and a multirun sweep
+into one fresh process a member.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from nanogpt_mac.config import Config, SampleConfig
+from nanogpt_mac.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMAS = {"config": Config, "sample": SampleConfig}  # conf/<command>.yaml -> what it must be
+GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
+
+
+def main(command: str, task: Callable[[Any], int]) -> int:
+    """Compose conf/<command>.yaml with the command line, hand the typed config to `task`, return the exit code."""
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to the one place below that words them
+    codes: list[int] = []
+    mistakes: list[Exception] = []
+    members: list[tuple[str, int]] = []
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=command)
+    def app(cfg: DictConfig) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            members.append(_run_member(len(members)))
+            return
+        if any(o.startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra):
+            cfg.run_dir = HydraConfig.get().runtime.output_dir
+        try:
+            if cfg.get("init_from") == "resume":
+                cfg = _resumed(cfg)
+            _refuse_new_keys(command)
+            codes.append(task(_typed(cfg)))
+        except (InputError, OmegaConfBaseException) as error:  # kept from Hydra, which would announce it as a crash
+            mistakes.append(error)
+
+    try:
+        app()
+        if mistakes:
+            raise mistakes[0]
+    except (InputError, HydraException, OmegaConfBaseException) as error:
+        if traceback_wanted:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {_one_line(error, command)}", file=sys.stderr)
+        return 2
+    finally:
+        _restore("HYDRA_FULL_ERROR", traceback_wanted)
+    if members:
+        return _report(members)
+    return codes[-1] if codes else 0
+
+
+def _refuse_new_keys(command: str) -> None:
+    """Hydra lets `+key=value` add a key that nothing reads."""
+    for override in HydraConfig.get().overrides.task:
+        key = override.lstrip("+").split("=")[0]
+        if override.startswith("+") and key not in _keys(command):
+            raise InputError(f"{override.lstrip('+')}: there is no such key{_suggestion(key, command)}")
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _typed(cfg: DictConfig) -> Any:
+    OmegaConf.resolve(cfg)
+    return OmegaConf.to_object(cfg)
+
+
+def _resumed(cfg: DictConfig) -> DictConfig:
+    """The config of the run to go on from, with what this command line names laid over it."""
+    from nanogpt_mac.train import checkpoint
+
+    if cfg.run is None:
+        return cfg  # validate() words it
+    path = checkpoint.find(cfg.run)
+    resumed = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), checkpoint.read_meta(path)["config"]))
+    for override in HydraConfig.get().overrides.task:
+        key = override.lstrip("+~").split("=")[0].split("@")[0]
+        if key in GLOBAL_GROUPS:
+            raise InputError(f"{override}: a resumed run keeps its recipe; allowed are single keys, such as max_iters")
+        key = "wandb" if key == "logger" else key
+        if key == "model" or key.startswith("model."):
+            _refuse_other_model(key, cfg, resumed)
+        OmegaConf.update(resumed, key, OmegaConf.select(cfg, key), merge=False)
+    resumed.init_from, resumed.run, resumed.run_dir = "resume", cfg.run, cfg.run_dir
+    return resumed
+
+
+def _refuse_other_model(key: str, cfg: DictConfig, resumed: DictConfig) -> None:
+    new, old = OmegaConf.select(cfg, key), OmegaConf.select(resumed, key)
+    if new != old and key != "model.dropout":
+        raise InputError(f"{key}={new}: the checkpoint has {old}; a resumed run keeps its model")
+
+
+# -- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def _run_member(number: int) -> tuple[str, int]:
+    """Run one member of a sweep in a process of its own: nothing leaks to the next, and a crash ends only it."""
+    hydra_cfg = HydraConfig.get()
+    overrides = list(hydra_cfg.overrides.task)
+    sweep_dir = Path(hydra_cfg.sweep.dir).absolute()
+    if not any(o.startswith("run_dir=") for o in overrides):
+        overrides.append(f"run_dir='{sweep_dir / f'{number}-{{name}}'}'")
+    title = " ".join(hydra_cfg.overrides.task)
+    print(f"== sweep member {number}: {title}", flush=True)
+    received: list[int] = []
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    child = subprocess.Popen([sys.executable, sys.argv[0], *overrides], process_group=0, env=environment)
+
+    def forward(signum: int, _frame: Any) -> None:
+        received.append(signum)
+        child.send_signal(signum)
+
+    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    if received:
+        sys.exit(128 + received[0])  # the whole sweep was meant
+    return title, code
+
+
+def _report(members: list[tuple[str, int]]) -> int:
+    """Say how every member ended; 0 when all did well, 2 when all that failed were given bad input, else 1."""
+    print("== sweep")
+    for number, (title, code) in enumerate(members):
+        how = {0: "done", 2: "bad input (exit code 2)"}.get(code, f"FAILED (exit code {code})")
+        print(f"{number}: {title}: {how}")
+    failures = [code for _, code in members if code]
+    if not failures:
+        return 0
+    print(f"{len(failures)} of {len(members)} failed", file=sys.stderr)
+    return 2 if set(failures) == {2} else 1
+
+
+# -- one line for every mistake ---------------------------------------------------------------------------------------
+
+
+def _one_line(error: Exception, command: str) -> str:
+    """Name the key, the value and what is allowed; Hydra's own words are kept where they already do."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__
+    if isinstance(cause, InputError):
+        return str(cause)
+    text = str(error)
+    given = {o.lstrip("+~").split("=")[0]: o for o in sys.argv[1:] if "=" in o}
+    if isinstance(error, MissingConfigException):
+        found = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+        options = re.findall(r"^\t(\w+)$", text, re.MULTILINE)
+        if found:
+            return f"{found[1]}={found[2]}: allowed are {', '.join(options)}"
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key}: must be given ({cause.full_key}=...)"
+    key = getattr(cause, "full_key", None) or next(iter(re.findall(r"Could not override '([^']+)'", text)), None)
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        named = next((text for name, text in given.items() if f"{name}.".startswith(f"{key}.")), key)
+        return f"{named}: there is no such key{_suggestion(str(key), command)}"
+    if isinstance(cause, OverrideParseException):
+        return f"{cause.override}: not an override; allowed is key=value, with quotes around anything unusual"
+    words = " ".join(str(cause).split("\n    full_key")[0].split())
+    return f"{given[key]}: {words}" if key in given else words
+
+
+def _suggestion(key: str, command: str) -> str:
+    keys = _keys(command)
+    close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5) or [k for k in keys if k.endswith(f".{key}")]
+    return f"; did you mean {', '.join(close)}?" if close else "; allowed are those that --help lists"
+
+
+def _keys(command: str) -> list[str]:
+    """Every key of a command's schema, dotted."""
+    schema = OmegaConf.structured(SCHEMAS[command])
+    keys: list[str] = []
+    for name in map(str, schema):
+        keys.append(name)
+        if not OmegaConf.is_missing(schema, name) and isinstance(value := schema[name], DictConfig):
+            keys += [f"{name}.{inner!s}" for inner in value]
+    return keys

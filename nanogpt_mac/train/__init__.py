@@ -1,0 +1,1 @@
+"""One training run: schedule, loop, clock, records, checkpoints. Knows no framework."""

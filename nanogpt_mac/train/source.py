@@ -1,0 +1,81 @@
+"""Where a run's model comes from: scratch, a checkpoint of ours, GPT-2's weights, or nanoGPT's own ckpt.pt."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt_mac.config import Config
+from nanogpt_mac.corpus import Corpus
+from nanogpt_mac.corpus.encoders import GPT2Encoder
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.gpt import pretrained
+from nanogpt_mac.gpt.spec import GPTSpec, TrainState
+from nanogpt_mac.train import checkpoint
+
+NANOGPT_GPT2_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as nanoGPT trains it from scratch
+
+
+@dataclass
+class Source:
+    """A model to start from, and how far its training has come."""
+
+    spec: GPTSpec
+    state: TrainState
+    best: float = float("inf")
+    description: str = "scratch"
+
+
+def open_source(config: Config, corpus: Corpus) -> Source:
+    """Read or draw what `init_from` names, and check that it fits the corpus; InputError says what does not."""
+    source = _open(config, corpus)
+    spec, vocabulary = source.spec, corpus.encoder.vocab_size
+    if spec.vocab_size < vocabulary:
+        raise InputError(
+            f"data={corpus.name}: has {vocabulary} symbols, but the model of init_from={config.init_from} "
+            f"knows {spec.vocab_size}; allowed is the data that it was trained on"
+        )
+    shortest = min(len(corpus.train), len(corpus.val))
+    if spec.block_size >= shortest:
+        raise InputError(
+            f"model.block_size={spec.block_size}: the shorter split of data={corpus.name} has {shortest} tokens; "
+            f"allowed is at most {shortest - 1}"
+        )
+    if source.state.iteration >= config.max_iters:
+        raise InputError(
+            f"max_iters={config.max_iters}: {source.description} is already at iteration {source.state.iteration}; "
+            "allowed is more"
+        )
+    return source
+
+
+def _open(config: Config, corpus: Corpus) -> Source:
+    if config.init_from == "scratch":
+        vocabulary = config.model.vocab_size
+        if vocabulary is None:
+            is_gpt2 = isinstance(corpus.encoder, GPT2Encoder)
+            vocabulary = NANOGPT_GPT2_VOCAB if is_gpt2 else corpus.encoder.vocab_size
+        spec = GPTSpec(**dataclasses.asdict(config.model) | {"vocab_size": vocabulary})
+        return Source(spec, TrainState.fresh(spec.init_weights(config.seed)))
+
+    if config.init_from == "resume":
+        folder = checkpoint.find(str(config.run))
+        spec, state, meta = checkpoint.load(folder)
+        _same_corpus(meta["corpus"], corpus, folder)
+        spec = dataclasses.replace(spec, dropout=config.model.dropout)
+        best = meta.get("best_val_loss")
+        return Source(spec, state, float("inf") if best is None else best, f"run={config.run}")
+
+    loaded = pretrained.load(config.init_from, config.model.dropout)
+    if not loaded.trained and config.model.block_size < loaded.spec.block_size:
+        loaded = loaded.crop(config.model.block_size)
+    return Source(loaded.spec, loaded.state, loaded.best, f"init_from={config.init_from}")
+
+
+def _same_corpus(recorded: dict[str, Any], corpus: Corpus, folder: Any) -> None:
+    if recorded.get("sha256") != corpus.sha256:
+        raise InputError(
+            f"data={corpus.label}: {folder} was trained on other text ({recorded.get('label')}, sha256 "
+            f"{str(recorded.get('sha256'))[:12]}..., here {corpus.sha256[:12]}...); allowed is the same text"
+        )

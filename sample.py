@@ -1,0 +1,15 @@
+"""Text from a checkpoint, on any back end: `python sample.py run=runs/DATE/TIME-NAME`. See `--help`."""
+
+import sys
+
+from nanogpt_mac.cli import main
+
+
+def sample(config):  # imported late: `--help` needs no framework
+    from nanogpt_mac.train.sample import run
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main("sample", sample))

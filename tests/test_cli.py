@@ -1,0 +1,204 @@
+"""The command line as a user meets it: what it accepts, and the one line it answers to everything else."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from nanogpt_mac import cli
+from nanogpt_mac.config import Config, validate
+from nanogpt_mac.errors import InputError
+
+
+@pytest.fixture
+def compose(tmp_path, monkeypatch, capsys):
+    """Run the command line in this process with a task that only keeps the config; (exit code, config, stderr)."""
+
+    def run(*overrides, command="config", task=None):
+        kept = []
+
+        def keep(config):
+            kept.append(config)
+            return 0
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+        code = cli.main(command, task or keep)
+        return code, kept[0] if kept else None, capsys.readouterr().err
+
+    return run
+
+
+def test_the_command_that_the_user_asked_for_parses(compose):
+    code, config, _ = compose("backend=mps", "compile=false")
+    assert (code, config.backend.name, config.compile) == (0, "mps", False)
+
+
+def test_defaults_are_nanogpts_shakespeare_char(compose):
+    _, config, _ = compose()
+    expected = {
+        "max_iters": 5000, "batch_size": 64, "gradient_accumulation_steps": 1, "learning_rate": 1e-3,
+        "warmup_iters": 100, "lr_decay_iters": 5000, "min_lr": 1e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99,
+        "grad_clip": 1.0, "eval_interval": 250, "eval_iters": 200, "log_interval": 10, "dtype": "float32", "seed": 1337,
+    }  # fmt: skip
+    assert {key: getattr(config, key) for key in expected} == expected
+    model = config.model
+    sizes = (model.n_layer, model.n_head, model.n_embd, model.block_size, model.dropout, model.bias)
+    assert sizes == (6, 6, 384, 256, 0.2, False)
+    assert (config.data.name, config.wandb.mode, config.compile) == ("shakespeare_char", "offline", "auto")
+    assert config == Config(data=config.data)  # yaml and dataclasses say the same
+
+
+def test_quick_is_nanogpts_macbook_recipe_and_keys_still_override(compose):
+    _, config, _ = compose("experiment=quick", "model.n_layer=3", "path=x.txt")
+    model = config.model
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size, model.dropout) == (3, 4, 128, 64, 0.0)
+    assert (config.batch_size, config.max_iters, config.lr_decay_iters, config.eval_iters) == (12, 2000, 2000, 20)
+    assert config.data.path == "x.txt"
+
+
+@pytest.mark.parametrize("experiment", ["gpt2", "finetune_shakespeare", "smoke"])
+def test_every_experiment_composes_and_is_valid(compose, experiment):
+    code, config, _ = compose(f"experiment={experiment}")
+    assert code == 0
+    validate(config)
+
+
+@pytest.mark.parametrize("data", ["shakespeare", "openwebtext", "text", "stand_in"])
+def test_every_corpus_composes(compose, data):
+    assert compose(f"data={data}")[1].data.name == data
+
+
+MISTAKES = [
+    (["max_itters=5"], r"max_itters=5: there is no such key; did you mean max_iters"),
+    (["model.n_hed=3"], r"model.n_hed=3: there is no such key; did you mean model.n_head"),
+    (["n_head=3"], r"n_head=3: there is no such key; did you mean model.n_head"),
+    (["+extra=1"], r"extra=1: there is no such key"),
+    (["foo.bar=1"], r"foo\.bar=1: there is no such key"),
+    (["backend=tpu"], r"backend=tpu: allowed are auto, cpu, cuda, mlx, mps"),
+    (["data=enwik8"], r"data=enwik8: allowed are .*shakespeare_char"),
+    (["experiment=fast"], r"experiment=fast: allowed are .*quick, smoke"),
+    (["max_iters=abc"], r"max_iters=abc: .*'abc'.*Integer"),
+    (["max_iters=1.5"], r"max_iters=1\.5: .*Integer"),
+    (["model.bias=perhaps"], r"model\.bias=perhaps: .*bool"),
+    (["learning_rate=fast"], r"learning_rate=fast: .*Float"),
+    (["max_iters"], r"max_iters"),
+    (["model=[1"], r"model=\[1"),
+]
+VALUES = [
+    (["max_iters=0"], "max_iters=0: must be at least 1"),
+    (["eval_interval=-1"], "eval_interval=-1: must be at least 0"),
+    (["learning_rate=nan"], "learning_rate=nan: must be at least 0"),
+    (["beta2=1.0"], "beta2=1.0: allowed are values from 0"),
+    (["compile=maybe"], "compile=maybe: allowed are auto, true, false"),
+    (["compile=1"], "compile=1: allowed are auto, true, false"),
+    (["dtype=float64"], "dtype=float64: allowed are float32, bfloat16, float16"),
+    (["matmul_precision=low"], "matmul_precision=low: allowed are highest, high, medium"),
+    (["sync=never"], "sync=never: allowed are completion, iteration, interval"),
+    (["wandb.mode=on"], "wandb.mode=on: allowed are offline, online, disabled"),
+    (["backend.name=tpu"], "backend=tpu: allowed are auto, cpu, mps, mlx, cuda"),
+    (["lr_decay_iters=2"], "lr_decay_iters=2: must be more than warmup_iters=2"),
+    (["init_from=resume"], "run=null: init_from=resume needs the run"),
+    (["run=runs/x"], "run=runs/x: only init_from=resume takes a run"),
+    (["init_from=resume", "run=nowhere"], "run=nowhere: there is no such folder"),
+    (["init_from=gpt3"], "init_from=gpt3: no such file or folder"),
+    (["model.n_embd=130", "model.n_head=4"], "model.n_embd=130: must be divisible by model.n_head=4"),
+    (["model.dropout=1.5"], "model.dropout=1.5: allowed are values from 0"),
+    (["model.block_size=500"], r"model.block_size=500: the shorter split of data=text has 200 tokens; .* at most 199"),
+    (["data.path=nowhere.txt"], "data.path=nowhere.txt: "),
+    (["backend=cpu", "backend.fused_adamw=true", "model.n_layer=0"], "model.n_layer=0: must be at least 1"),
+    (["run_dir=data.txt/x"], "run_dir=data.txt/x: "),
+]
+
+
+@pytest.mark.parametrize(("overrides", "line"), MISTAKES)
+def test_a_mistake_is_one_line_with_the_key_the_value_and_what_is_allowed(compose, tmp_path, overrides, line):
+    code, config, err = compose(*overrides)
+    assert (code, config) == (2, None)
+    assert re.fullmatch(rf"train\.py: .*{line}.*\n", err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("overrides", "line"), VALUES)
+def test_an_impossible_value_is_one_line_and_leaves_no_run(compose, tmp_path, overrides, line):
+    from nanogpt_mac.train.run import run
+
+    (tmp_path / "data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 44 + "0123456789" * 2)
+    code, _, err = compose(
+        "experiment=smoke", "backend=cpu", "wandb.mode=disabled", "data=text", "path=data.txt", *overrides, task=run
+    )
+    assert code == 2
+    assert re.fullmatch(rf"train\.py: .*{line}.*\n", err), err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_absent_back_end_names_those_that_are_there(compose, tmp_path, monkeypatch):
+    from nanogpt_mac.train.run import run
+
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    code, _, err = compose("backend=mps", task=run)
+    assert code == 2
+    assert re.fullmatch(r"train\.py: backend=mps: not available here: .*Available: auto, cpu.*\n", err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_needs_a_run(compose):
+    code, _, err = compose(command="sample")
+    assert (code, err) == (2, "train.py: run: must be given (run=...)\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("compile", True), ("compile", False), ("compile", "auto"), ("eval_interval", 0), ("grad_clip", 0.0)],
+)
+def test_values_at_the_edge_are_allowed(key, value):
+    config = Config()
+    setattr(config, key, value)
+    validate(config)
+
+
+def test_validate_does_not_take_one_for_true():
+    with pytest.raises(InputError, match="compile=1"):
+        validate(Config(compile=1))
+
+
+def test_help_answers_in_under_a_second_and_loads_no_framework():
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - begin)
+    assert "backend: auto, cpu, cuda, mlx, mps" in done.stdout
+    assert "max_iters: 5000" in done.stdout
+    assert min(seconds[1:]) < 1.0
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    heavy = [
+        "torch",
+        "mlx",
+        "wandb",
+        "datasets",
+        "tiktoken",
+        "tokenizers",
+        "scipy",
+        "transformers",
+        "safetensors",
+        "matplotlib",
+    ]
+    modules = "cli config corpus backends.base backends.detect gpt.spec gpt.pretrained machine.probe machine.chips "
+    modules += "machine.energy machine.gemm train.loop train.recorder train.checkpoint train.run train.sample"
+    imports = "; ".join(f"import nanogpt_mac.{m}" for m in modules.split())
+    code = f"import sys; {imports}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_root_scripts_are_thin(script):
+    assert len((ROOT / script).read_text().splitlines()) < 30
