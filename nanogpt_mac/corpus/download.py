@@ -1,0 +1,73 @@
+"""One checked download, its failures sorted into "no network" and "not what it should be"."""
+
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+from nanogpt_mac.errors import InputError
+
+TIMEOUT_S = (4, 30)  # to connect to one address, and between two pieces of the answer
+
+
+class NoNetwork(Exception):  # noqa: N818 - a state, not a fault
+    """Nobody answered at the address: no name service, no route, connection refused or timed out."""
+
+
+def download(url: str, sha256: str) -> bytes:
+    """The bytes at `url`, whose sha256 must be the one given. Nothing is kept on disk, whatever happens.
+
+    Raises NoNetwork where no connection could be made, and InputError where one was made but the answer is
+    an HTTP error, is cut short or has another checksum. Proxies are taken from the environment, as
+    `requests` does.
+    """
+    import pooch
+    import requests
+
+    pooch.get_logger().setLevel(logging.WARNING)
+    print(f"downloading {url}", file=sys.stderr)
+    fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=TIMEOUT_S)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = pooch.retrieve(url, f"sha256:{sha256}", "download", folder, downloader=fetch)
+        except requests.RequestException as error:
+            if error.response is not None:
+                error.response.close()  # pooch leaves it open
+            if _unreachable(error):
+                raise NoNetwork(str(_reason(error))) from error
+            raise InputError(f"data.url={url}: {_describe(error)}; expected {_expected(sha256)}") from error
+        except ValueError as error:  # pooch: the checksum differs
+            raise InputError(
+                f"data.url={url}: the file there is cut short or altered; expected {_expected(sha256)}"
+            ) from error
+        return Path(file).read_bytes()
+
+
+def _expected(sha256: str) -> str:
+    return f"a whole file of sha256 {sha256}; nothing was kept"
+
+
+def _reason(error: Exception) -> object:
+    """What urllib3 said, from inside what requests says."""
+    inner = error.args[0] if error.args else error
+    return getattr(inner, "reason", None) or inner
+
+
+def _unreachable(error: Exception) -> bool:
+    from urllib3 import exceptions
+
+    # A NewConnectionError covers a name that cannot be resolved and a refused connection.
+    missing = (exceptions.NewConnectionError, exceptions.ConnectTimeoutError, exceptions.ProxyError)
+    return isinstance(_reason(error), missing)
+
+
+def _describe(error: Exception) -> str:
+    import requests
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"the server answered {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.ReadTimeout):
+        return f"the server stopped answering for {TIMEOUT_S[1]} s"
+    if isinstance(error, requests.exceptions.SSLError):
+        return "the server's certificate is not valid"
+    return f"the download failed or broke off ({type(error).__name__})"

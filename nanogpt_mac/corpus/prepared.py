@@ -1,0 +1,208 @@
+"""Prepared corpora on disk: `<dir>/<key>/` with train.bin, val.bin (little-endian uint16) and meta.json.
+
+A folder is written aside under a lock and renamed into place, so it is whole or it is not there.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from nanogpt_mac.corpus.encoders import Encoder, encoder_from_json
+from nanogpt_mac.errors import InputError
+
+FORMAT = 1
+CHECK_BELOW_BYTES = 64 << 20  # corpora up to this size have their checksums verified whenever they are opened
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Tokens of one prepared corpus.
+
+    `train` and `val` are one-dimensional uint16 memory maps, read-only. `sha256` is that of the source text;
+    for openwebtext, of the two splits' tokens (see `openwebtext.py`).
+    """
+
+    name: str
+    train: np.ndarray
+    val: np.ndarray
+    encoder: Encoder
+    sha256: str
+    stand_in: bool
+
+    @property
+    def label(self) -> str:
+        """What every record carries: the name, or "stand-in" where the text is not the real one."""
+        return "stand-in" if self.stand_in else self.name
+
+
+@dataclass(frozen=True)
+class Split:
+    """How many tokens a split's file holds, and the sha256 of the file."""
+
+    tokens: int
+    sha256: str
+
+
+def write_split(path: Path, parts: Iterable[np.ndarray]) -> Split:
+    """Writes token arrays one after the other, so that a corpus larger than memory can pass through."""
+    digest = hashlib.sha256()
+    tokens = 0
+    with path.open("wb") as file:
+        for part in parts:
+            data = np.ascontiguousarray(part, "<u2").tobytes()
+            digest.update(data)
+            file.write(data)
+            tokens += len(part)
+        _sync(file)
+    return Split(tokens, digest.hexdigest())
+
+
+def write_meta(
+    folder: Path,
+    *,
+    name: str,
+    sha256: str,
+    encoder: Encoder,
+    splits: dict[str, Split],
+    stand_in: bool = False,
+) -> None:
+    meta = {
+        "format": FORMAT,
+        "name": name,
+        "stand_in": stand_in,
+        "sha256": sha256,
+        "splits": {split: asdict(splits[split]) for split in SPLITS},
+        "encoder": encoder.to_json(),
+    }
+    with (folder / "meta.json").open("w", encoding="utf-8") as file:
+        json.dump(meta, file)
+        _sync(file)
+
+
+def open_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Corpus:
+    """The corpus under `root/key`, built first if it is not there.
+
+    `build(folder)` fills an empty folder with both splits and meta.json. Only one process builds a key at a
+    time; others wait and then open what it made. The lock ends with its process, so whatever a killed one
+    left behind is removed by the next to hold the lock.
+    """
+    final = root / key
+    if not final.is_dir():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with _lock(root / f".{key}.lock", f"another process is preparing {final}; waiting for it"):
+                if not final.is_dir():
+                    _build(root, key, build)
+        except OSError as error:
+            why = error.strerror or error
+            raise InputError(f"data.dir={root}: cannot prepare {key} there ({why})") from error
+    return load(final)
+
+
+def load(folder: Path) -> Corpus:
+    """Opens a prepared folder. Raises InputError that names the damaged file and the remedy."""
+
+    def damaged(file: str, why: str) -> InputError:
+        return InputError(f"{folder / file}: damaged ({why}); delete the folder {folder} and run again")
+
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged("meta.json", str(error).splitlines()[0]) from error
+    try:
+        if meta["format"] != FORMAT:
+            raise damaged("meta.json", f"format {meta['format']!r}, not {FORMAT}")
+        splits = {split: Split(**meta["splits"][split]) for split in SPLITS}
+        name, sha256, stand_in, encoder = meta["name"], meta["sha256"], meta["stand_in"], meta["encoder"]
+    except (KeyError, TypeError) as error:
+        raise damaged("meta.json", f"not the fields of a corpus: {error}") from error
+    typed = [(name, str), (sha256, str), (stand_in, bool)]
+    typed += [item for split in splits.values() for item in ((split.tokens, int), (split.sha256, str))]
+    for value, kind in typed:
+        if not isinstance(value, kind):
+            raise damaged("meta.json", f"{value!r} is not {kind.__name__}")
+    check = 2 * sum(split.tokens for split in splits.values()) < CHECK_BELOW_BYTES
+    tokens = {}
+    for split, expected in splits.items():
+        file = folder / f"{split}.bin"
+        try:
+            size = file.stat().st_size
+            if size != 2 * expected.tokens or not size:
+                raise damaged(file.name, f"{size} bytes where {2 * expected.tokens} were written")
+            if check and hashlib.sha256(file.read_bytes()).hexdigest() != expected.sha256:
+                raise damaged(file.name, "its checksum differs")
+            tokens[split] = np.memmap(file, "<u2", mode="r")
+        except OSError as error:
+            raise damaged(file.name, error.strerror or str(error)) from error
+    try:
+        return Corpus(name, tokens["train"], tokens["val"], encoder_from_json(encoder), sha256, stand_in)
+    except InputError as error:
+        raise damaged("meta.json", str(error)) from error
+
+
+def _build(root: Path, key: str, build: Callable[[Path], None]) -> None:
+    prefix = f".{key}.tmp-"
+    for stale in root.glob(f"{prefix}*"):
+        shutil.rmtree(stale)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+    try:
+        build(folder)
+        folder.chmod(0o755)  # mkdtemp makes it private; a prepared corpus may be shared
+        _sync_directory(folder)
+        folder.rename(root / key)
+        _sync_directory(root)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, waiting: str) -> Iterator[None]:
+    """Held by one process at a time; the kernel lets go of it when that process ends, however it ends."""
+    import fcntl
+
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # The holder before us removed the file on leaving: then a new one must be locked.
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()
+    try:
+        yield
+    finally:
+        path.unlink()
+        file.close()
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def key_of(name: str, identity: dict[str, Any]) -> str:
+    """Folder name: readable, and different for anything that changes the tokens."""
+    text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
