@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nanogpt_mac.config import Config
@@ -62,7 +63,7 @@ def _open(config: Config, corpus: Corpus) -> Source:
     if config.init_from == "resume":
         folder = checkpoint.find(str(config.run))
         spec, state, meta = checkpoint.load(folder)
-        _same_corpus(meta["corpus"], corpus, folder)
+        _same_corpus(meta, corpus, folder)
         spec = dataclasses.replace(spec, dropout=config.model.dropout)
         best = meta.get("best_val_loss")
         return Source(spec, state, float("inf") if best is None else best, f"run={config.run}")
@@ -73,9 +74,11 @@ def _open(config: Config, corpus: Corpus) -> Source:
     return Source(loaded.spec, loaded.state, loaded.best, f"init_from={config.init_from}")
 
 
-def _same_corpus(recorded: dict[str, Any], corpus: Corpus, folder: Any) -> None:
-    if recorded.get("sha256") != corpus.sha256:
+def _same_corpus(meta: dict[str, Any], corpus: Corpus, folder: Path) -> None:
+    recorded = meta["corpus"]
+    if recorded.get("sha256") != corpus.sha256 or meta["encoder"] != corpus.encoder.to_json():
         raise InputError(
             f"data={corpus.label}: {folder} was trained on other text ({recorded.get('label')}, sha256 "
-            f"{str(recorded.get('sha256'))[:12]}..., here {corpus.sha256[:12]}...); allowed is the same text"
+            f"{str(recorded.get('sha256'))[:12]}..., here {corpus.sha256[:12]}...) or with other tokens; allowed are "
+            "the same text and tokenizer"
         )

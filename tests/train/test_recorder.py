@@ -43,7 +43,7 @@ def test_mfu_is_flops_over_time_over_each_named_peak(tmp_path):
 def test_more_than_the_measured_peak_is_an_error_and_no_figure(tmp_path):
     summary = summarise(record(tmp_path, [1.0] * 8))
     assert summary["mfu_measured"] is None
-    assert "above 1 is impossible" in summary["errors"][0]
+    assert "above 1 in 8 iterations: that is impossible" in summary["errors"][0]
 
 
 def test_statistics_leave_out_what_the_clock_marks(tmp_path):
