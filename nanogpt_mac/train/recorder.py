@@ -83,7 +83,6 @@ class Recorder:
     def iteration(self, done: Completion, lr: float, memory: dict[str, int]) -> dict[str, float | None]:
         """Keep one finished iteration; return its MFUs."""
         mfu = self.work.mfu(done.iter_ms)
-        self._impossible += bool(self.work.peaks["mfu_measured"]) and mfu["mfu_measured"] is None
         row = {
             "kind": "iteration",
             "iter": done.iteration,
@@ -98,6 +97,7 @@ class Recorder:
         }
         if done.left_out is None:
             self._iter_ms.append(done.iter_ms)
+            self._impossible += bool(self.work.peaks["mfu_measured"]) and mfu["mfu_measured"] is None
         else:
             row["left_out"] = done.left_out
             self._left_out[done.left_out] += 1

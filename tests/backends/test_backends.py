@@ -30,11 +30,14 @@ def same(a, b):
     return all((x[n] == y[n]).all() for x, y in trees for n in x) and a.optimizer_steps == b.optimizer_steps
 
 
-LOW = [(name, compiled, dtype) for name, compiled in WAYS if name != "cpu" or not compiled for dtype in base.DTYPES[1:]]
+CPU_WAYS = [way for way in WAYS if way[0] in ("cpu", "mlx")]
+LOW = [(*way, dtype) for way in CPU_WAYS if way != ("cpu", True) for dtype in base.DTYPES[1:]]
 
 
-@pytest.mark.parametrize(("name", "compiled", "dtype"), [(*way, "float32") for way in WAYS] + LOW)
+@pytest.mark.parametrize(("name", "compiled", "dtype"), [(*way, "float32") for way in CPU_WAYS] + LOW)
 def test_resumed_training_is_bit_for_bit_the_same(make, dropout_spec, starts, name, compiled, dtype):
+    if make(name).runs_ahead:
+        pytest.skip("a GPU adds gradients in whatever order they come; bit equality is promised on CPUs")
     whole, part, resumed = (make(name, spec=dropout_spec, compile=compiled, dtype=dtype) for _ in range(3))
     expected = run(whole, starts, 0, 12)
     run(part, starts, 0, 7)

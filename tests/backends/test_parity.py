@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import WAYS
 
+from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.gpt.torch_gpt import GPT
 
@@ -20,6 +21,16 @@ def float64(spec):
     return model
 
 
+@torch.no_grad()
+def exact_logits(model, x):
+    """The forward pass without the model's own final cast to float32."""
+    t = model.transformer
+    h = t["wte"](x) + t["wpe"](torch.arange(x.shape[1]))
+    for block in t["h"]:
+        h = block(h)
+    return torch.nn.functional.linear(t["ln_f"](h), t["wte"].weight).numpy()
+
+
 @pytest.fixture
 def batch(spec, tokens):
     window = tokens.windows("train", np.arange(0, 800, 200))
@@ -31,12 +42,7 @@ def test_logits_loss_and_gradients_are_those_of_float64(make, spec, batch, name,
     idx, targets = batch
     model, backend = float64(spec), make(name, compile=compiled)
     x, y = (torch.from_numpy(a.astype(np.int64)) for a in batch)
-    with torch.no_grad():
-        h = model.transformer["drop"](model.transformer["wte"](x) + model.transformer["wpe"](torch.arange(16)))
-        for block in model.transformer["h"]:
-            h = block(h)
-        expected = torch.nn.functional.linear(model.transformer["ln_f"](h), model.transformer["wte"].weight)
-    assert np.abs(backend.logits(idx) - expected.numpy()).max() < 1e-4
+    assert np.abs(backend.logits(idx) - exact_logits(model, x)).max() < 1e-4
 
     reference = torch.nn.functional.cross_entropy(model(x).view(-1, 65), y.reshape(-1))
     model.loss(x, y).backward()
@@ -116,3 +122,45 @@ def test_twins_agree_with_biases_and_either_gelu(make, tokens, name, compiled, g
         backend.load(weights)
         logits[way] = backend.logits(idx)
     np.testing.assert_allclose(logits[name, compiled], logits["cpu", False], atol=1e-4, rtol=1e-4)
+
+
+RECIPES = {
+    "quick": (GPTSpec(4, 4, 128, 64, 65), 12),
+    "shakespeare_char": (GPTSpec(6, 6, 384, 256, 65), 4),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@ways
+def test_parity_at_full_size(make, name, compiled, recipe):
+    """The figures of the README: run with -s to read them."""
+    spec, batch = RECIPES[recipe]
+    rng = np.random.default_rng(0)
+    walk = (np.cumsum(rng.integers(0, 3, 40_000)) % 65).astype(np.uint16)
+    tokens = Tokens({"train": walk, "val": walk}, spec.block_size)
+    window = tokens.windows("train", rng.integers(0, 39_000, batch))
+    model = float64(spec)
+    x, y = (torch.from_numpy(a.astype(np.int64)) for a in (window[:, :-1], window[:, 1:]))
+    loss = model.loss(x, y)
+    loss.backward()
+
+    backend = make(name, spec=spec, tokens=tokens, compile=compiled)
+    logits = np.abs(backend.logits(window[:, :-1]) - exact_logits(model, x)).max()
+    ours, grads = backend.gradients(window[:, :-1], window[:, 1:])
+    exact = {n: p.grad.numpy() for n, p in model.named_parameters()}
+    worst = max(np.linalg.norm(grads[n] - g) / np.linalg.norm(g) for n, g in exact.items())
+    how = "compiled" if compiled else "eager"
+    print(f"\n{recipe}, {backend.device_name} {name} {how}: logits {logits:.1e}, gradients {worst:.1e}", end=" ")
+    print(f"loss {abs(ours - loss.item()):.1e}", end=" ")
+    assert logits < 1e-4
+    assert worst < 1e-4
+
+    reference = make("cpu", spec=spec, tokens=tokens)
+    windows = [rng.integers(0, 39_000, (1, batch)) for _ in range(100)]
+    final = [
+        b.wait([b.step(w, 1e-3 * min(1, (i + 1) / 10)) for i, w in enumerate(windows)][-1])[0]
+        for b in (backend, reference)
+    ]
+    print(f"loss after 100: {final[0]:.6f} against {final[1]:.6f}")
+    assert abs(final[0] - final[1]) < 2e-3
