@@ -3,21 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support import ROOT
 
 from nanogpt_mac.backends import detect
 from nanogpt_mac.backends.base import BackendOptions, Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY_SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-
-# Every way of computing the model that this machine has: (back end, compiled).
-WAYS = [("cpu", False), ("cpu", True), ("mlx", False), ("mlx", True)]
-WAYS += [(name, compiled) for name in ("mps", "cuda") if detect.missing(name) is None for compiled in (False, True)]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 from nanogpt_mac import cli
 from nanogpt_mac.config import Config, validate

@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from nanogpt_mac import simulator
 from nanogpt_mac.backends.base import NAMES, Backend, BackendOptions, Tokens
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
@@ -22,15 +23,16 @@ def missing(name: str) -> str | None:
         return "the package torch is not installed"
     if name == "cpu":
         return None
+    simulated = simulator.install_if_asked()  # before anything asks torch for its devices
     import torch
 
     if name == "cuda":
         return None if torch.cuda.is_available() else "torch finds no CUDA device"
-    if torch.backends.mps.is_available():
+    if simulated or torch.backends.mps.is_available():
         return None
     if torch.backends.mps.is_built():
         return "torch finds no Metal device (it needs macOS 14 or later on Apple silicon)"
-    return "this torch is built without MPS, which exists on macOS alone"
+    return f"this torch is built without MPS, which exists on macOS alone ({simulator.VARIABLE}=1 simulates it)"
 
 
 def available() -> list[str]:

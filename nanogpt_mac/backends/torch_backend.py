@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanogpt_mac import simulator
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import BackendOptions, Tokens
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
@@ -53,7 +54,8 @@ class TorchBackend:
         self.offsets = torch.arange(spec.block_size + 1, device=self.device)
         self.iteration = 0
         self.runs_ahead = self.accelerator is not None
-        self.device_name = options.name
+        simulated = options.name == "mps" and simulator.active()
+        self.device_name = simulator.DEVICE_NAME if simulated else options.name
         self.details = {"fused_adamw": fused, "resident_data": sorted(self.resident)}
 
     def _adamw(self) -> tuple[torch.optim.AdamW, bool]:

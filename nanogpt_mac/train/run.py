@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import yaml
 
+from nanogpt_mac import simulator
 from nanogpt_mac.backends import base, detect
 from nanogpt_mac.backends.base import Backend, BackendOptions, Tokens
 from nanogpt_mac.config import Config, validate
@@ -122,8 +123,11 @@ def _train(
 def _work(config: Config, spec: GPTSpec, backend: Backend) -> Work:
     """What an iteration computes, and its three denominators; the measured one is measured here, off the clock."""
     tokens = config.gradient_accumulation_steps * config.batch_size * spec.block_size
+    flops = float(spec.flops_per_token() * tokens)
     chip, measured = probe.chip(), None
     name = backend.options.name
+    if backend.device_name == simulator.DEVICE_NAME:  # its speed says nothing about any Mac
+        return Work(flops, tokens, dict.fromkeys(("mfu", "mfu_measured", "mfu_a100")))
     if config.gemm_seconds > 0:
         framework, device = ("mlx", "gpu" if backend.runs_ahead else "cpu") if name == "mlx" else ("torch", name)
         shapes = spec.matmul_shapes(config.batch_size)
@@ -135,7 +139,7 @@ def _work(config: Config, spec: GPTSpec, backend: Backend) -> Work:
         "mfu_measured": measured,
         "mfu_a100": chips.A100_BF16,
     }
-    return Work(float(spec.flops_per_token() * tokens), tokens, peaks)
+    return Work(flops, tokens, peaks)
 
 
 def _facts(config: Config, corpus: Corpus, source: Source, backend: Backend) -> dict[str, Any]:

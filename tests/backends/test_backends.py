@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import WAYS
 
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import Tokens, draw, generate, step_seed
@@ -30,11 +29,9 @@ def same(a, b):
     return all((x[n] == y[n]).all() for x, y in trees for n in x) and a.optimizer_steps == b.optimizer_steps
 
 
-CPU_WAYS = [way for way in WAYS if way[0] in ("cpu", "mlx")]
-LOW = [(*way, dtype) for way in CPU_WAYS if way != ("cpu", True) for dtype in base.DTYPES[1:]]
-
-
-@pytest.mark.parametrize(("name", "compiled", "dtype"), [(*way, "float32") for way in CPU_WAYS] + LOW)
+# Not torch compiled: Inductor's embedding gradient adds atomically from several threads, in any order.
+@pytest.mark.parametrize(("name", "compiled"), [("cpu", False), ("mlx", False), ("mlx", True)])
+@pytest.mark.parametrize("dtype", base.DTYPES)
 def test_resumed_training_is_bit_for_bit_the_same(make, dropout_spec, starts, name, compiled, dtype):
     if make(name).runs_ahead:
         pytest.skip("a GPU adds gradients in whatever order they come; bit equality is promised on CPUs")

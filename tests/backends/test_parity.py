@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import WAYS
+from support import WAYS
 
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from support import ROOT
 
 from nanogpt_mac.train import checkpoint
 

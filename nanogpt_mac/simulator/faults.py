@@ -1,0 +1,54 @@
+"""Planted faults: make the device do one thing badly and see whether the rest of the product notices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+from nanogpt_mac.errors import InputError
+
+Fault = Literal["fallback", "missing", "hidden", "slow", "wrong"]
+
+
+@contextmanager
+def planted(op: str, fault: Fault, value: float | None = None) -> Iterator[list[str]]:
+    """Plants a fault in an operator, and in its in-place and out forms, while the context lasts.
+
+    Args:
+        op: an operator that MPS has, with or without `aten::` and overload: `gelu`, `add.Tensor`, `mm`.
+        fault: `fallback`: registered as an explicit CPU fallback, with the warning. `missing`: no kernel, so torch's
+            NotImplementedError, or the fallback where that is enabled. `hidden`: the native kernel copies to the host,
+            computes there and copies back without a word. `slow`: takes `value` milliseconds more of the queue.
+            `wrong`: its floating-point results are multiplied by `value`.
+        value: milliseconds or factor; needed by `slow` and `wrong` alone.
+
+    Yields:
+        The names in which it was planted.
+
+    Raises:
+        InputError: an unknown fault, no or a superfluous value, an operator that the device has no kernel of its own
+            for (composite ones decompose: plant the fault in what they become).
+    """
+    import torch
+
+    from nanogpt_mac.simulator import table
+
+    if fault not in get_args(Fault):
+        raise InputError(f"fault={fault!r}: allowed are {', '.join(get_args(Fault))}")
+    if (value is None) == (fault in ("slow", "wrong")):
+        raise InputError(f"fault={fault!r} value={value!r}: slow and wrong take a value, the others none")
+    device = torch.ops.nanogpt_mps
+    names = [n for n in table().variants(op) if device.status(n) == "native"]
+    if not names:
+        raise InputError(f"op={op!r}: MPS has no native kernel of that name in torch {torch.__version__}")
+    undo: tuple[str, float] = {"hidden": ("hidden", 0.0), "slow": ("slow", 0.0), "wrong": ("wrong", 1.0)}.get(
+        fault, ("native", 0.0)
+    )
+    try:
+        for name in names:
+            device.plant(name, fault, 1.0 if value is None else value)
+        yield names
+    finally:
+        for name in names:
+            device.plant(name, *undo)
