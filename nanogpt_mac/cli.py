@@ -25,10 +25,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from nanogpt_mac.config import Config, SampleConfig
+from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMAS = {"config": Config, "sample": SampleConfig}  # conf/<command>.yaml -> what it must be
+SCHEMAS = {
+    "config": Config,
+    "sample": SampleConfig,
+    "coverage": CoverageConfig,
+}  # conf/<command>.yaml -> what it must be
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
 
 

@@ -1,0 +1,244 @@
+"""What `mps_coverage.py` says: one dictionary, printed as JSON, as tables or as markdown for a pull-request comment."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from nanogpt_mac.coverage.diff import ABSENT, Diff, compare
+from nanogpt_mac.coverage.table import RUNS, Entry, Facts, Kind, Table
+from nanogpt_mac.coverage.trace import Trace
+
+SCHEMA = 1
+OK, LOST, CANNOT_TELL = 0, 1, 2  # exit codes
+_GROUPS = ("lost", "gained", "moved", "unclear", "removed")
+_NO_FACTS = Facts(kernel=None, delegate=None, cpu=False, composite=False, no_device_check=False)
+
+
+def build(
+    scope: str, table: Table, ops: list[str], against: Table | None, trace: Trace | None, no_trace: str | None
+) -> dict[str, Any]:
+    """The report.
+
+    Args:
+        scope: model, ops or surface.
+        ops: the overloads that the scope lists and judges.
+        trace: scope=model: where `ops` come from; None when they cannot be had, and then `no_trace` says why.
+    """
+    calls = trace.calls() if trace else {}
+    entries = [
+        table.entries.get(op, Entry(op, Kind.UNKNOWN, _NO_FACTS, note=f"not in torch {table.version}")) for op in ops
+    ]
+    surface = compare(against, table) if against else None
+    judged = compare(against, table, ops) if against else None
+    code, verdict = _verdict(scope, entries, table, against, judged, trace, no_trace)
+    return {
+        "schema": SCHEMA,
+        "torch": _describe(table),
+        "against": _describe(against) if against else None,
+        "scope": scope,
+        "trace": asdict(trace) if trace else None,
+        "no_trace": no_trace,
+        "ops": [{**_row(entry, table), "calls": calls.get(entry.op)} for entry in entries],
+        "diff": {"scope": asdict(judged), "surface": asdict(surface)} if judged and surface else None,
+        "exit_code": code,
+        "verdict": verdict,
+    }
+
+
+def _describe(table: Table) -> dict[str, Any]:
+    fields = ("asked", "version", "git", "wheel", "sha256", "binary", "disagreements")
+    values = {name: getattr(table, name) for name in fields}
+    return values | {"evidence": table.evidence(), "hand_list": table.hand_list(), "counts": table.counts()}
+
+
+def _row(entry: Entry, table: Table) -> dict[str, Any]:
+    return {
+        "op": entry.op,
+        "kind": entry.kind.value,
+        "kernel": entry.facts.kernel,
+        "delegate": entry.facts.delegate,
+        "reported_as": entry.reported_as,
+        "decomposes_to": entry.decomposes_to,
+        "can_reach": table.left_behind(entry.op) if entry.op in table.entries else None,
+        "note": entry.note,
+    }
+
+
+def _verdict(
+    scope: str,
+    entries: list[Entry],
+    table: Table,
+    against: Table | None,
+    judged: Diff | None,
+    trace: Trace | None,
+    no_trace: str | None,
+) -> tuple[int, str]:
+    """The exit code and the sentence that explains it. What is known to be lost weighs more than what is not known."""
+    whose = {"model": "that this model calls", "ops": "asked for", "surface": "of the whole surface"}[scope]
+    bad = [e.op for e in entries if not e.runs and e.kind is not Kind.UNKNOWN]
+    unclear = [e.op for e in entries if e.kind is Kind.UNKNOWN]
+    if judged and against:
+        lost = [change.op for change in judged.lost]
+        if scope != "surface":  # something calls these: a new overload that does not run is a loss, as is one removed
+            lost += [op for op in bad if op not in against.entries] + [change.op for change in judged.removed]
+        if lost:
+            return LOST, f"{len(lost)} operators {whose} were lost since {against.version}: {_some(lost)}"
+        unclear = sorted({*unclear, *(change.op for change in judged.unclear)})
+    elif bad and scope != "surface":
+        return LOST, f"{len(bad)} operators {whose} are missing or run on the CPU: {_some(bad)}"
+    if no_trace:
+        return CANNOT_TELL, f"cannot tell which operators this model calls: {no_trace} (scope=surface needs no trace)"
+    if trace and trace.stopped:
+        return CANNOT_TELL, f"the trace of this model stopped early: {trace.stopped}"
+    if unclear:
+        return CANNOT_TELL, f"cannot tell for {len(unclear)} operators {whose}: {_some(unclear)}"
+    if scope == "ops" and (doubt := _doubt(entries, table, against)):
+        return CANNOT_TELL, doubt
+    if against:
+        still = f"; {len(bad)} run in neither: {_some(bad)}" if bad and scope != "surface" else ""
+        return OK, f"no operator {whose} was lost since {against.version}{still}"
+    if scope == "surface":
+        return OK, f"{len(entries) - len(bad)} of {len(entries)} overloads run on MPS or are made of others"
+    return OK, f"all {len(entries)} operators {whose} run on MPS"
+
+
+def _doubt(entries: list[Entry], table: Table, against: Table | None) -> str | None:
+    """Why it cannot be said that composites among the operators asked for run; None where it can."""
+    reach = {entry.op: table.left_behind(entry.op) for entry in entries}
+    unseen = [op for op, found in reach.items() if found is None]
+    if unseen:
+        return f"cannot tell what {_some(unseen)} are made of: binary=true reads it from the binary"
+    for op, found in reach.items():
+        before = against.left_behind(op) if against and op in against.entries else None
+        if new := sorted(set(found or []) - set(before or [])):
+            return f"cannot tell whether {op} runs: in some branch it calls {_some(new)}, which MPS does not have"
+    return None
+
+
+def _some(ops: list[str], most: int = 8) -> str:
+    return ", ".join(ops[:most]) + (f" and {len(ops) - most} more" if len(ops) > most else "")
+
+
+# -- for people -------------------------------------------------------------------------------------------------------
+
+Section = tuple[str, list[str], list[list[str]]]  # title, headings, rows
+
+
+def sections(report: dict[str, Any]) -> list[Section]:
+    """The report as titled tables."""
+    torch, against = report["torch"], report["against"]
+    both = [torch, *([against] if against else [])]
+    made: list[Section] = [
+        ("Where overloads run", ["", *(t["version"] for t in both)], [
+            *([kind.value, *(str(t["counts"][kind.value]) for t in both)] for kind in Kind),
+            ["registered by hand", *(", ".join(t["hand_list"]) or "none" for t in both)],
+        ]),
+    ]  # fmt: skip
+    if report["diff"]:
+        for title, key in (("whole surface", "surface"), (_scope_title(report), "scope")):
+            if key == "scope" and report["scope"] == "surface":
+                continue
+            rows = _changes(report["diff"][key])
+            made.append(
+                (f"Changes: {title}, {against['version']} to {torch['version']}", ["", "op", "before", "after"], rows)
+            )
+        by_hand = [[how, op] for how in ("added", "removed") for op in report["diff"]["surface"][f"hand_{how}"]]
+        if by_hand:
+            made.append(("Changes: registrations by hand", ["", "op"], by_hand))
+    if report["scope"] != "surface":
+        rows = [[op["op"], op["kind"], _calls(op["calls"]), _parts(op)] for op in report["ops"]]
+        if rows:
+            made.append((_scope_title(report).capitalize(), ["op", "kind", "calls", "made of, or note"], rows))
+    elif not report["diff"]:
+        bad = [op for op in report["ops"] if op["kind"] not in RUNS]
+        rows = [[op["op"], op["kind"], op["reported_as"], op["note"] or ""] for op in bad]
+        made.append(("Overloads that do not run on MPS", ["op", "kind", "torch reports it as", "note"], rows))
+        if torch["binary"]:
+            rows = [
+                [op["op"], ", ".join(op["can_reach"])] for op in report["ops"] if op["kind"] in RUNS and op["can_reach"]
+            ]
+            made.append(("Composites with a branch to one of those", ["op", "can reach"], rows))
+    wrong = [[t["version"], line] for t in both for line in t["disagreements"]]
+    if wrong:
+        made.append(("Where the binary contradicts the other sources", ["torch", "what"], wrong))
+    return made
+
+
+def _scope_title(report: dict[str, Any]) -> str:
+    return "operators of this model" if report["scope"] == "model" else "operators asked for"
+
+
+def _changes(diff: dict[str, Any]) -> list[list[str]]:
+    rows = [[group, c["op"], c["before"], c["after"]] for group in _GROUPS if group != "removed" for c in diff[group]]
+    if diff["removed"]:  # deprecated overloads go by the hundred
+        rows.append(["removed", ", ".join(c["op"] for c in diff["removed"]), "", ABSENT])
+    return rows or [["nothing", "", "", ""]]
+
+
+def _calls(calls: dict[str, int] | None) -> str:
+    return " ".join(f"{phase} {count}" for phase, count in (calls or {}).items())
+
+
+def _parts(op: dict[str, Any]) -> str:
+    parts = op["decomposes_to"]
+    made_of = "" if parts is None else ", ".join(parts) or "nothing that is dispatched"
+    reach = [name for name in op["can_reach"] or [] if name != op["op"]]
+    warning = f"can reach, and MPS lacks: {', '.join(reach)}" if reach else ""
+    return "; ".join(text for text in (made_of, warning, op["note"]) if text)
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    """What stands over the tables: which torch, on what evidence, how traced."""
+    lines = [
+        f"torch {t['version']}" + (f" ({t['git'][:9]})" if t["git"] else "") + f": {t['evidence']}"
+        for t in (report["torch"], report["against"])
+        if t
+    ]
+    if trace := report["trace"]:
+        lines.append(
+            f"operators of this model: {trace['label']}, traced on {trace['device']} with torch {trace['torch']}"
+        )
+    return lines
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """For a pull-request comment: the verdict first, everything long folded away."""
+    mark = {OK: "✅", LOST: "❌", CANNOT_TELL: "❔"}[report["exit_code"]]
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    parts = [f"### MPS coverage of torch {report['torch']['version']}", f"{mark} **{cell(report['verdict'])}**"]
+    parts.append("\n".join(f"- {cell(line)}" for line in _lines(report)))
+    for title, headings, rows in sections(report):
+        body = ["| " + " | ".join(map(cell, row)) + " |" for row in (headings, ["---"] * len(headings), *rows)]
+        block = "\n".join(body)
+        fold = len(rows) > 12
+        parts.append(
+            f"<details><summary>{title} ({len(rows)})</summary>\n\n{block}\n\n</details>"
+            if fold
+            else f"**{title}**\n\n{block}"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def show(report: dict[str, Any]) -> None:
+    """Tables on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console(highlight=False)
+    width = None if console.is_terminal else 160  # a file or a pipe has no width of its own
+    console = Console(highlight=False, width=width)
+    for line in _lines(report):
+        console.print(line, markup=False)
+    for title, headings, rows in sections(report):
+        table = RichTable(title=title, box=box.SIMPLE, title_justify="left")
+        for heading in headings:
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        console.print(table)
+    console.print(report["verdict"], style="bold" if report["exit_code"] else None, markup=False)

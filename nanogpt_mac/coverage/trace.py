@@ -1,0 +1,225 @@
+"""The operators that one training step of this model sends to MPS, predicted on a machine without it.
+
+A child process makes the simulated MPS device, with the operator set of the torch in question, and runs one iteration,
+one evaluation and the sampling of a few tokens with the project's own MPS back end; the device counts what reaches it.
+The code that calls the operators is that of the torch installed here, which is why the result says `predicted`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+from nanogpt_mac.coverage import wheel
+from nanogpt_mac.coverage.table import Kind, Table, load
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
+
+PACKAGE = Path(__file__).resolve().parents[1]
+_REGISTERED = (Kind.NATIVE, Kind.DELEGATE, Kind.PYTHON)
+# Sequences, positions and channels a head of the traced model: which operators are called depends on none of them.
+_BATCH, _LENGTH, _HEAD = 2, 16, 8
+_SYMBOLS = 65
+
+
+class NoTrace(Exception):  # noqa: N818 - a state, not a fault
+    """The operators of this model cannot be had here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Which operators reach the device in one iteration, one evaluation batch and one sampled token.
+
+    Args:
+        label: `predicted`, or `live` on a Mac.
+        device: where it was traced.
+        torch: the version whose code was traced.
+        phases: phase to operator (without `aten::`) to number of calls.
+        stopped: the error that ended the trace early; None when it is whole.
+    """
+
+    label: str
+    device: str
+    torch: str
+    phases: dict[str, dict[str, int]]
+    stopped: str | None = None
+
+    def calls(self) -> dict[str, dict[str, int]]:
+        """Operator to phase to number of calls."""
+        ops = sorted({op for phase in self.phases.values() for op in phase})
+        return {op: {name: phase[op] for name, phase in self.phases.items() if op in phase} for op in ops}
+
+
+def trace_model(model: ModelConfig, dtype: str, table: Table) -> Trace:
+    """Predicts the operators of a training step under `table`, from the cache folder where that was done before.
+
+    Raises:
+        NoTrace: not on Linux, no torch or no compiler, or the child failed.
+    """
+    if sys.platform != "linux":
+        raise NoTrace(f"the simulated MPS device runs on Linux only, not on {sys.platform}")
+    try:
+        installed = load("installed")
+    except InputError as error:
+        raise NoTrace(str(error)) from error
+    task = json.dumps({"model": asdict(model), "dtype": dtype, **_changes(installed, table)}, sort_keys=True)
+    kept = wheel.cache_folder() / "traces" / f"{_digest(task)}.json"
+    if not kept.exists():
+        result = _run_child(task)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            file.write(result)
+        Path(file.name).replace(kept)
+    return Trace(**json.loads(kept.read_text()))
+
+
+def _changes(installed: Table, table: Table) -> dict[str, Any]:
+    """How the operator set of `table` differs from the installed torch's, which the simulator knows."""
+    old = {op for op, entry in installed.entries.items() if entry.kind in _REGISTERED}
+    new = {op: entry for op, entry in table.entries.items() if entry.kind in _REGISTERED}
+    return {
+        "gained": {op: entry.facts.no_device_check for op, entry in new.items() if op not in old},
+        "lost": sorted(op for op in old - new.keys()),
+        "missing": sorted(op for op, e in table.entries.items() if e.kind in (Kind.MISSING, Kind.MISSING_CPU)),
+        "fallback": sorted(op for op, entry in table.entries.items() if entry.kind is Kind.FALLBACK),
+    }
+
+
+def _digest(task: str) -> str:
+    """Of the task and of all the code that answers it."""
+    digest = hashlib.sha256(f"{installed_version('torch')} {sys.version} {task}".encode())
+    folders = (PACKAGE / name for name in ("gpt", "backends", "simulator"))
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    for path in sorted([*files, Path(__file__)]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _run_child(task: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTORCH_")}
+    environment["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"  # a missing operator must not end the trace; read at import
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
+    argv = [sys.executable, "-W", "ignore", "-m", "nanogpt_mac.coverage.trace"]
+    child = subprocess.run(argv, input=task, capture_output=True, text=True, env=environment, check=False)
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+        raise NoTrace(f"tracing on the simulated MPS device failed: {lines[-1]}")
+    return child.stdout
+
+
+# -- in the child -----------------------------------------------------------------------------------------------------
+
+
+class _Phases:
+    """Sorts what the device counts into the phases of an iteration."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counter[str]] = {}
+        self.current = ""
+
+    def switch(self, name: str) -> str:
+        """Ends the current phase and returns its name; an empty name counts nowhere."""
+        from nanogpt_mac import simulator
+
+        if self.current:
+            for kind in ("native", "fallback", "refused"):
+                for op, calls in simulator.operators(kind).items():
+                    self.counts.setdefault(self.current, Counter())[op.removeprefix("aten::")] += calls
+        simulator.reset_counts()
+        self.current, before = name, self.current
+        return before
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        before = self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def during(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with what it calls counted under `name` while anything is being counted."""
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name if self.current else ""):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+
+def _trace(task: dict[str, Any]) -> Trace:
+    import numpy as np
+
+    from nanogpt_mac import simulator
+    from nanogpt_mac.backends import detect
+    from nanogpt_mac.backends.base import BackendOptions, Tokens
+
+    _install(task)
+    import torch
+
+    m = ModelConfig(**task["model"])
+    length = min(m.block_size, _LENGTH)
+    symbols = m.vocab_size or _SYMBOLS
+    spec = GPTSpec(m.n_layer, m.n_head, m.n_head * _HEAD, length, symbols, m.dropout, m.bias, m.gelu)
+    text = (np.arange(50 * length) % symbols).astype(np.uint16)
+    backend: Any = detect.create(
+        spec, BackendOptions("mps", dtype=task["dtype"]), Tokens({"train": text, "val": text}, length)
+    )
+    backend.load(spec.init_weights(0))
+    starts = np.arange(_BATCH)[None]
+    phases = _Phases()
+    torch.Tensor.backward = phases.during("backward", torch.Tensor.backward)  # type: ignore[method-assign]
+    torch.nn.utils.clip_grad_norm_ = phases.during("clip", torch.nn.utils.clip_grad_norm_)
+    backend.optimizer.step = phases.during("optimizer", backend.optimizer.step)
+    stopped = None
+    try:
+        backend.wait(backend.step(starts, 1e-3))  # the first iteration makes what later ones find
+        with phases.phase("forward"):
+            handle = backend.step(starts, 1e-3)
+        backend.wait(handle)
+        with phases.phase("evaluation"):
+            backend.evaluate("val", starts)
+        decode = backend.decode()
+        decode(text[:4])
+        with phases.phase("sampling"):
+            decode(text[4:5])
+    except NotImplementedError as error:  # an operator that even the fallback cannot run
+        stopped = " ".join(str(error).split())[:300]
+    counts = {name: dict(sorted(counter.items())) for name, counter in phases.counts.items()}
+    return Trace("predicted", simulator.DEVICE_NAME, torch.__version__, counts, stopped)
+
+
+def _install(task: dict[str, Any]) -> None:
+    """The simulated device with the operator set of the torch in question, as far as the installed one has them."""
+    import torch
+
+    from nanogpt_mac import simulator
+    from nanogpt_mac.simulator.optable import NO_DEVICE_CHECK, installed_table
+
+    exist = {name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")}
+    table = installed_table()
+    native = {op: flags for op, flags in table.native.items() if op not in task["lost"]}
+    native |= {op: NO_DEVICE_CHECK if free else 0 for op, free in task["gained"].items() if op in exist}
+    fallback = [op for op in task["fallback"] if op in exist]
+    missing = [op for op in task["missing"] if op in exist and op not in native]
+    simulator.install(replace(table, native=native, fallback=fallback, missing=missing))
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(asdict(_trace(json.load(sys.stdin)))))
+    except InputError as error:
+        sys.exit(str(error))
