@@ -72,6 +72,9 @@ def main(command: str, task: Callable[[Any], int]) -> int:
             raise
         print(f"{Path(sys.argv[0]).name}: {_one_line(error, command)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before a run has begun; a run that has ends with a checkpoint instead
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         _restore("HYDRA_FULL_ERROR", traceback_wanted)
     if members:

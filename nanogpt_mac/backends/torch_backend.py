@@ -13,6 +13,7 @@ from torch import Tensor
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 from nanogpt_mac.gpt.torch_gpt import GPT, KVCache
 
@@ -23,6 +24,7 @@ class Handle:
 
     result: Tensor  # float32 (2,) on the host, valid once `event` has passed
     event: Any  # None on a CPU, where the result is already there
+    sources: list[Tensor]  # what the iteration copies from, kept alive until it has
 
 
 class TorchBackend:
@@ -52,6 +54,7 @@ class TorchBackend:
             if len(array) <= base.RESIDENT_TOKENS
         }
         self.offsets = torch.arange(spec.block_size + 1, device=self.device)
+        self.sources: list[Tensor] = []
         self.iteration = 0
         self.runs_ahead = self.accelerator is not None
         simulated = options.name == "mps" and simulator.active()
@@ -66,25 +69,42 @@ class TorchBackend:
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
         betas = (o.beta1, o.beta2)
-        if o.fused_adamw is False:
-            return torch.optim.AdamW(groups, betas=betas), False
+        why_not = "was asked for" if o.fused_adamw is False else self._fused_adamw_fault()
+        if why_not and o.fused_adamw:
+            raise InputError(
+                f"backend.fused_adamw=true: torch {torch.__version__} {why_not}; allowed are null and false"
+            )
+        return torch.optim.AdamW(groups, betas=betas, fused=not why_not), not why_not
+
+    def _fused_adamw_fault(self) -> str | None:
+        """What is wrong with torch's fused AdamW on this device, asked by trying it."""
+        p = torch.ones(1, device=self.device, requires_grad=True)
+        p.grad = torch.ones_like(p)
+        optimizer: Any
         try:
-            return torch.optim.AdamW(groups, betas=betas, fused=True), True
-        except RuntimeError:  # torch's own answer where a device has no fused AdamW
-            if o.fused_adamw:
-                raise
-            return torch.optim.AdamW(groups, betas=betas), False
+            optimizer = torch.optim.AdamW([p], lr=1.0, fused=True)
+        except RuntimeError:  # torch's own answer where a device has none
+            return f"has no fused AdamW on {self.device.type}"
+        optimizer.found_inf = torch.ones((), device=self.device)  # what GradScaler sets after an overflow
+        optimizer.step()
+        if self.options.dtype == "float16" and p.item() != 1.0:  # MPS until pytorch PR 186360
+            return f"updates weights after a float16 overflow in its fused AdamW on {self.device.type}"
+        return None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def batch(self, split: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Tokens and targets, int64 (B, T) each, gathered on the device where the split lives there."""
-        if split in self.resident:
-            rows = torch.from_numpy(starts).to(self.device, non_blocking=True)[:, None] + self.offsets
-            window = self.resident[split][rows]
-        else:
-            window = torch.from_numpy(self.tokens.windows(split, starts)).to(self.device, non_blocking=True)
+        """Tokens and targets, int64 (B, T) each, gathered on the device where the split lives there.
+
+        The copy to the device does not wait: on MPS a blocking one would drain the queue. It reads its source later
+        (pytorch issue 189690), so `sources` keeps that alive until the iteration is complete.
+        """
+        resident = split in self.resident
+        source = torch.from_numpy(starts if resident else self.tokens.windows(split, starts))
+        self.sources.append(source)
+        moved = source.to(self.device, non_blocking=True)
+        window = self.resident[split][moved[:, None] + self.offsets] if resident else moved
         window = window.long()
         return window[:, :-1], window[:, 1:]
 
@@ -113,13 +133,15 @@ class TorchBackend:
 
     def _handle(self, result: Tensor) -> Handle:
         """Send the result to the host behind the iteration's work, so that reading it later drains nothing."""
+        sources, self.sources = self.sources, []
         if self.accelerator is None:
-            return Handle(result, None)
-        host = torch.empty(2, pin_memory=self.device.type == "cuda")
+            return Handle(result, None, sources)
+        # NaN, so that a copy that an event failed to wait for would end the run and not pass for a loss.
+        host = torch.full((2,), float("nan"), pin_memory=self.device.type == "cuda")
         host.copy_(result, non_blocking=True)
         event = self.accelerator.Event()
         event.record()
-        return Handle(host, event)
+        return Handle(host, event, sources)
 
     def wait(self, handle: Handle) -> tuple[float, float]:
         if handle.event is not None:
@@ -135,7 +157,9 @@ class TorchBackend:
             x, y = self.batch(split, batch_starts)
             with self.autocast():
                 total += self.loss(x, y)
-        return total.item() / len(starts)
+        mean = total.item() / len(starts)
+        self.sources.clear()
+        return mean
 
     # -- looking inside -----------------------------------------------------------------------------------------
 

@@ -226,7 +226,7 @@ def _machine_facts() -> dict[str, Any]:
 
 
 def _sample(config: Config, corpus: Corpus, spec: GPTSpec, backend: Backend, folder: Path) -> None:
-    prompt = corpus.encoder.encode("\n") or [0]
+    prompt = [int(corpus.val[0])]
     symbols = corpus.encoder.vocab_size
     drawn = base.generate(backend, spec, prompt, config.sample_tokens, 0.8, 200, config.seed, symbols)
     text = corpus.encoder.decode(list(drawn))

@@ -229,6 +229,29 @@ def test_fused_adamw_is_used_and_can_be_switched_off(make, starts):
         np.testing.assert_allclose(w, loop.state().weights[n], atol=1e-6)
 
 
+def test_a_fused_adamw_that_ignores_overflows_is_not_used_for_float16(make, starts, monkeypatch):
+    """As torch's was on MPS until 2026: found_inf has no effect. The loop over tensors takes its place."""
+    real = torch.optim.AdamW.step
+
+    def ignores(self, *args, **keys):
+        if self.defaults["fused"] and hasattr(self, "found_inf"):
+            del self.found_inf
+        return real(self, *args, **keys)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", ignores)
+    assert make("cpu").details["fused_adamw"]
+    backend = make("cpu", dtype="float16")
+    assert not backend.details["fused_adamw"]
+    with pytest.raises(InputError, match=r"backend\.fused_adamw=true: .* after a float16 overflow"):
+        make("cpu", dtype="float16", fused_adamw=True)
+    monkeypatch.undo()
+    state = backend.state()
+    state.loss_scale = 2.0**40
+    backend.restore(state)
+    backend.wait(backend.step(starts(0), 1e-3))
+    assert all((backend.state().weights[n] == w).all() for n, w in state.weights.items())
+
+
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_mlx_reads_the_precision_once_and_says_so(make, precision):
     make("mlx", matmul_precision="highest")
