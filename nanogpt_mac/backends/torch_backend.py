@@ -74,7 +74,7 @@ class TorchBackend:
             raise InputError(
                 f"backend.fused_adamw=true: torch {torch.__version__} {why_not}; allowed are null and false"
             )
-        return torch.optim.AdamW(groups, betas=betas, fused=not why_not), not why_not
+        return torch.optim.AdamW(groups, betas=betas, fused=None if why_not else True), not why_not
 
     def _fused_adamw_fault(self) -> str | None:
         """What is wrong with torch's fused AdamW on this device, asked by trying it."""
