@@ -7,6 +7,7 @@ into one fresh process a member.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import signal
@@ -46,6 +47,7 @@ def main(command: str, task: Callable[[Any], int]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to the one place below that words them
     codes: list[int] = []
     mistakes: list[Exception] = []
+    started: list[str] = []
     members: list[tuple[str, int]] = []
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=command)
@@ -53,16 +55,21 @@ def main(command: str, task: Callable[[Any], int]) -> int:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             members.append(_run_member(len(members)))
             return
-        if any(o.startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra):
-            cfg.run_dir = HydraConfig.get().runtime.output_dir
         try:
             if cfg.get("init_from") == "resume":
                 cfg = _resumed(cfg)
             _refuse_new_keys(command)
-            codes.append(task(_typed(cfg)))
+            config = _typed(cfg)
+            if command == "config":
+                config.given = [_key(override) for override in HydraConfig.get().overrides.task]
+            started.append(command)
+            codes.append(task(config))
         except (InputError, OmegaConfBaseException) as error:  # kept from Hydra, which would announce it as a crash
             mistakes.append(error)
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a text may hold what this terminal cannot show
+    given, sys.argv = sys.argv, _tidied(sys.argv, command)
     try:
         app()
         if mistakes:
@@ -72,14 +79,47 @@ def main(command: str, task: Callable[[Any], int]) -> int:
             raise
         print(f"{Path(sys.argv[0]).name}: {_one_line(error, command)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if started or members:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error.filename}: cannot be made: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:  # before a run has begun; a run that has ends with a checkpoint instead
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
         _restore("HYDRA_FULL_ERROR", traceback_wanted)
+        sys.argv = given
     if members:
         return _report(members)
     return codes[-1] if codes else 0
+
+
+def _tidied(argv: list[str], command: str) -> list[str]:
+    """The command line as Hydra needs it: -m first, prompts quoted, hydra.run.dir as run_dir (made after checks)."""
+    multirun = [a for a in argv[1:] if a in ("-m", "--multirun")]
+    rest = [a for a in argv[1:] if a not in ("-m", "--multirun")]
+    if command == "sample":
+        rest = [_quoted("prompt", a.removeprefix("prompt=")) if a.startswith("prompt=") else a for a in rest]
+    if command == "config":
+        rest = [a.replace("hydra.run.dir=", "run_dir=", 1) if a.startswith("hydra.run.dir=") else a for a in rest]
+    return [argv[0], *multirun, *rest]
+
+
+def _quoted(key: str, value: str) -> str:
+    """`key=value` with any value, in Hydra's grammar; one that is quoted already stays as it is."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return f"{key}={value}"
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
+    trailing = len(escaped) - len(escaped.rstrip("\\"))
+    return f"{key}='{escaped}{chr(92) * trailing}'"
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=")[0].split("@")[0]
 
 
 def _refuse_new_keys(command: str) -> None:
@@ -111,21 +151,13 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     path = checkpoint.find(cfg.run)
     resumed = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), checkpoint.read_meta(path)["config"]))
     for override in HydraConfig.get().overrides.task:
-        key = override.lstrip("+~").split("=")[0].split("@")[0]
+        key = _key(override)
         if key in GLOBAL_GROUPS:
             raise InputError(f"{override}: a resumed run keeps its recipe; allowed are single keys, such as max_iters")
-        key = "wandb" if key == "logger" else key
-        if key == "model" or key.startswith("model."):
-            _refuse_other_model(key, cfg, resumed)
+        key = {"logger": "wandb", "path": "data.path", "data_dir": "data.dir"}.get(key, key)
         OmegaConf.update(resumed, key, OmegaConf.select(cfg, key), merge=False)
     resumed.init_from, resumed.run, resumed.run_dir = "resume", cfg.run, cfg.run_dir
     return resumed
-
-
-def _refuse_other_model(key: str, cfg: DictConfig, resumed: DictConfig) -> None:
-    new, old = OmegaConf.select(cfg, key), OmegaConf.select(resumed, key)
-    if new != old and key != "model.dropout":
-        raise InputError(f"{key}={new}: the checkpoint has {old}; a resumed run keeps its model")
 
 
 # -- sweeps -----------------------------------------------------------------------------------------------------------
@@ -135,9 +167,8 @@ def _run_member(number: int) -> tuple[str, int]:
     """Run one member of a sweep in a process of its own: nothing leaks to the next, and a crash ends only it."""
     hydra_cfg = HydraConfig.get()
     overrides = list(hydra_cfg.overrides.task)
-    sweep_dir = Path(hydra_cfg.sweep.dir).absolute()
     if not any(o.startswith("run_dir=") for o in overrides):
-        overrides.append(f"run_dir='{sweep_dir / f'{number}-{{name}}'}'")
+        overrides.append(_quoted("run_dir", str(Path(hydra_cfg.sweep.dir) / f"{number}-{{name}}")))
     title = " ".join(hydra_cfg.overrides.task)
     print(f"== sweep member {number}: {title}", flush=True)
     received: list[int] = []

@@ -54,6 +54,7 @@ class Config:
     run_dir: str = "runs/{date}/{time}-{name}"
     data_dir: str = "data"
     path: str | None = None  # short for data.path
+    given: list[str] = field(default_factory=list)  # the keys that the command line named; cli.py fills it in
 
     max_iters: int = 5000
     batch_size: int = 64
@@ -115,6 +116,11 @@ def _at_least(config: Any, low: float, *keys: str) -> None:
             raise InputError(f"{key}={value}: must be at least {low}")
 
 
+def _seed(config: Config | SampleConfig) -> None:
+    if not 0 <= config.seed < 2**63:
+        raise InputError(f"seed={config.seed}: allowed are whole numbers from 0 to 2**63 - 1")
+
+
 def _check_backend(config: Config | SampleConfig) -> None:
     _one_of("backend", config.backend.name, ("auto", *NAMES))
     _one_of("backend.compile_mode", config.backend.compile_mode, COMPILE_MODES)
@@ -130,7 +136,8 @@ def validate(config: Config) -> None:
     _one_of("sync", config.sync, SYNC_POLICIES)
     _one_of("wandb.mode", config.wandb.mode, WANDB_MODES)
     _at_least(config, 1, "max_iters", "batch_size", "gradient_accumulation_steps", "eval_iters", "log_interval")
-    _at_least(config, 0, "seed", "warmup_iters", "eval_interval", "timing_warmup", "sample_tokens")
+    _seed(config)
+    _at_least(config, 0, "warmup_iters", "eval_interval", "timing_warmup", "sample_tokens")
     _at_least(config, 0.0, "learning_rate", "min_lr", "weight_decay", "grad_clip", "gemm_seconds")
     for key in ("beta1", "beta2"):
         if not 0.0 <= getattr(config, key) < 1.0:
@@ -150,6 +157,7 @@ def validate_sample(config: SampleConfig) -> None:
     _check_backend(config)
     _one_of("checkpoint", config.checkpoint, ("last", "best"))
     _at_least(config, 1, "num_samples", "max_new_tokens")
-    _at_least(config, 0, "seed", "temperature")
+    _seed(config)
+    _at_least(config, 0, "temperature")
     if config.top_k is not None:
         _at_least(config, 1, "top_k")

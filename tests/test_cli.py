@@ -111,6 +111,9 @@ VALUES = [
     (["data.path=nowhere.txt"], "data.path=nowhere.txt: "),
     (["backend=cpu", "backend.fused_adamw=true", "model.n_layer=0"], "model.n_layer=0: must be at least 1"),
     (["run_dir=data.txt/x"], "run_dir=data.txt/x: "),
+    (["run_dir=data.txt"], "run_dir=data.txt: cannot be made: "),
+    (["hydra.run.dir=data.txt"], "run_dir=data.txt: cannot be made: "),
+    (["seed=99999999999999999999999"], "seed=99999999999999999999999: allowed are whole numbers"),
 ]
 
 
@@ -143,6 +146,23 @@ def test_an_absent_back_end_names_those_that_are_there(compose, tmp_path, monkey
     assert code == 2
     assert re.fullmatch(r"train\.py: backend=mps: not available here: .*Available: auto, cpu.*\n", err), err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_needs_no_quotes_of_its_own(compose):
+    for prompt in ("ROMEO: it's (a) test", "é", "12", "a=b", "{x}", "back\\", "'quoted'"):
+        code, config, err = compose("run=x", f"prompt={prompt}", command="sample")
+        assert code == 0, err
+        assert config.prompt == prompt.strip("'")
+
+
+def test_multirun_may_stand_anywhere(compose, monkeypatch):
+    monkeypatch.setattr(cli, "_run_member", lambda number: (str(number), 0))
+    for argv in (
+        ["-m", "seed=1,2", "max_iters=3"],
+        ["seed=1,2", "-m", "max_iters=3"],
+        ["seed=1,2", "max_iters=3", "-m"],
+    ):
+        assert compose(*argv)[0] == 0
 
 
 def test_sample_needs_a_run(compose):

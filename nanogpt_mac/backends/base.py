@@ -150,10 +150,10 @@ def draw(scores: np.ndarray, temperature: float, top_k: int | None, uniform: flo
     """One token from float64 logits (V,) by inverting the cumulative softmax at `uniform` in [0, 1)."""
     if temperature == 0.0:
         return int(scores.argmax())
-    scores = scores / temperature
+    scores = (scores - scores.max()) / temperature
     if top_k is not None and top_k < len(scores):
         scores = np.where(scores < np.partition(scores, -top_k)[-top_k], -np.inf, scores)
-    cumulative = np.cumsum(np.exp(scores - scores.max()))
+    cumulative = np.cumsum(np.exp(scores))
     return min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(scores) - 1)
 
 

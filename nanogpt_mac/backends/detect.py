@@ -67,15 +67,16 @@ def create(spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> Backend:
 
         return MLXBackend(spec, options, tokens)
     if options.name == "cpu" and options.compile:
-        _require_compiler("torch.compile on a CPU")
+        _require_compiler("torch.compile", os.environ.get("CXX", "g++"), "g++", "clang++")
     from nanogpt_mac.backends.torch_backend import TorchBackend
 
     return TorchBackend(spec, options, tokens)
 
 
-def _require_compiler(what: str) -> None:
-    if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        raise InputError(f"compile=true: {what} needs a C++ compiler (g++ or clang++) and none is on PATH")
+def _require_compiler(what: str, *compilers: str) -> None:
+    if not any(shutil.which(compiler) for compiler in compilers):
+        names = " or ".join(dict.fromkeys(compilers))
+        raise InputError(f"compile=true: {what} on a CPU needs {names}, not found on PATH; allowed is compile=false")
 
 
 def _prepare_mlx(options: BackendOptions) -> None:
@@ -95,7 +96,7 @@ def _prepare_mlx(options: BackendOptions) -> None:
     import mlx.core as mx
 
     if options.compile and mx.default_device() == mx.Device(mx.cpu):
-        _require_compiler("mx.compile on a CPU")
+        _require_compiler("mx.compile", "g++")  # the only one that MLX asks for; without it nothing would be fused
 
 
 def _borrow_torch_blas() -> None:

@@ -87,10 +87,10 @@ class MLXBackend:
         windows, scale = self._windows("train", batch), self.optimizer["loss_scale"]
         total, grads = mx.zeros(()), Arrays()
         for window in windows:
-            loss, new = _loss_and_grads(self.model, window[:, :-1], window[:, 1:], scale)
+            loss, new = _loss_and_grads(self.model, window[:, :-1], window[:, 1:], scale / len(windows))
             total = total + loss / len(windows)
             grads = {name: grads[name] + g if name in grads else g for name, g in new.items()}
-        grads = {name: g / (scale * len(windows)) for name, g in grads.items()}
+        grads = {name: g / scale for name, g in grads.items()}
         norm = mx.sqrt(sum((mx.sum(mx.square(g)) for g in grads.values()), start=mx.zeros(())))
         if self.options.grad_clip:  # torch.nn.utils.clip_grad_norm_
             clip = mx.minimum(self.options.grad_clip / (norm + 1e-6), 1.0)

@@ -35,6 +35,10 @@ class Pretrained:
         return dataclasses.replace(self, spec=spec, state=TrainState.fresh(weights))
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def is_pretrained(source: str) -> bool:
     """Whether `source` is one of the things that `load` reads (and no run or checkpoint of ours)."""
     return source in GPT2 or source.endswith(".pt") or (Path(source) / "model.safetensors").is_file()
@@ -45,10 +49,18 @@ def load(source: str, dropout: float) -> Pretrained:
     if source in GPT2:
         return _huggingface(_download(source), dropout)
     path = Path(source)
-    if path.is_dir():
-        return _huggingface(path, dropout)
-    if path.is_file():
-        return _nanogpt(path, dropout)
+    try:
+        if path.is_dir():
+            return _huggingface(path, dropout)
+        if path.is_file():
+            return _nanogpt(path, dropout)
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # of the wrong kind
+        raise InputError(f"init_from={source}: damaged: {type(error).__name__}: {_first_line(error)}") from error
     raise InputError(f"init_from={source}: no such file or folder, and no known name; allowed are {ALLOWED}")
 
 
@@ -58,8 +70,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"init_from={name}: cannot be had from the Hugging Face hub: {reason}") from error
+        raise InputError(f"init_from={name}: cannot be had from the Hugging Face hub: {_first_line(error)}") from error
 
 
 def _huggingface(folder: Path, dropout: float) -> Pretrained:
@@ -71,8 +82,7 @@ def _huggingface(folder: Path, dropout: float) -> Pretrained:
         config = json.loads((folder / "config.json").read_bytes())
         tensors = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"init_from={folder}: not a readable GPT-2 folder: {reason}") from error
+        raise InputError(f"init_from={folder}: not a readable GPT-2 folder: {_first_line(error)}") from error
     spec = _huggingface_spec(folder, config, dropout)
     weights = {}
     for name, array in tensors.items():
@@ -121,7 +131,7 @@ def _nanogpt(path: Path, dropout: float) -> Pretrained:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no family of its own: a cut zip, a pickle that would run code, ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _first_line(error)
         raise InputError(f"init_from={path}: not a checkpoint that can be read without running it: {reason}") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "model_args" not in saved:
         raise InputError(f"init_from={path}: holds no nanoGPT checkpoint (no model and model_args)")
@@ -134,16 +144,19 @@ def _nanogpt(path: Path, dropout: float) -> Pretrained:
         raise InputError(f"init_from={path}: model_args lacks a whole number: {error}") from error
     spec = GPTSpec(**sizes, dropout=dropout, bias=bool(args.get("bias", True)))
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, tensors["transformer.wte.weight"]):
+        raise InputError(f"init_from={path}: its lm_head.weight is not transformer.wte.weight; allowed is a tied head")
     weights = {
-        name: tensor.float().numpy().copy()
-        for name, tensor in tensors.items()
-        if name != "lm_head.weight" and not name.endswith(".attn.bias.mask") and name in spec.shapes()
-    }
+        name: tensor.float().numpy().copy() for name, tensor in tensors.items() if not name.endswith(".attn.bias")
+    }  # .attn.bias is the causal mask of a model without fused attention
     spec.check(weights, str(path))
     state = TrainState.fresh(weights)
     trained = _moments(saved.get("optimizer"), spec, state, path)
     if trained:
         state.iteration = int(saved.get("iter_num", 0))
+        if state.iteration < 0:
+            raise InputError(f"init_from={path}: iter_num={state.iteration}: must be at least 0")
     config = saved.get("config")
     dataset = config.get("dataset") if isinstance(config, dict) else None
     best = float(saved["best_val_loss"]) if trained and "best_val_loss" in saved else float("inf")

@@ -93,7 +93,7 @@ def find(run: str, which: str = "last") -> Path:
     candidates = (folder, folder / "ckpt" / which, folder / which)
     for candidate in candidates:
         if (candidate / "state.json").is_file():
-            return candidate
+            return candidate.resolve()  # a run under way may move `last` on at any moment
     raise InputError(f"run={run}: holds no checkpoint (no ckpt/{which}/state.json)")
 
 
@@ -121,6 +121,20 @@ def read_spec(folder: Path, meta: dict[str, Any]) -> GPTSpec:
         raise InputError(f"{folder / 'state.json'}: damaged: spec: {_first_line(error)}") from error
 
 
+def open_run(
+    run: str, which: str = "last", weights_only: bool = False
+) -> tuple[Path, tuple[GPTSpec, TrainState, dict[str, Any]]]:
+    """`find` and `load`, once more where a run under way has replaced the checkpoint in between."""
+    for _ in range(5):
+        folder = find(run, which)
+        try:
+            return folder, load(folder, weights_only)
+        except InputError:
+            if (folder / "state.json").exists():
+                raise
+    raise InputError(f"run={run}: its checkpoints are replaced faster than they can be read")
+
+
 def load(folder: Path, weights_only: bool = False) -> tuple[GPTSpec, TrainState, dict[str, Any]]:
     """Read a checkpoint whole, checking digests, names, shapes and values; InputError names what is wrong.
 
@@ -140,9 +154,13 @@ def load(folder: Path, weights_only: bool = False) -> tuple[GPTSpec, TrainState,
             setattr(state, kind, part)
     for key in COUNTERS:
         value = meta.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+        kinds = int | float if key == "loss_scale" else int
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise InputError(f"{folder / 'state.json'}: damaged: {key}={value!r}")
         setattr(state, key, value)
+    best = meta.get("best_val_loss")
+    if best is not None and not isinstance(best, int | float):
+        raise InputError(f"{folder / 'state.json'}: damaged: best_val_loss={best!r}")
     return spec, state, meta
 
 

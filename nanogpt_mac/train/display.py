@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 from nanogpt_mac.train.clock import Completion
+
+
+def say(text: str) -> None:
+    """Print a line; where `| head` has seen enough the run goes on in silence."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Lines:
@@ -23,7 +32,7 @@ class Lines:
         self.say(f"step {iteration}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        say(text)
 
     def close(self) -> None:
         pass

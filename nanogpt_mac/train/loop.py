@@ -101,6 +101,7 @@ class Loop:
                 is_best = val_loss < self.best
                 self.best = min(self.best, val_loss)
         self.recorder.event("pause", iteration, **self.facts())
-        if self.save is not None and iteration > start and (last or self._evaluates(iteration)):
+        learnt = iteration > start or (is_best and config.init_from != "scratch")
+        if self.save is not None and learnt and (last or self._evaluates(iteration)):
             self.save(self.best, is_best)
         self.recorder.flush()

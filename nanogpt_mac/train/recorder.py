@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -47,7 +48,8 @@ def make_folder(pattern: str, name: str) -> Path:
     now = datetime.now()
     text = pattern.replace("{date}", now.strftime("%Y-%m-%d")).replace("{time}", now.strftime("%H-%M-%S"))
     folder = Path(text.replace("{name}", name))
-    if "{" not in pattern and (folder / "metrics.jsonl").exists():
+    is_pattern = any(name in pattern for name in ("{date}", "{time}", "{name}"))
+    if not is_pattern and (folder / "metrics.jsonl").exists():
         raise InputError(f"run_dir={pattern}: already holds a run; allowed is a new or an empty folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -56,9 +58,11 @@ def make_folder(pattern: str, name: str) -> Path:
             try:
                 candidate.mkdir()
             except FileExistsError:
-                if "{" in pattern:
+                if is_pattern:
                     continue
             break
+        if not os.access(candidate, os.W_OK | os.X_OK) or not candidate.is_dir():
+            raise PermissionError(errno.EACCES, "not a folder that can be written", str(candidate))
     except OSError as error:
         raise InputError(f"run_dir={pattern}: cannot be made: {error.strerror}: {error.filename}") from error
     return candidate

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import signal
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,8 @@ from nanogpt_mac.backends import base, detect
 from nanogpt_mac.backends.base import Backend, BackendOptions, Tokens
 from nanogpt_mac.config import Config, validate
 from nanogpt_mac.corpus import Corpus, prepare
-from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 from nanogpt_mac.machine import chips, energy, gemm, probe
 from nanogpt_mac.train import checkpoint, display
 from nanogpt_mac.train.loop import Loop
@@ -33,6 +35,7 @@ def run(config: Config) -> int:
     compiled = detect.resolve_compile(config.compile, name)
     corpus = prepare(config.data)
     source = open_source(config, corpus)
+    config.model = ModelConfig(**dataclasses.asdict(source.spec))  # what is recorded is what runs
     options = BackendOptions(
         name,
         compile=compiled,
@@ -54,7 +57,11 @@ def run(config: Config) -> int:
     environment = probe.environment()
     folder = make_folder(config.run_dir, f"{name}-compile" if compiled else name)
     with _signals() as stop, probe.awake():
-        return _train(config, corpus, source, backend, work, environment, folder, stop)
+        code = _train(config, corpus, source, backend, work, environment, folder, stop)
+    if code == 0 and config.sample_tokens:
+        _sample(config, corpus, source.spec, backend, folder)
+    display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
+    return code
 
 
 def _train(
@@ -68,8 +75,8 @@ def _train(
     stop: list[int],
 ) -> int:
     facts = _facts(config, corpus, source, backend)
-    _write_inputs(folder, config, environment | {"backend": facts})
     recorder = Recorder(folder, work, _wandb(config, folder, facts))
+    _write_inputs(folder, config, environment | {"backend": facts})
     screen = display.make(config.max_iters, config.log_interval, source.state.iteration)
     start = source.state.iteration
     _announce(screen, folder, source, facts, work)
@@ -112,9 +119,6 @@ def _train(
         times = probe.process_times()
         recorder.summary({**facts, **ending, "process": times, "energy": meter.stop()})
         recorder.close()
-    if state == "finished" and config.sample_tokens:
-        _sample(config, corpus, source.spec, backend, folder)
-    print(f"{state}: {folder}", flush=True)
     if stop:
         return 128 + stop[0]
     return 0 if state == "finished" else 1
@@ -188,17 +192,26 @@ def _wandb(config: Config, folder: Path, facts: dict[str, Any]) -> Any:
     import wandb
 
     w = config.wandb
-    return wandb.init(
-        project=w.project,
-        entity=w.entity,
-        group=w.group,
-        name=w.name or folder.name,
-        tags=[*w.tags, facts["backend"], facts["corpus"]],
-        mode=cast(Any, w.mode),  # validate() has checked it
-        dir=folder,
-        config=dataclasses.asdict(config) | {"facts": facts},
-        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
-    )
+    try:
+        return wandb.init(
+            project=w.project,
+            entity=w.entity,
+            group=w.group,
+            name=w.name or folder.name,
+            tags=[*w.tags, facts["backend"], facts["corpus"]],
+            mode=cast(Any, w.mode),  # validate() has checked it
+            dir=folder,
+            config=dataclasses.asdict(config) | {"facts": facts},
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+        )
+    except wandb.errors.Error as error:
+        shutil.rmtree(folder / "wandb", ignore_errors=True)
+        with suppress(OSError):  # a folder of the user's own may hold other things
+            folder.rmdir()
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"wandb.mode={w.mode}: {reason}; allowed without an account are offline and disabled"
+        ) from error
 
 
 def _announce(screen: display.Lines, folder: Path, source: Source, facts: dict[str, Any], work: Work) -> None:
@@ -230,8 +243,8 @@ def _sample(config: Config, corpus: Corpus, spec: GPTSpec, backend: Backend, fol
     symbols = corpus.encoder.vocab_size
     drawn = base.generate(backend, spec, prompt, config.sample_tokens, 0.8, 200, config.seed, symbols)
     text = corpus.encoder.decode(list(drawn))
-    (folder / "sample.txt").write_text(text)
-    print(f"--- a sample (temperature 0.8)\n{text}\n---", flush=True)
+    (folder / "sample.txt").write_text(text, encoding="utf-8")
+    display.say(f"--- a sample (temperature 0.8)\n{text}\n---")
 
 
 @contextmanager

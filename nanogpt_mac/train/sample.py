@@ -23,7 +23,10 @@ def run(config: SampleConfig) -> int:
     validate_sample(config)
     name = detect.resolve(config.backend.name)
     spec, state, encoder = _open(config)
-    prompt = encoder.encode(_prompt(config.prompt))
+    try:
+        prompt = encoder.encode(_prompt(config.prompt))
+    except InputError as error:
+        raise InputError(f"prompt={config.prompt!r}: {error}") from error
     if not prompt:
         raise InputError("prompt='': must hold at least one symbol")
     options = BackendOptions(
@@ -57,7 +60,7 @@ def run(config: SampleConfig) -> int:
 
 def _open(config: SampleConfig) -> tuple[GPTSpec, TrainState, Encoder]:
     if Path(config.run).exists() and not pretrained.is_pretrained(config.run):
-        spec, state, meta = checkpoint.load(checkpoint.find(config.run, config.checkpoint), weights_only=True)
+        _, (spec, state, meta) = checkpoint.open_run(config.run, config.checkpoint, weights_only=True)
         return spec, state, encoder_from_json(meta["encoder"])
     if not pretrained.is_pretrained(config.run):
         checkpoint.find(config.run)  # words the mistake
@@ -78,7 +81,7 @@ def _prompt(text: str) -> str:
         return text.replace("\\n", "\n")
     path = Path(text.removeprefix("FILE:"))
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompt={text}: cannot be read: {error}") from error
 

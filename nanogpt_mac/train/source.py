@@ -12,7 +12,7 @@ from nanogpt_mac.corpus import Corpus
 from nanogpt_mac.corpus.encoders import GPT2Encoder
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt import pretrained
-from nanogpt_mac.gpt.spec import GPTSpec, TrainState
+from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig, TrainState
 from nanogpt_mac.train import checkpoint
 
 NANOGPT_GPT2_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as nanoGPT trains it from scratch
@@ -61,9 +61,9 @@ def _open(config: Config, corpus: Corpus) -> Source:
         return Source(spec, TrainState.fresh(spec.init_weights(config.seed)))
 
     if config.init_from == "resume":
-        folder = checkpoint.find(str(config.run))
-        spec, state, meta = checkpoint.load(folder)
+        folder, (spec, state, meta) = checkpoint.open_run(str(config.run))
         _same_corpus(meta, corpus, folder)
+        _refuse_other_sizes(config, spec, str(config.run))
         spec = dataclasses.replace(spec, dropout=config.model.dropout)
         best = meta.get("best_val_loss")
         return Source(spec, state, float("inf") if best is None else best, f"run={config.run}")
@@ -71,7 +71,16 @@ def _open(config: Config, corpus: Corpus) -> Source:
     loaded = pretrained.load(config.init_from, config.model.dropout)
     if not loaded.trained and config.model.block_size < loaded.spec.block_size:
         loaded = loaded.crop(config.model.block_size)
+    _refuse_other_sizes(config, loaded.spec, config.init_from)
     return Source(loaded.spec, loaded.state, loaded.best, f"init_from={config.init_from}")
+
+
+def _refuse_other_sizes(config: Config, spec: GPTSpec, source: str) -> None:
+    """What the command line itself says of the model must be so; a recipe's own sizes give way to the weights'."""
+    for key in (f.name for f in dataclasses.fields(ModelConfig) if f.name != "dropout"):
+        new, old = getattr(config.model, key), getattr(spec, key)
+        if {"model", f"model.{key}"} & set(config.given) and new not in (None, old):
+            raise InputError(f"model.{key}={new}: {source} has {old}, and weights keep their sizes; allowed is {old}")
 
 
 def _same_corpus(meta: dict[str, Any], corpus: Corpus, folder: Path) -> None:

@@ -180,6 +180,35 @@ def test_optimizer_of_another_model_is_refused(tmp_path):
         pretrained.load(str(tmp_path / "ckpt.pt"), dropout=0.0)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: s["optimizer"]["state"][1].pop("exp_avg"),
+        lambda s: s.update(iter_num="abc"),
+        lambda s: s.update(iter_num=-5),
+        lambda s: s.update(best_val_loss=None),
+        lambda s: s["model"].update({"transformer.h.7.ln_1.weight": torch.ones(8)}),
+        lambda s: s["model"].update({"_orig_mod.transformer.ln_f.weight": "ones"}),
+        lambda s: s["model"].update({"_orig_mod.lm_head.weight": torch.zeros(5, 8)}),
+        lambda s: s["model_args"].pop("n_head"),
+    ],
+)
+def test_a_checkpoint_with_one_wrong_value_is_one_line(tmp_path, damage):
+    _, _, saved = nanogpt_checkpoint(GPTSpec(1, 1, 8, 4, 5), None)
+    damage(saved)
+    torch.save(saved, tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match=r"ckpt\.pt") as raised:
+        pretrained.load(str(tmp_path / "ckpt.pt"), dropout=0.0)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_config_that_is_no_object_is_one_line(huggingface):
+    _, folder = huggingface()
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="damaged"):
+        pretrained.load(str(folder), dropout=0.0)
+
+
 def test_weights_without_an_optimizer_start_afresh(tmp_path):
     _, _, saved = nanogpt_checkpoint(GPTSpec(1, 1, 8, 4, 5), None)
     torch.save({k: saved[k] for k in ("model", "model_args")}, tmp_path / "ckpt.pt")

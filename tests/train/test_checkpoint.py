@@ -85,6 +85,9 @@ def test_a_damaged_file_is_named(saved, name, damage):
         {"spec": META["spec"] | {"n_layer": 2}},
         {"spec": META["spec"] | {"n_embd": "8"}},
         {"iteration": -1},
+        {"iteration": 14.5},
+        {"loss_scale": float("inf")},
+        {"best_val_loss": "low"},
         {"loss_scale": "much"},
         {"sha256": {}},
     ],
@@ -127,9 +130,9 @@ def test_a_kill_at_any_step_leaves_the_former_checkpoint(tmp_path, monkeypatch, 
 
 def test_find_takes_a_run_a_checkpoint_or_says_what_is_missing(saved, tmp_path):
     run = saved.parent.parent
-    assert checkpoint.find(str(run)) == run / "ckpt" / "last"
-    assert checkpoint.find(str(run), "best") == run / "ckpt" / "best"
-    assert checkpoint.find(str(saved)) == saved
+    assert checkpoint.find(str(run)) == (run / "ckpt" / "last").resolve()
+    assert checkpoint.find(str(run), "best") == (run / "ckpt" / "best").resolve()
+    assert checkpoint.find(str(saved)) == saved.resolve()
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no checkpoint"):
         checkpoint.find(str(tmp_path / "empty"))

@@ -123,8 +123,9 @@ def test_what_cannot_be_resumed_is_said_in_one_line(command, text):
     (text / "other.txt").write_text(TEXT.replace("hill", "road"))
     for overrides, line in [
         (["max_iters=20"], "max_iters=20: run=a is already at iteration 20; allowed is more"),
-        (["max_iters=30", "model.n_layer=3"], "model.n_layer=3: the checkpoint has 2"),
-        (["max_iters=30", "path=other.txt", "data.path=other.txt"], "data=text: .* was trained on other text"),
+        (["max_iters=30", "model.n_layer=3"], "model.n_layer=3: a has 2, and weights keep their sizes; allowed is 2"),
+        (["max_iters=30", "path=nowhere.txt"], "data.path=nowhere.txt: "),
+        (["max_iters=30", "path=other.txt"], "data=text: .* was trained on other text"),
         (["max_iters=30", "experiment=quick"], "experiment=quick: a resumed run keeps its recipe"),
     ]:
         done = command("train.py", "init_from=resume", "run=a", "backend=cpu", *overrides)
@@ -227,6 +228,19 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(command, text)
     assert done.returncode == 1, done.stdout
     assert "training has diverged" in done.stdout
     assert json.loads((text / "run/summary.json").read_text())["exit_state"] == "diverged"
+
+
+def test_a_reader_that_leaves_and_a_poor_terminal_do_not_end_a_run(text):
+    (text / "text.txt").write_text(TEXT.replace("hill", "hïll ☃"), encoding="utf-8")
+    argv = [sys.executable, str(ROOT / "train.py"), *SMOKE, "backend=cpu", "wandb.mode=disabled", "run_dir=run"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen(argv, cwd=text, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0, process.stderr.read()
+    process.stderr.close()
+    assert json.loads((text / "run/summary.json").read_text())["exit_state"] == "finished"
+    assert len((text / "run/sample.txt").read_text(encoding="utf-8")) == 60
 
 
 def test_hydra_run_dir_is_obeyed_and_a_run_is_never_overwritten(command, text):
