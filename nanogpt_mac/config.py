@@ -54,7 +54,7 @@ class Config:
     run_dir: str = "runs/{date}/{time}-{name}"
     data_dir: str = "data"
     path: str | None = None  # short for data.path
-    given: list[str] = field(default_factory=list)  # the keys that the command line named; cli.py fills it in
+    given: list[str] = field(default_factory=list)  # filled in by cli.py: the keys that the command line named
 
     max_iters: int = 5000
     batch_size: int = 64
