@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,9 +45,12 @@ def test_one_run_leaves_every_record(command, text, name):
     environment = json.loads((run / "env.json").read_text())
     assert environment["versions"]["torch"]
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["exit_state"], summary["errors"], summary["corpus"]) == ("finished", [], "text")
+    assert (summary["exit_state"], summary["corpus"]) == ("finished", "text")
     assert summary["process"]["user"] > 0.1
-    assert 0 < summary["mfu_measured"] < 1
+    if summary["errors"]:  # a machine so busy that its measured matmul was slower than the model's own
+        assert ["mfu_measured" in error for error in summary["errors"]] == [True]
+    else:
+        assert 0 < summary["mfu_measured"] < 1
     iterations, evaluations = rows(run), rows(run, "evaluation")
     assert [row["iter"] for row in iterations] == list(range(20))
     assert [row["iter"] for row in evaluations] == [0, 10, 20]
@@ -79,7 +83,7 @@ def check_wandb(run, iterations, evaluations):
         logged = history[row["iter"]]
         for key in ("loss", "lr", "grad_norm"):
             assert logged[f"train/{key}"] == pytest.approx(row[key], rel=1e-12)
-        for key in ("iter_ms", "dispatch_ms", "tokens_per_s", "mfu_measured", "mfu_a100"):
+        for key in ("iter_ms", "dispatch_ms", "tokens_per_s", "mfu_a100"):
             assert logged[f"perf/{key}"] == pytest.approx(row[key], rel=1e-12)
     for row in evaluations:
         assert history[row["iter"]]["val/loss"] == pytest.approx(row["val_loss"], rel=1e-12)
@@ -164,33 +168,24 @@ def test_a_signal_ends_with_a_checkpoint_and_a_summary(command, text, signum, co
 
 
 def kill_at_random(text, times, seed):
-    """Kill a checkpointing run again and again; what `last` names must load every time."""
-    rng, iterations = np.random.default_rng(seed), []
+    """Kill a checkpointing run again and again; `last` and `best` must load every time. Yields the state of `last`."""
+    rng = np.random.default_rng(seed)
     for _ in range(times):
         process = start(text, "eval_interval=1", "eval_iters=1", "batch_size=1", "model.n_embd=256")
         time.sleep(rng.uniform(0, 0.4))
         process.kill()
         process.communicate()
-        for link in ("last", "best"):
-            _, state, _ = checkpoint.load(checkpoint.find(str(text / "run"), link))
-            iterations.append(state.iteration)
         (text / "run").rename(text / "killed")
-        yield state
-        subprocess.run(["rm", "-r", str(text / "killed")], check=True)
-    assert len(set(iterations)) > 1
+        checkpoint.load(checkpoint.find(str(text / "killed"), "best"))
+        yield checkpoint.load(checkpoint.find(str(text / "killed")))[1]
+        shutil.rmtree(text / "killed")
 
 
 def test_kills_leave_a_readable_checkpoint(command, text):
-    for _ in kill_at_random(text, 3, seed=0):
-        last = checkpoint.load(checkpoint.find(str(text / "killed")))[1].iteration
-    resume = ["init_from=resume", f"max_iters={last + 2}", "run_dir=rest", "run=killed"]
-    process = start(text, "eval_interval=1")
-    process.kill()
-    process.communicate()
-    (text / "run").rename(text / "killed")
-    last = checkpoint.load(checkpoint.find(str(text / "killed")))[1].iteration
-    resume[1] = f"max_iters={last + 2}"
-    assert command("train.py", *resume).returncode == 0
+    for number, state in enumerate(kill_at_random(text, 3, seed=0)):
+        resume = ["init_from=resume", "run=killed", f"max_iters={state.iteration + 2}", f"run_dir=rest{number}"]
+        done = command("train.py", *resume)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -200,12 +195,15 @@ def test_two_hundred_kills(text):
     from nanogpt_mac.backends.base import BackendOptions, Tokens
 
     data = np.random.default_rng(0).integers(0, 20, 1000).astype(np.uint16)
-    for _ in kill_at_random(text, 200, seed=1):
-        spec, state, _ = checkpoint.load(checkpoint.find(str(text / "killed")))
+    iterations = set()
+    for state in kill_at_random(text, 200, seed=1):
+        iterations.add(state.iteration)
+        spec = checkpoint.load(text / "killed/ckpt/last")[0]
         backend = detect.create(spec, BackendOptions("cpu"), Tokens({"train": data}, spec.block_size))
         backend.restore(state)
         loss, _ = backend.wait(backend.step(np.array([[1, 2]]), 1e-3))
         assert np.isfinite(loss)
+    assert len(iterations) > 5  # the kills came at different moments
 
 
 def test_a_sweep_runs_every_member_and_reports_the_failed_one(command, text):
