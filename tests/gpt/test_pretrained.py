@@ -92,7 +92,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def nanogpt_checkpoint(spec, make):
+def nanogpt_checkpoint(spec):
     """What nanoGPT's train.py saves after a few steps, built with torch's own AdamW and nanoGPT's grouping."""
     from nanogpt_mac.gpt.torch_gpt import GPT
 
@@ -128,7 +128,7 @@ def nanogpt_checkpoint(spec, make):
 @pytest.mark.parametrize("bias", [False, True])
 def test_nanogpt_checkpoint_comes_with_moments_and_goes_on_as_torch_would(tmp_path, bias):
     spec = GPTSpec(2, 2, 16, 8, 11, bias=bias)
-    model, optimizer, saved = nanogpt_checkpoint(spec, None)
+    model, optimizer, saved = nanogpt_checkpoint(spec)
     torch.save(saved, tmp_path / "ckpt.pt")
     loaded = pretrained.load(str(tmp_path / "ckpt.pt"), dropout=0.0)
     assert (loaded.spec, loaded.trained, loaded.dataset) == (spec, True, "shakespeare_char")
@@ -160,7 +160,7 @@ def test_a_checkpoint_that_is_none_is_refused_and_never_run(tmp_path, capsys, co
     if content == "pickle":
         torch.save({"model": Evil()}, path)
     elif content == "cut":
-        torch.save(nanogpt_checkpoint(spec, None)[2], path)
+        torch.save(nanogpt_checkpoint(spec)[2], path)
         path.write_bytes(path.read_bytes()[:-900])
     elif content == "text":
         path.write_text("hello")
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_is_none_is_refused_and_never_run(tmp_path, capsys, co
 
 
 def test_optimizer_of_another_model_is_refused(tmp_path):
-    _, _, saved = nanogpt_checkpoint(GPTSpec(1, 1, 8, 4, 5), None)
+    _, _, saved = nanogpt_checkpoint(GPTSpec(1, 1, 8, 4, 5))
     del saved["optimizer"]["state"][0]
     torch.save(saved, tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match="optimizer has"):
@@ -194,7 +194,7 @@ def test_optimizer_of_another_model_is_refused(tmp_path):
     ],
 )
 def test_a_checkpoint_with_one_wrong_value_is_one_line(tmp_path, damage):
-    _, _, saved = nanogpt_checkpoint(GPTSpec(1, 1, 8, 4, 5), None)
+    _, _, saved = nanogpt_checkpoint(GPTSpec(1, 1, 8, 4, 5))
     damage(saved)
     torch.save(saved, tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match=r"ckpt\.pt") as raised:
@@ -210,7 +210,7 @@ def test_a_config_that_is_no_object_is_one_line(huggingface):
 
 
 def test_weights_without_an_optimizer_start_afresh(tmp_path):
-    _, _, saved = nanogpt_checkpoint(GPTSpec(1, 1, 8, 4, 5), None)
+    _, _, saved = nanogpt_checkpoint(GPTSpec(1, 1, 8, 4, 5))
     torch.save({k: saved[k] for k in ("model", "model_args")}, tmp_path / "ckpt.pt")
     loaded = pretrained.load(str(tmp_path / "ckpt.pt"), dropout=0.0)
     assert not loaded.trained

@@ -48,7 +48,8 @@ def test_one_run_leaves_every_record(command, text, name):
     assert (summary["exit_state"], summary["corpus"]) == ("finished", "text")
     assert summary["process"]["user"] > 0.1
     if summary["errors"]:  # a machine so busy that its measured matmul was slower than the model's own
-        assert ["mfu_measured" in error for error in summary["errors"]] == [True]
+        (error,) = summary["errors"]
+        assert error.startswith("mfu_measured would be above 1")
     else:
         assert 0 < summary["mfu_measured"] < 1
     iterations, evaluations = rows(run), rows(run, "evaluation")
@@ -83,8 +84,11 @@ def check_wandb(run, iterations, evaluations):
         logged = history[row["iter"]]
         for key in ("loss", "lr", "grad_norm"):
             assert logged[f"train/{key}"] == pytest.approx(row[key], rel=1e-12)
-        for key in ("iter_ms", "dispatch_ms", "tokens_per_s", "mfu_a100"):
-            assert logged[f"perf/{key}"] == pytest.approx(row[key], rel=1e-12)
+        for key in ("iter_ms", "dispatch_ms", "tokens_per_s", "mfu", "mfu_measured", "mfu_a100"):
+            if row[key] is None:  # wandb has no null: a figure that is not known is not logged
+                assert f"perf/{key}" not in logged
+            else:
+                assert logged[f"perf/{key}"] == pytest.approx(row[key], rel=1e-12)
     for row in evaluations:
         assert history[row["iter"]]["val/loss"] == pytest.approx(row["val_loss"], rel=1e-12)
 
