@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,9 +40,7 @@ GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top leve
 
 def main(command: str, task: Callable[[Any], int]) -> int:
     """Compose conf/<command>.yaml with the command line, hand the typed config to `task`, return the exit code."""
-    store = ConfigStore.instance()
-    for name, schema in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=schema)
+    _store_schemas()
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to the one place below that words them
     codes: list[int] = []
@@ -58,7 +56,7 @@ def main(command: str, task: Callable[[Any], int]) -> int:
         try:
             if cfg.get("init_from") == "resume":
                 cfg = _resumed(cfg)
-            _refuse_new_keys(command)
+            _refuse_new_keys(command, HydraConfig.get().overrides.task)
             config = _typed(cfg)
             if command == "config":
                 config.given = [_key(override) for override in HydraConfig.get().overrides.task]
@@ -98,6 +96,32 @@ def main(command: str, task: Callable[[Any], int]) -> int:
     return codes[-1] if codes else 0
 
 
+def compose(overrides: Sequence[str], command: str = "config") -> Any:
+    """The typed config that conf/<command>.yaml and `overrides` give, as the command line would; nothing is run.
+
+    InputError, one line as on the command line, for an override that cannot be meant.
+    """
+    _store_schemas()
+    given, sys.argv = sys.argv, [f"{command}.py", *overrides]  # where _one_line finds what was written
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            cfg = hydra.compose(command, overrides=_tidied(sys.argv, command)[1:])
+        _refuse_new_keys(command, overrides)
+        config = _typed(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_one_line(error, command)) from error
+    finally:
+        sys.argv = given
+    if command == "config":
+        config.given = [_key(override) for override in overrides]
+    return config
+
+
+def _store_schemas() -> None:
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
 def _tidied(argv: list[str], command: str) -> list[str]:
     """The command line as Hydra needs it: -m first, prompts quoted, hydra.run.dir as run_dir (made after checks)."""
     multirun = [a for a in argv[1:] if a in ("-m", "--multirun")]
@@ -122,9 +146,9 @@ def _key(override: str) -> str:
     return override.lstrip("+~").split("=")[0].split("@")[0]
 
 
-def _refuse_new_keys(command: str) -> None:
+def _refuse_new_keys(command: str, overrides: Sequence[str]) -> None:
     """Hydra lets `+key=value` add a key that nothing reads."""
-    for override in HydraConfig.get().overrides.task:
+    for override in overrides:
         key = override.lstrip("+").split("=")[0]
         if override.startswith("+") and key not in _keys(command):
             raise InputError(f"{override.lstrip('+')}: there is no such key{_suggestion(key, command)}")

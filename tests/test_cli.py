@@ -222,3 +222,16 @@ def test_nothing_heavy_is_imported_before_it_is_used():
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
 def test_root_scripts_are_thin(script):
     assert len((ROOT / script).read_text().splitlines()) < 30
+
+
+def test_compose_is_the_command_line_without_a_run():
+    config = cli.compose(["experiment=quick", "backend=mps", "compile=true", "batch_size=3"])
+    assert (config.backend.name, config.compile, config.batch_size, config.model.n_embd) == ("mps", True, 3, 128)
+    assert config.given == ["experiment", "backend", "compile", "batch_size"]
+    for override, words in (
+        ("batch_sise=3", "did you mean batch_size"),
+        ("backend=tpu", "allowed are"),
+        ("+x=1", "no such"),
+    ):
+        with pytest.raises(InputError, match=words):
+            cli.compose([override])

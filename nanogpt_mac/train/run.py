@@ -36,7 +36,24 @@ def run(config: Config) -> int:
     corpus = prepare(config.data)
     source = open_source(config, corpus)
     config.model = ModelConfig(**dataclasses.asdict(source.spec))  # what is recorded is what runs
-    options = BackendOptions(
+    options = backend_options(config, name, compiled)
+    tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)
+    backend = detect.create(source.spec, options, tokens)
+    backend.restore(source.state)
+    work = _work(config, source.spec, backend)
+    environment = probe.environment()
+    folder = make_folder(config.run_dir, f"{name}-compile" if compiled else name)
+    with _signals() as stop, probe.awake():
+        code = _train(config, corpus, source, backend, work, environment, folder, stop)
+    if code == 0 and config.sample_tokens:
+        _sample(config, corpus, source.spec, backend, folder)
+    display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
+    return code
+
+
+def backend_options(config: Config, name: str, compiled: bool) -> BackendOptions:
+    """What the back end `name` is told of the config."""
+    return BackendOptions(
         name,
         compile=compiled,
         compile_mode=config.backend.compile_mode,
@@ -50,18 +67,6 @@ def run(config: Config) -> int:
         fused_adamw=config.backend.fused_adamw,
         blas=config.backend.blas,
     )
-    tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)
-    backend = detect.create(source.spec, options, tokens)
-    backend.restore(source.state)
-    work = _work(config, source.spec, backend)
-    environment = probe.environment()
-    folder = make_folder(config.run_dir, f"{name}-compile" if compiled else name)
-    with _signals() as stop, probe.awake():
-        code = _train(config, corpus, source, backend, work, environment, folder, stop)
-    if code == 0 and config.sample_tokens:
-        _sample(config, corpus, source.spec, backend, folder)
-    display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
-    return code
 
 
 def _train(
