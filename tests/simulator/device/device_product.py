@@ -118,8 +118,8 @@ def test_memory() -> None:
 def test_the_clock_reports_the_planned_time(policy: str, planned: float) -> None:
     """Enqueued in a fraction of the planned milliseconds, and reported within 2 % of them.
 
-    Waiting for each iteration lays bare the host's millisecond before its first kernel, which is truly part of the
-    interval then: hence the longer plan.
+    Waiting for each iteration lays bare the host's time before its first kernel, which is truly part of the interval
+    then: at most all of its enqueueing, however slow the machine.
     """
     backend = make("mps")
     losses(backend, 0, 3)
@@ -135,10 +135,11 @@ def test_the_clock_reports_the_planned_time(policy: str, planned: float) -> None
             counted = [c for c in [*done, *clock.drain()] if c.left_out is None]
             assert len(counted) >= 6
             medians.append(float(np.median([c.iter_ms for c in counted])))
-            if medians[-1] == pytest.approx(planned, rel=0.02):
+            dispatched = float(np.median([c.dispatch_ms for c in counted]))
+            longest = 1.02 * planned + (dispatched if policy == "iteration" else 0.0)
+            if 0.98 * planned <= medians[-1] <= longest:
                 break
-    dispatched = float(np.median([c.dispatch_ms for c in counted]))
     torch.mps.synchronize()
     print(policy, kernels, "kernels:", medians, "ms, enqueued in", dispatched)
-    assert medians[-1] == pytest.approx(planned, rel=0.02)
+    assert 0.98 * planned <= medians[-1] <= longest
     assert dispatched < 0.8 * planned
