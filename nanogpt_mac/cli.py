@@ -7,6 +7,7 @@ into one fresh process a member.
 from __future__ import annotations
 
 import difflib
+import importlib
 import io
 import os
 import re
@@ -19,28 +20,29 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from nanogpt_mac.config import Config, SampleConfig
-from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMAS = {
-    "config": Config,
-    "sample": SampleConfig,
-    "coverage": CoverageConfig,
-}  # conf/<command>.yaml -> what it must be
+SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that command's turn
+    "config": "nanogpt_mac.config:Config",
+    "sample": "nanogpt_mac.config:SampleConfig",
+    "coverage": "nanogpt_mac.coverage.config:CoverageConfig",
+    "compare": "nanogpt_mac.compare.config:CompareConfig",
+    "report": "nanogpt_mac.compare.report_config:ReportConfig",
+}
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
 
 
 def main(command: str, task: Callable[[Any], int]) -> int:
     """Compose conf/<command>.yaml with the command line, hand the typed config to `task`, return the exit code."""
-    _store_schemas()
+    _store_schema(command)
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to the one place below that words them
     codes: list[int] = []
@@ -54,12 +56,11 @@ def main(command: str, task: Callable[[Any], int]) -> int:
             members.append(_run_member(len(members)))
             return
         try:
-            if cfg.get("init_from") == "resume":
+            if command == "config" and cfg.get("init_from") == "resume":
                 cfg = _resumed(cfg)
             _refuse_new_keys(command, HydraConfig.get().overrides.task)
             config = _typed(cfg)
-            if command == "config":
-                config.given = [_key(override) for override in HydraConfig.get().overrides.task]
+            _note_given(config, command, HydraConfig.get().overrides.task)
             started.append(command)
             codes.append(task(config))
         except (InputError, OmegaConfBaseException) as error:  # kept from Hydra, which would announce it as a crash
@@ -101,8 +102,9 @@ def compose(overrides: Sequence[str], command: str = "config") -> Any:
 
     InputError, one line as on the command line, for an override that cannot be meant.
     """
-    _store_schemas()
+    _store_schema(command)
     given, sys.argv = sys.argv, [f"{command}.py", *overrides]  # where _one_line finds what was written
+    running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command's own, which comes back
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
             cfg = hydra.compose(command, overrides=_tidied(sys.argv, command)[1:])
@@ -112,28 +114,50 @@ def compose(overrides: Sequence[str], command: str = "config") -> Any:
         raise InputError(_one_line(error, command)) from error
     finally:
         sys.argv = given
-    if command == "config":
-        config.given = [_key(override) for override in overrides]
+        GlobalHydra.instance().hydra = running
+    _note_given(config, command, overrides)
     return config
 
 
-def _store_schemas() -> None:
-    for name, schema in SCHEMAS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+def _note_given(config: Any, command: str, overrides: Sequence[str]) -> None:
+    """A run needs to know which keys were named; a comparison passes what was written on to its runs."""
+    if command == "config":
+        config.given = [key_of(override) for override in overrides]
+    if command == "compare":
+        config.given = list(overrides)
+
+
+def _schema(command: str) -> Any:
+    """The dataclass that a command's config must be."""
+    module, _, name = SCHEMAS[command].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _store_schema(command: str) -> None:
+    ConfigStore.instance().store(name=f"{command}_schema", node=_schema(command))
 
 
 def _tidied(argv: list[str], command: str) -> list[str]:
     """The command line as Hydra needs it: -m first, prompts quoted, hydra.run.dir as run_dir (made after checks)."""
     multirun = [a for a in argv[1:] if a in ("-m", "--multirun")]
-    rest = [a for a in argv[1:] if a not in ("-m", "--multirun")]
+    rest = [a for a in argv[1:] if a not in ("-m", "--multirun", "experiment=null")]  # Hydra takes no null for a group
     if command == "sample":
-        rest = [_quoted("prompt", a.removeprefix("prompt=")) if a.startswith("prompt=") else a for a in rest]
-    if command == "config":
+        rest = [quoted("prompt", a.removeprefix("prompt=")) if a.startswith("prompt=") else a for a in rest]
+    if command in ("config", "compare"):
         rest = [a.replace("hydra.run.dir=", "run_dir=", 1) if a.startswith("hydra.run.dir=") else a for a in rest]
+    if command == "report":
+        rest = _listed(rest)
     return [argv[0], *multirun, *rest]
 
 
-def _quoted(key: str, value: str) -> str:
+def _listed(arguments: list[str]) -> list[str]:
+    """Bare paths, which Hydra does not take, as the one key `runs`."""
+    paths = [a for a in arguments if not a.startswith("-") and ("=" not in a or Path(a).exists())]
+    listed = ",".join(quoted("", path)[1:] for path in paths)
+    return [*(a for a in arguments if a not in paths), *([f"runs=[{listed}]"] if paths else [])]
+
+
+def quoted(key: str, value: str) -> str:
     """`key=value` with any value, in Hydra's grammar; one that is quoted already stays as it is."""
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         return f"{key}={value}"
@@ -142,7 +166,8 @@ def _quoted(key: str, value: str) -> str:
     return f"{key}='{escaped}{chr(92) * trailing}'"
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
+    """The key, or the group, that an override names."""
     return override.lstrip("+~").split("=")[0].split("@")[0]
 
 
@@ -173,9 +198,10 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     if cfg.run is None:
         return cfg  # validate() words it
     path = checkpoint.find(cfg.run)
-    resumed = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), checkpoint.read_meta(path)["config"]))
+    saved = checkpoint.read_meta(path)["config"]
+    resumed = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(_schema("config")), saved))
     for override in HydraConfig.get().overrides.task:
-        key = _key(override)
+        key = key_of(override)
         if key in GLOBAL_GROUPS:
             raise InputError(f"{override}: a resumed run keeps its recipe; allowed are single keys, such as max_iters")
         key = {"logger": "wandb", "path": "data.path", "data_dir": "data.dir"}.get(key, key)
@@ -192,7 +218,7 @@ def _run_member(number: int) -> tuple[str, int]:
     hydra_cfg = HydraConfig.get()
     overrides = list(hydra_cfg.overrides.task)
     if not any(o.startswith("run_dir=") for o in overrides):
-        overrides.append(_quoted("run_dir", str(Path(hydra_cfg.sweep.dir) / f"{number}-{{name}}")))
+        overrides.append(quoted("run_dir", str(Path(hydra_cfg.sweep.dir) / f"{number}-{{name}}")))
     title = " ".join(hydra_cfg.overrides.task)
     print(f"== sweep member {number}: {title}", flush=True)
     received: list[int] = []
@@ -264,7 +290,7 @@ def _suggestion(key: str, command: str) -> str:
 
 def _keys(command: str) -> list[str]:
     """Every key of a command's schema, dotted."""
-    schema = OmegaConf.structured(SCHEMAS[command])
+    schema = OmegaConf.structured(_schema(command))
     keys: list[str] = []
     for name in map(str, schema):
         keys.append(name)

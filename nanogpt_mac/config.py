@@ -14,6 +14,7 @@ from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
 
 SYNC_POLICIES = ("completion", "iteration", "interval")
+FALLBACKS = ("report", "error", "off")
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -78,6 +79,7 @@ class Config:
     timing_warmup: int = 5  # iterations after the first that enter no statistic
     gemm_seconds: float = 1.0  # spent on measuring this back end's matmul peak, for mfu_measured; 0: not measured
     sample_tokens: int = 300  # text drawn at the end of a run; 0: none
+    fallbacks: str = "report"  # report | error | off: MPS alone, what leaves the GPU, looked for before training
 
 
 @dataclass
@@ -135,6 +137,7 @@ def validate(config: Config) -> None:
     _one_of("compile", config.compile, ("auto", True, False))
     _one_of("sync", config.sync, SYNC_POLICIES)
     _one_of("wandb.mode", config.wandb.mode, WANDB_MODES)
+    _one_of("fallbacks", config.fallbacks, FALLBACKS)
     _at_least(config, 1, "max_iters", "batch_size", "gradient_accumulation_steps", "eval_iters", "log_interval")
     _seed(config)
     _at_least(config, 0, "warmup_iters", "eval_interval", "timing_warmup", "sample_tokens")

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
@@ -159,6 +158,8 @@ def draw(scores: np.ndarray, temperature: float, top_k: int | None, uniform: flo
 
 @lru_cache(maxsize=1)
 def _resident(_tick: int) -> int:
+    import psutil  # here, because the fallback detector runs where only torch and numpy are installed
+
     return int(psutil.Process().memory_info().rss)
 
 

@@ -89,7 +89,7 @@ def _prepare_mlx(options: BackendOptions) -> None:
             "setting; allowed is a new process"
         )
     os.environ["MLX_ENABLE_TF32"] = tf32
-    if options.blas == "torch":
+    if options.blas == "torch" and not _lent:
         if loaded:
             raise InputError("backend.blas=torch: must be set before MLX is loaded; allowed is a new process")
         _borrow_torch_blas()
@@ -97,6 +97,9 @@ def _prepare_mlx(options: BackendOptions) -> None:
 
     if options.compile and mx.default_device() == mx.Device(mx.cpu):
         _require_compiler("mx.compile", "g++")  # the only one that MLX asks for; without it nothing would be fused
+
+
+_lent: list[ctypes.CDLL] = []  # libtorch, where this process has loaded it before MLX
 
 
 def _borrow_torch_blas() -> None:
@@ -109,4 +112,4 @@ def _borrow_torch_blas() -> None:
     library = Path(places[0]) / "lib" / "libtorch_cpu.so" if places else None
     if library is None or not library.exists():
         raise InputError("backend.blas=torch: there is no libtorch_cpu.so here; allowed off Linux is own")
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    _lent.append(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))

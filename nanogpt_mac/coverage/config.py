@@ -11,7 +11,7 @@ from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
 
 NIGHTLY_INDEX = "https://download.pytorch.org/whl/nightly/cpu"  # PyTorch's own
-SCOPES = ("model", "ops", "surface")
+SCOPES = ("model", "ops", "surface", "opinfo")
 FORMATS = ("table", "json", "markdown")
 
 
@@ -21,13 +21,21 @@ class CoverageConfig:
 
     torch: str = "installed"  # installed | nightly | a release such as 2.15.0 | the path of a macOS arm64 wheel
     against: str | None = None  # a second torch: what was gained and lost since
-    scope: str = "model"  # whose operators are listed and judged: this model's, those in `op`, or the whole surface
-    op: Any = None  # scope=ops: a name such as gelu, or op=[gelu,linalg_svd.U]; a bare name means all its overloads
+    # model, ops (those in `op`), surface (all): whose operators are listed and judged; opinfo: torch's own samples, run
+    scope: str = "model"
+    op: Any = None  # scope=ops or opinfo: a name such as gelu, or op=[gelu,linalg_svd.U]; a bare one: all its overloads
+    samples: int = 10  # scope=opinfo: of each operator and dtype, at most
     format: str = "table"  # table | json | markdown
     binary: bool = False  # also decode libtorch_cpu.dylib (100 MB where it is not on this machine)
 
+    run: bool = False  # also run the training step with that torch, in an environment of its own
+    compiled: bool = False  # what torch.compile makes of the training step
+    verify: Any = False  # true: is what was predicted off a Mac so? predict: write the predictions down
+    output: str | None = None  # verify: the JSON to write; by default mps-verify-TORCH-DATE.json
+
     model: ModelConfig = field(default_factory=ModelConfig)  # scope=model: the model whose training step is traced
     dtype: str = "float32"
+    batch_size: int = 64  # compiled: sequences in the iteration
 
     python: str = "3.12"  # the Python whose wheel is looked at
     nightly_index: str = NIGHTLY_INDEX
@@ -48,5 +56,40 @@ def validate(config: CoverageConfig) -> None:
         raise InputError(f"python={config.python}: allowed are versions such as 3.12")
     if config.scope == "ops" and not operators(config):
         raise InputError("op=null: scope=ops needs the operators to look at (op=gelu or op=[gelu,linalg_svd])")
-    if config.scope != "ops" and config.op is not None:
-        raise InputError(f"op={config.op}: only scope=ops takes operators (here scope={config.scope})")
+    if config.scope not in ("ops", "opinfo") and config.op is not None:
+        raise InputError(f"op={config.op}: only scope=ops and scope=opinfo take operators (here scope={config.scope})")
+    for key in ("samples", "batch_size"):
+        if getattr(config, key) < 1:
+            raise InputError(f"{key}={getattr(config, key)}: allowed are whole numbers from 1")
+    if config.verify not in (False, True, "predict"):
+        raise InputError(f"verify={config.verify}: allowed are false, true and predict")
+    if config.output is not None and not config.verify:
+        raise InputError(f"output={config.output}: only verify writes a file")
+    _one_task(config)
+
+
+def _one_task(config: CoverageConfig) -> None:
+    """The combinations that mean something."""
+    tasks = {
+        "scope=opinfo": config.scope == "opinfo",
+        "run=true": config.run,
+        "compiled=true": config.compiled,
+        f"verify={str(config.verify).lower()}": bool(config.verify),
+    }
+    asked = [task for task, wanted in tasks.items() if wanted]
+    if len(asked) > 1:
+        raise InputError(f"{asked[0]} {asked[1]}: one at a time")
+    if not asked:
+        return
+    task = asked[0]
+    if config.scope not in ("model", "opinfo"):
+        raise InputError(f"scope={config.scope}: {task} looks at this model; allowed is scope=model")
+    if config.binary and task != "verify=true":
+        raise InputError(f"binary=true: {task} reads no binary; allowed is binary=false")
+    if config.run:
+        if config.torch == "installed":
+            raise InputError("torch=installed: run=true needs another torch: nightly, a release, or a wheel for here")
+    elif config.torch != "installed":
+        raise InputError(f"torch={config.torch}: {task} runs the torch that is installed; allowed is installed")
+    if config.against is not None:
+        raise InputError(f"against={config.against}: {task} compares with what is installed; allowed is null")

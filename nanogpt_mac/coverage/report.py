@@ -1,4 +1,4 @@
-"""What `mps_coverage.py` says: one dictionary, printed as JSON, as tables or as markdown for a pull-request comment."""
+"""What `mps_coverage.py` says of the table of one torch, or of two: one dictionary, and the page made of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import asdict
 from typing import Any
 
 from nanogpt_mac.coverage.diff import ABSENT, Diff, compare
+from nanogpt_mac.coverage.render import CANNOT_TELL, LOST, OK, Page, Section, some
 from nanogpt_mac.coverage.table import RUNS, Entry, Facts, Kind, Table
 from nanogpt_mac.coverage.trace import Trace
 
 SCHEMA = 1
-OK, LOST, CANNOT_TELL = 0, 1, 2  # exit codes
 _GROUPS = ("lost", "gained", "moved", "unclear", "removed")
 _NO_FACTS = Facts(kernel=None, delegate=None, cpu=False, composite=False, no_device_check=False)
 
@@ -83,20 +83,20 @@ def _verdict(
         if scope != "surface":  # something calls these: a new overload that does not run is a loss, as is one removed
             lost += [op for op in bad if op not in against.entries] + [change.op for change in judged.removed]
         if lost:
-            return LOST, f"{len(lost)} operators {whose} were lost since {against.version}: {_some(lost)}"
+            return LOST, f"{len(lost)} operators {whose} were lost since {against.version}: {some(lost)}"
         unclear = sorted({*unclear, *(change.op for change in judged.unclear)})
     elif bad and scope != "surface":
-        return LOST, f"{len(bad)} operators {whose} are missing or run on the CPU: {_some(bad)}"
+        return LOST, f"{len(bad)} operators {whose} are missing or run on the CPU: {some(bad)}"
     if no_trace:
         return CANNOT_TELL, f"cannot tell which operators this model calls: {no_trace} (scope=surface needs no trace)"
     if trace and trace.stopped:
         return CANNOT_TELL, f"the trace of this model stopped early: {trace.stopped}"
     if unclear:
-        return CANNOT_TELL, f"cannot tell for {len(unclear)} operators {whose}: {_some(unclear)}"
+        return CANNOT_TELL, f"cannot tell for {len(unclear)} operators {whose}: {some(unclear)}"
     if scope == "ops" and (doubt := _doubt(entries, table, against)):
         return CANNOT_TELL, doubt
     if against:
-        still = f"; {len(bad)} run in neither: {_some(bad)}" if bad and scope != "surface" else ""
+        still = f"; {len(bad)} run in neither: {some(bad)}" if bad and scope != "surface" else ""
         return OK, f"no operator {whose} was lost since {against.version}{still}"
     if scope == "surface":
         return OK, f"{len(entries) - len(bad)} of {len(entries)} overloads run on MPS or are made of others"
@@ -108,21 +108,21 @@ def _doubt(entries: list[Entry], table: Table, against: Table | None) -> str | N
     reach = {entry.op: table.left_behind(entry.op) for entry in entries}
     unseen = [op for op, found in reach.items() if found is None]
     if unseen:
-        return f"cannot tell what {_some(unseen)} are made of: binary=true reads it from the binary"
+        return f"cannot tell what {some(unseen)} are made of: binary=true reads it from the binary"
     for op, found in reach.items():
         before = against.left_behind(op) if against and op in against.entries else None
         if new := sorted(set(found or []) - set(before or [])):
-            return f"cannot tell whether {op} runs: in some branch it calls {_some(new)}, which MPS does not have"
+            return f"cannot tell whether {op} runs: in some branch it calls {some(new)}, which MPS does not have"
     return None
-
-
-def _some(ops: list[str], most: int = 8) -> str:
-    return ", ".join(ops[:most]) + (f" and {len(ops) - most} more" if len(ops) > most else "")
 
 
 # -- for people -------------------------------------------------------------------------------------------------------
 
-Section = tuple[str, list[str], list[list[str]]]  # title, headings, rows
+
+def page(report: dict[str, Any]) -> Page:
+    """The report for people."""
+    title = f"MPS coverage of torch {report['torch']['version']}"
+    return Page(title, _lines(report), sections(report), report["verdict"], report["exit_code"], report)
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
@@ -200,45 +200,3 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"operators of this model: {trace['label']}, traced on {trace['device']} with torch {trace['torch']}"
         )
     return lines
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """For a pull-request comment: the verdict first, everything long folded away."""
-    mark = {OK: "✅", LOST: "❌", CANNOT_TELL: "❔"}[report["exit_code"]]
-
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", " ")
-
-    parts = [f"### MPS coverage of torch {report['torch']['version']}", f"{mark} **{cell(report['verdict'])}**"]
-    parts.append("\n".join(f"- {cell(line)}" for line in _lines(report)))
-    for title, headings, rows in sections(report):
-        body = ["| " + " | ".join(map(cell, row)) + " |" for row in (headings, ["---"] * len(headings), *rows)]
-        block = "\n".join(body)
-        fold = len(rows) > 12
-        parts.append(
-            f"<details><summary>{title} ({len(rows)})</summary>\n\n{block}\n\n</details>"
-            if fold
-            else f"**{title}**\n\n{block}"
-        )
-    return "\n\n".join(parts) + "\n"
-
-
-def show(report: dict[str, Any]) -> None:
-    """Tables on standard output."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    console = Console(highlight=False)
-    width = None if console.is_terminal else 160  # a file or a pipe has no width of its own
-    console = Console(highlight=False, width=width)
-    for line in _lines(report):
-        console.print(line, markup=False)
-    for title, headings, rows in sections(report):
-        table = RichTable(title=title, box=box.SIMPLE, title_justify="left")
-        for heading in headings:
-            table.add_column(heading, overflow="fold")
-        for row in rows:
-            table.add_row(*(cell.replace("[", "\\[") for cell in row))
-        console.print(table)
-    console.print(report["verdict"], style="bold" if report["exit_code"] else None, markup=False)

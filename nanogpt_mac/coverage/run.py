@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 
-from nanogpt_mac.coverage import report
+from nanogpt_mac.coverage import render, report
 from nanogpt_mac.coverage.config import CoverageConfig, operators, validate
-from nanogpt_mac.coverage.table import Table, load
+from nanogpt_mac.coverage.table import RUNS, Kind, Table, load
 from nanogpt_mac.coverage.trace import NoTrace, trace_model
 from nanogpt_mac.errors import InputError
 
@@ -15,6 +14,55 @@ from nanogpt_mac.errors import InputError
 def run(config: CoverageConfig) -> int:
     """Prints the report. 0: nothing is lost; 1: something is, or falls back to the CPU; 2: cannot tell."""
     validate(config)
+    page = _page(config)
+    render.emit(page, config.format)
+    return page.exit_code
+
+
+def _page(config: CoverageConfig) -> render.Page:
+    """What was asked for. Each of these is imported where it is wanted: some are slow to load."""
+    if config.verify:
+        from nanogpt_mac.coverage import verify
+
+        return verify.predict(config) if config.verify == "predict" else verify.check(config)
+    if config.run:
+        from nanogpt_mac.coverage import isolated
+
+        return isolated.check(config)
+    if config.compiled:
+        return _compiled(config)
+    if config.scope == "opinfo":
+        from nanogpt_mac.coverage import opinfo
+
+        return opinfo.page(opinfo.sweep(operators(config), config.samples))
+    return _static(config)
+
+
+def _compiled(config: CoverageConfig) -> render.Page:
+    """The compile report. Exit code 1 where generated code calls an operator that leaves the GPU, 2 where unknown."""
+    from nanogpt_mac.coverage import compiled
+
+    made = compiled.check(config.model, config.dtype, config.batch_size)
+    training = made["iterations"].get("training", {})
+    rows = [row for iteration in made["iterations"].values() for row in iteration["aten"] or []]
+    left = sorted({row["name"] for row in rows if row["kind"] is not None and row["kind"] not in RUNS})
+    unclear = sorted({row["name"] for row in rows if row["kind"] is None or row["kind"] == Kind.UNKNOWN})
+    launches = training.get("launches")
+    if left:
+        code, verdict = render.LOST, f"generated code calls operators that MPS does not have: {render.some(left)}"
+    elif launches is None:
+        code, verdict = render.CANNOT_TELL, f"cannot tell what was launched: {'; '.join(made['unknown'])}"
+    elif unclear:
+        code, verdict = render.CANNOT_TELL, f"cannot tell where generated code runs {render.some(unclear)}"
+    else:
+        code, verdict = render.OK, f"all of a compiled iteration stays on the GPU, in {launches} Metal launches"
+    data = {**made, "scope": "compiled", "exit_code": code, "verdict": verdict}
+    title = f"This model compiled for MPS, torch {made['torch']}"
+    return render.Page(title, compiled.lines(made), compiled.sections(made), verdict, code, data)
+
+
+def _static(config: CoverageConfig) -> render.Page:
+    """The tables of one torch or two, without running any."""
     table = load(config.torch, config.python, config.binary, config.nightly_index)
     against = None
     if config.against is not None:
@@ -31,14 +79,7 @@ def run(config: CoverageConfig) -> int:
             trace, ops = traces[0], sorted({op for t in traces for op in t.calls()})
         except NoTrace as reason:
             no_trace, ops = str(reason), []
-    made = report.build(config.scope, table, ops, against, trace, no_trace)
-    if config.format == "json":
-        print(json.dumps(made, indent=1))
-    elif config.format == "markdown":
-        print(report.markdown(made), end="")
-    else:
-        report.show(made)
-    return int(made["exit_code"])
+    return report.page(report.build(config.scope, table, ops, against, trace, no_trace))
 
 
 def _named(names: list[str], tables: list[Table]) -> list[str]:

@@ -1,8 +1,9 @@
-"""The operators that one training step of this model sends to MPS, predicted on a machine without it.
+"""The operators that one training step of this model sends to MPS: seen on a Mac, predicted on a machine without it.
 
-A child process makes the simulated MPS device, with the operator set of the torch in question, and runs one iteration,
-one evaluation and the sampling of a few tokens with the project's own MPS back end; the device counts what reaches it.
-The code that calls the operators is that of the torch installed here, which is why the result says `predicted`.
+A child process runs one iteration, one evaluation and the sampling of a few tokens with the project's own MPS back end.
+On a Mac a profile tells what reaches the device (live.py). Elsewhere the child makes the simulated MPS device, with the
+operator set of the torch in question, which counts; the code that calls the operators is that of the torch installed
+here, which is why that result says `predicted`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
+from nanogpt_mac import simulator
 from nanogpt_mac.coverage import wheel
-from nanogpt_mac.coverage.table import Kind, Table, load
+from nanogpt_mac.coverage.table import IN_COMPOSITE, Kind, Table, load
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 
@@ -32,6 +35,7 @@ _REGISTERED = (Kind.NATIVE, Kind.DELEGATE, Kind.PYTHON)
 # Sequences, positions and channels a head of the traced model: which operators are called depends on none of them.
 _BATCH, _LENGTH, _HEAD = 2, 16, 8
 _SYMBOLS = 65
+PHASES = ("forward", "backward", "clip", "optimizer", "evaluation", "sampling")
 
 
 class NoTrace(Exception):  # noqa: N818 - a state, not a fault
@@ -48,6 +52,8 @@ class Trace:
         torch: the version whose code was traced.
         phases: phase to operator (without `aten::`) to number of calls.
         stopped: the error that ended the trace early; None when it is whole.
+        waits: phase to how often the host waits for the device in it.
+        no_tensors: operators without tensor arguments; a live trace cannot have them.
     """
 
     label: str
@@ -55,6 +61,8 @@ class Trace:
     torch: str
     phases: dict[str, dict[str, int]]
     stopped: str | None = None
+    waits: dict[str, int] = field(default_factory=dict)
+    no_tensors: list[str] = field(default_factory=list)
 
     def calls(self) -> dict[str, dict[str, int]]:
         """Operator to phase to number of calls."""
@@ -62,19 +70,26 @@ class Trace:
         return {op: {name: phase[op] for name, phase in self.phases.items() if op in phase} for op in ops}
 
 
-def trace_model(model: ModelConfig, dtype: str, table: Table) -> Trace:
-    """Predicts the operators of a training step under `table`, from the cache folder where that was done before.
+def trace_model(model: ModelConfig, dtype: str, table: Table, live: bool | None = None) -> Trace:
+    """The operators of a training step, from the cache folder where that was done before.
+
+    Predicted under `table` where there is no MPS; on a Mac those of the installed torch, seen.
+
+    Args:
+        live: whether to read a profile of the device, the simulated one off a Mac; by default on a Mac alone.
 
     Raises:
-        NoTrace: not on Linux, no torch or no compiler, or the child failed.
+        NoTrace: not on Linux or a Mac, no torch or no compiler, or the child failed.
     """
-    if sys.platform != "linux":
+    if sys.platform not in ("linux", "darwin"):
         raise NoTrace(f"the simulated MPS device runs on Linux only, not on {sys.platform}")
     try:
         installed = load("installed")
     except InputError as error:
         raise NoTrace(str(error)) from error
-    task = json.dumps({"model": asdict(model), "dtype": dtype, **_changes(installed, table)}, sort_keys=True)
+    live = sys.platform == "darwin" if live is None else live
+    how: dict[str, Any] = {"registered": _registered(installed)} if live else _changes(installed, table)
+    task = json.dumps({"model": asdict(model), "dtype": dtype, "live": live, **how}, sort_keys=True)
     kept = wheel.cache_folder() / "traces" / f"{_digest(task)}.json"
     if not kept.exists():
         result = _run_child(task)
@@ -83,6 +98,12 @@ def trace_model(model: ModelConfig, dtype: str, table: Table) -> Trace:
             file.write(result)
         Path(file.name).replace(kept)
     return Trace(**json.loads(kept.read_text()))
+
+
+def _registered(installed: Table) -> list[str]:
+    """The operators whose calls end at MPS, by a kernel of its own or by the fallback."""
+    made_of_others = [op for op, e in installed.entries.items() if e.kind is Kind.COMPOSITE and op not in IN_COMPOSITE]
+    return sorted(installed.entries.keys() - made_of_others)
 
 
 def _changes(installed: Table, table: Table) -> dict[str, Any]:
@@ -99,10 +120,10 @@ def _changes(installed: Table, table: Table) -> dict[str, Any]:
 
 def _digest(task: str) -> str:
     """Of the task and of all the code that answers it."""
-    digest = hashlib.sha256(f"{installed_version('torch')} {sys.version} {task}".encode())
+    digest = hashlib.sha256(f"{installed_version('torch')} {sys.version} {platform.platform()} {task}".encode())
     folders = (PACKAGE / name for name in ("gpt", "backends", "simulator"))
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    for path in sorted([*files, Path(__file__)]):
+    for path in sorted([*files, Path(__file__), *map(Path(__file__).with_name, ("live.py", "profiled.py"))]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
@@ -111,11 +132,14 @@ def _run_child(task: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTORCH_")}
     environment["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"  # a missing operator must not end the trace; read at import
     environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
+    if sys.platform != "darwin":
+        environment[simulator.VARIABLE] = "1"
     argv = [sys.executable, "-W", "ignore", "-m", "nanogpt_mac.coverage.trace"]
     child = subprocess.run(argv, input=task, capture_output=True, text=True, env=environment, check=False)
     if child.returncode:
         lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-        raise NoTrace(f"tracing on the simulated MPS device failed: {lines[-1]}")
+        device = "MPS" if sys.platform == "darwin" else "the simulated MPS device"
+        raise NoTrace(f"tracing on {device} failed: {lines[-1]}")
     return child.stdout
 
 
@@ -127,19 +151,23 @@ class _Phases:
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter[str]] = {}
+        self.waits: Counter[str] = Counter()
         self.current = ""
 
     def switch(self, name: str) -> str:
         """Ends the current phase and returns its name; an empty name counts nowhere."""
-        from nanogpt_mac import simulator
-
         if self.current:
+            self.waits[self.current] += simulator.counts().waits
             for kind in ("native", "fallback", "refused"):
                 for op, calls in simulator.operators(kind).items():
                     self.counts.setdefault(self.current, Counter())[op.removeprefix("aten::")] += calls
         simulator.reset_counts()
         self.current, before = name, self.current
         return before
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        yield
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -163,12 +191,16 @@ class _Phases:
 def _trace(task: dict[str, Any]) -> Trace:
     import numpy as np
 
-    from nanogpt_mac import simulator
     from nanogpt_mac.backends import detect
     from nanogpt_mac.backends.base import BackendOptions, Tokens
 
-    _install(task)
+    if not task["live"]:
+        _install(task)
+    elif reason := detect.missing("mps"):
+        raise InputError(reason)
     import torch
+
+    from nanogpt_mac.coverage import live
 
     m = ModelConfig(**task["model"])
     length = min(m.block_size, _LENGTH)
@@ -180,33 +212,38 @@ def _trace(task: dict[str, Any]) -> Trace:
     )
     backend.load(spec.init_weights(0))
     starts = np.arange(_BATCH)[None]
-    phases = _Phases()
+    phases: Any = live.Phases(task["registered"]) if task["live"] else _Phases()
     torch.Tensor.backward = phases.during("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     torch.nn.utils.clip_grad_norm_ = phases.during("clip", torch.nn.utils.clip_grad_norm_)
     backend.optimizer.step = phases.during("optimizer", backend.optimizer.step)
     stopped = None
     try:
         backend.wait(backend.step(starts, 1e-3))  # the first iteration makes what later ones find
-        with phases.phase("forward"):
-            handle = backend.step(starts, 1e-3)
-        backend.wait(handle)
-        with phases.phase("evaluation"):
-            backend.evaluate("val", starts)
         decode = backend.decode()
         decode(text[:4])
-        with phases.phase("sampling"):
-            decode(text[4:5])
+        with phases.watching():
+            with phases.phase("forward"):
+                handle = backend.step(starts, 1e-3)
+            backend.wait(handle)
+            with phases.phase("evaluation"):
+                backend.evaluate("val", starts)
+            with phases.phase("sampling"):
+                decode(text[4:5])
     except NotImplementedError as error:  # an operator that even the fallback cannot run
         stopped = " ".join(str(error).split())[:300]
-    counts = {name: dict(sorted(counter.items())) for name, counter in phases.counts.items()}
-    return Trace("predicted", simulator.DEVICE_NAME, torch.__version__, counts, stopped)
+    counts = {name: dict(sorted(phases.counts[name].items())) for name in PHASES if name in phases.counts}
+    label, device = ("live", "mps") if task["live"] else ("predicted", simulator.DEVICE_NAME)
+    if simulator.active():
+        device = simulator.DEVICE_NAME
+    no_tensors = sorted({op for ops in counts.values() for op in ops if not live.takes_tensors(op)})
+    waits = {name: phases.waits[name] for name in counts}
+    return Trace(label, device, torch.__version__, counts, stopped, waits, no_tensors)
 
 
 def _install(task: dict[str, Any]) -> None:
     """The simulated device with the operator set of the torch in question, as far as the installed one has them."""
     import torch
 
-    from nanogpt_mac import simulator
     from nanogpt_mac.simulator.optable import NO_DEVICE_CHECK, installed_table
 
     exist = {name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")}

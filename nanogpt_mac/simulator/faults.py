@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from nanogpt_mac.errors import InputError
 
-Fault = Literal["fallback", "missing", "hidden", "slow", "wrong"]
+Fault = Literal["fallback", "missing", "nowhere", "hidden", "announced", "dtype_limit", "shape_limit", "slow", "wrong"]
 
 
 @contextmanager
@@ -18,9 +18,11 @@ def planted(op: str, fault: Fault, value: float | None = None) -> Iterator[list[
     Args:
         op: an operator that MPS has, with or without `aten::` and overload: `gelu`, `add.Tensor`, `mm`.
         fault: `fallback`: registered as an explicit CPU fallback, with the warning. `missing`: no kernel, so torch's
-            NotImplementedError, or the fallback where that is enabled. `hidden`: the native kernel copies to the host,
-            computes there and copies back without a word. `slow`: takes `value` milliseconds more of the queue.
-            `wrong`: its floating-point results are multiplied by `value`.
+            NotImplementedError, or the fallback where that is enabled. `nowhere`: missing, and the CPU lacks it too.
+            `hidden`: the native kernel copies to the host, computes there and copies back without a word.
+            `announced`: the same, with the warning that some of these kernels give. `dtype_limit`: refuses its input
+            with the TypeError for float64. `shape_limit`: with the RuntimeError of adaptive pooling. `slow`: takes
+            `value` milliseconds more of the queue. `wrong`: its floating-point results are multiplied by `value`.
         value: milliseconds or factor; needed by `slow` and `wrong` alone.
 
     Yields:
@@ -42,9 +44,8 @@ def planted(op: str, fault: Fault, value: float | None = None) -> Iterator[list[
     names = [n for n in table().variants(op) if device.status(n) == "native"]
     if not names:
         raise InputError(f"op={op!r}: MPS has no native kernel of that name in torch {torch.__version__}")
-    undo: tuple[str, float] = {"hidden": ("hidden", 0.0), "slow": ("slow", 0.0), "wrong": ("wrong", 1.0)}.get(
-        fault, ("native", 0.0)
-    )
+    registered = fault in ("fallback", "missing", "nowhere")
+    undo = ("native", 0.0) if registered else (fault, 1.0 if fault == "wrong" else 0.0)
     try:
         for name in names:
             device.plant(name, fault, 1.0 if value is None else value)

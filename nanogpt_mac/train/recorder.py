@@ -124,6 +124,18 @@ class Recorder:
         self._rows.append(row)
         self._unlogged.append(row)
 
+    def fallbacks(self, document: dict[str, Any], iteration: int) -> None:
+        """The fallback detector's document (docs/coverage.md): fallbacks.json, and a table in wandb."""
+        write_json(self.folder / "fallbacks.json", document)
+        if self.wandb is not None:
+            import wandb
+
+            from nanogpt_mac.coverage.runtime_report import COLUMNS, rows
+
+            table = wandb.Table(columns=list(COLUMNS), data=rows(document))
+            figures = {"fallbacks/findings": len(document["findings"]), "fallbacks/complete": document["complete"]}
+            self.wandb.log({"fallbacks": table, **figures}, step=iteration)
+
     def flush_file(self) -> None:
         """Write rows to metrics.jsonl if some seconds have passed: cheap enough for a running clock."""
         if time.monotonic() - self._flushed > FLUSH_SECONDS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,10 @@ from nanogpt_mac.train.source import Source, open_source
 
 
 def run(config: Config) -> int:
-    """Train as `config` says; the process's exit code (0, 1 diverged, 130/143 after SIGINT/SIGTERM)."""
+    """Train as `config` says; the process's exit code.
+
+    0; 1 diverged; 3 under fallbacks=error, where work leaves the GPU; 130/143 after SIGINT/SIGTERM.
+    """
     validate(config)
     name = detect.resolve(config.backend.name)
     compiled = detect.resolve_compile(config.compile, name)
@@ -40,11 +44,21 @@ def run(config: Config) -> int:
     tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)
     backend = detect.create(source.spec, options, tokens)
     backend.restore(source.state)
+    looked_for = name == "mps" and config.fallbacks != "off"
+    fallbacks = _fallbacks(config, source.spec, backend) if looked_for else None
+    if name != "mps" and "fallbacks" in config.given:  # in a sweep over back ends, say
+        display.say(f"fallbacks={config.fallbacks}: they are MPS's; there are none on {name}")
+    label = f"{name}-compile" if compiled else name
+    if fallbacks and config.fallbacks == "error" and (fallbacks["findings"] or not fallbacks["complete"]):
+        folder = make_folder(config.run_dir, label)
+        write_json(folder / "fallbacks.json", fallbacks)
+        display.say(f"not trained, because of fallbacks=error: {folder / 'fallbacks.json'}")
+        return 3
     work = _work(config, source.spec, backend)
     environment = probe.environment()
-    folder = make_folder(config.run_dir, f"{name}-compile" if compiled else name)
+    folder = make_folder(config.run_dir, label)
     with _signals() as stop, probe.awake():
-        code = _train(config, corpus, source, backend, work, environment, folder, stop)
+        code = _train(config, corpus, source, backend, work, environment, folder, stop, fallbacks)
     if code == 0 and config.sample_tokens:
         _sample(config, corpus, source.spec, backend, folder)
     display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
@@ -78,12 +92,15 @@ def _train(
     environment: dict[str, Any],
     folder: Path,
     stop: list[int],
+    fallbacks: dict[str, Any] | None,
 ) -> int:
     facts = _facts(config, corpus, source, backend)
     recorder = Recorder(folder, work, _wandb(config, folder, facts))
     _write_inputs(folder, config, environment | {"backend": facts})
     screen = display.make(config.max_iters, config.log_interval, source.state.iteration)
     start = source.state.iteration
+    if fallbacks is not None:
+        recorder.fallbacks(fallbacks, start)
     _announce(screen, folder, source, facts, work)
 
     def save(best: float, is_best: bool) -> None:
@@ -122,11 +139,23 @@ def _train(
         signal_name = signal.Signals(stop[0]).name if stop else None
         ending = {"exit_state": state, "signal": signal_name, "error": error, "resumed_at": start or None}
         times = probe.process_times()
-        recorder.summary({**facts, **ending, "process": times, "energy": meter.stop()})
+        left = {key: len(fallbacks[key]) for key in ("findings", "why_incomplete")} if fallbacks is not None else None
+        recorder.summary({**facts, **ending, "process": times, "energy": meter.stop(), "fallbacks": left})
         recorder.close()
     if stop:
         return 128 + stop[0]
     return 0 if state == "finished" else 1
+
+
+def _fallbacks(config: Config, spec: GPTSpec, backend: Backend) -> dict[str, Any]:
+    """What leaves the GPU in this run's iterations, looked for in a child process and put on the console."""
+    from nanogpt_mac.coverage import runtime, runtime_report  # which import this module's backend_options
+
+    if sys.stdout.isatty():
+        display.say("looking for fallbacks in a child process (fallbacks=off leaves it out)")
+    found = runtime.check(config, spec, "train" in backend.details["resident_data"])
+    display.say(runtime_report.text(found))
+    return found
 
 
 def _work(config: Config, spec: GPTSpec, backend: Backend) -> Work:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import coverage_fakes as fakes
 import pytest
 
-from nanogpt_mac.coverage import diff, report
+from nanogpt_mac.coverage import diff, render, report
 from nanogpt_mac.coverage.config import CoverageConfig, validate
 from nanogpt_mac.coverage.run import run
 from nanogpt_mac.coverage.table import Kind
@@ -125,7 +125,7 @@ def test_exit_codes_of_a_model(tables):
 def test_markdown_is_safe_in_a_comment(tables):
     old, new = tables
     new = replace(new, disagreements=["beta: one | other"])
-    text = report.markdown(report.build("surface", new, sorted(new.entries), old, None, None))
+    text = render.markdown(report.page(report.build("surface", new, sorted(new.entries), old, None, None)))
     assert text.startswith("### MPS coverage of torch 9.2.0\n\n❌ **1 operators of the whole surface were lost")
     assert "| lost | beta | native | missing, CPU kernel |" in text
     assert "| 9.2.0 | beta: one \\| other |" in text
@@ -184,7 +184,7 @@ def test_values_that_cannot_be_meant():
         ({"dtype": "float64"}, "dtype=float64: allowed are"),
         ({"python": "latest"}, "python=latest: allowed are versions such as 3.12"),
         ({"scope": "ops"}, "op=null: scope=ops needs the operators"),
-        ({"op": "gelu"}, "op=gelu: only scope=ops takes operators"),
+        ({"op": "gelu"}, "op=gelu: only scope=ops and scope=opinfo take operators"),
     ]:
         with pytest.raises(InputError, match=words):
             validate(CoverageConfig(**values))

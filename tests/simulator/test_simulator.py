@@ -100,7 +100,7 @@ def test_the_whole_product_on_it(tmp_path: Path) -> None:
 
     on = {simulator.VARIABLE: "1"}
     eager = train("eager", *smoke, "backend=mps", "compile=false", **on)
-    compiled = train("compiled", *smoke, "backend=mps", "compile=true", **on)
+    compiled = train("compiled", *smoke, "backend=mps", "compile=true", "fallbacks=off", **on)
     assert len(eager) == 20
     assert max(abs(a - b) for a, b in zip(eager, compiled, strict=True)) < 1e-4
     for folder in ("eager", "compiled"):
@@ -108,6 +108,11 @@ def test_the_whole_product_on_it(tmp_path: Path) -> None:
         assert (summary["device"], summary["backend"], summary["exit_state"]) == ("simulated-mps", "mps", "finished")
         assert summary["mfu"] is summary["mfu_measured"] is summary["mfu_a100"] is None
         assert (tmp_path / folder / "sample.txt").stat().st_size > 0
+        assert summary["fallbacks"] == ({"findings": 0, "why_incomplete": 0} if folder == "eager" else None)
+    document = json.loads((tmp_path / "eager" / "fallbacks.json").read_text())
+    assert (document["complete"], document["findings"], document["device"]) == (True, [], "simulated-mps")
+    assert document["model"]["n_layer"] == 2
+    assert not (tmp_path / "compiled" / "fallbacks.json").exists()
 
 
 def test_without_the_variable_mps_is_refused_with_a_hint() -> None:

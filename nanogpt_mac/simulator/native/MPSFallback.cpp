@@ -6,11 +6,13 @@
 
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
+#include <ATen/ops/_to_cpu.h>
 #include <caffe2/core/common.h>
 #include <torch/library.h>
 
 #include <map>
 #include <mutex>
+#include <set>
 
 namespace sim {
 namespace {
@@ -18,10 +20,29 @@ namespace {
 std::atomic<bool> fallback_enabled{false};
 std::mutex mutex;
 std::map<std::string, int64_t> fallen_back, refused;
+std::set<std::string> nowhere; // planted: without a CPU kernel too
 
 void count(std::map<std::string, int64_t>& calls, const c10::OperatorHandle& op) {
   std::lock_guard<std::mutex> lock(mutex);
   calls[c10::toString(op.operator_name())]++;
+}
+
+bool runs_on_cpu(const c10::OperatorHandle& op) {
+  std::lock_guard<std::mutex> lock(mutex);
+  return !nowhere.count(c10::toString(op.operator_name()));
+}
+
+// What cpu_fallback does with an operator that the CPU lacks as well: copies its tensors, then the dispatcher's error.
+[[noreturn]] void refuse_on_cpu(const c10::OperatorHandle& op, const Stack& stack) {
+  std::vector<Tensor> tensors;
+  for (size_t i = stack.size() - op.schema().arguments().size(); i < stack.size(); i++)
+    if (stack[i].isTensor() && stack[i].toTensor().defined())
+      tensors.push_back(stack[i].toTensor());
+  at::_to_cpu(tensors);
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "Could not run '", op.schema().operator_name(),
+      "' with arguments from the 'CPU' backend. This could be because the operator doesn't exist for this backend, or "
+      "was omitted during the selective/custom build process (if using custom build).");
+  __builtin_unreachable();
 }
 
 void mps_fallback(const c10::OperatorHandle& op, Stack* stack) {
@@ -29,6 +50,8 @@ void mps_fallback(const c10::OperatorHandle& op, Stack* stack) {
   // One place for all operators, hence one warning for all of them together, unless torch.set_warn_always(True).
   TORCH_WARN_ONCE("The operator '", op.schema().operator_name(), "' is not currently supported ",
       "on the MPS backend and will fall back to run on the CPU.", " This may have performance implications.");
+  if (!runs_on_cpu(op))
+    refuse_on_cpu(op, *stack);
   at::native::cpu_fallback(op, stack);
 }
 
@@ -156,10 +179,23 @@ std::string status(const std::string& name) {
 
 void plant(const std::string& name, const std::string& fault, double value) {
   Entry& entry = redirected(name);
-  if (fault == "native" || fault == "fallback" || fault == "missing")
-    set_status(name, entry, fault);
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (fault == "nowhere")
+      nowhere.insert("aten::" + name);
+    else if (fault == "native")
+      nowhere.erase("aten::" + name);
+  }
+  if (fault == "native" || fault == "fallback" || fault == "missing" || fault == "nowhere")
+    set_status(name, entry, fault == "nowhere" ? "missing" : fault);
   else if (fault == "hidden")
     entry.op->hidden_copy = value != 0;
+  else if (fault == "announced")
+    entry.op->announced = entry.op->hidden_copy = value != 0;
+  else if (fault == "dtype_limit")
+    entry.op->refuses_dtype = value != 0;
+  else if (fault == "shape_limit")
+    entry.op->refuses_shape = value != 0;
   else if (fault == "slow")
     entry.op->slow_ns = int64_t(value * 1e6);
   else if (fault == "wrong")

@@ -348,6 +348,13 @@ void refuse_float64() {
   __builtin_unreachable();
 }
 
+void refuse_shape() {
+  TORCH_CHECK(false,
+      "Adaptive pool MPS: input sizes must be divisible by output sizes. Non-divisible input sizes are not implemented "
+      "on MPS device yet.");
+  __builtin_unreachable();
+}
+
 Tensor cpu_alias(const Tensor& t) {
   Translation translation;
   return translation.to_cpu(t, false);
@@ -379,6 +386,12 @@ Op::Op(c10::OperatorHandle h, int64_t f) : handle(std::move(h)), flags(f) {
 
 void run_native(Op& op, Stack* stack) {
   op.calls++;
+  if (op.refuses_dtype)
+    refuse_float64();
+  if (op.refuses_shape)
+    refuse_shape();
+  if (op.announced)
+    TORCH_WARN_ONCE("MPS: this input is not supported. Falling back on CPU. This may have performance implications.");
   if (op.hidden_copy)
     hidden_cpu_copy(op, stack);
   else

@@ -88,6 +88,8 @@ struct Op {
   std::atomic<int64_t> calls{0};
   // Planted faults.
   std::atomic<bool> hidden_copy{false};
+  std::atomic<bool> announced{false}; // the hidden copy says so in a warning of its own
+  std::atomic<bool> refuses_dtype{false}, refuses_shape{false};
   std::atomic<int64_t> slow_ns{0};
   std::atomic<double> factor{1.0};
 };
@@ -97,6 +99,7 @@ void run_native(Op& op, Stack* stack);
 // A CPU tensor over the same memory.
 Tensor cpu_alias(const Tensor& t);
 [[noreturn]] void refuse_float64();
+[[noreturn]] void refuse_shape();
 
 // ---- kernels.cpp: kernels that need the device's storage, and operators that only MPS has
 

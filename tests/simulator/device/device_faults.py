@@ -103,7 +103,12 @@ def test_wrong() -> None:
         ("no_such_operator", "missing", None, "MPS has no native kernel of that name"),
         ("mode", "missing", None, "MPS has no native kernel of that name"),
         ("layer_norm", "missing", None, "MPS has no native kernel of that name"),  # composite
-        ("mm", "sluggish", None, "allowed are fallback, missing, hidden, slow, wrong"),
+        (
+            "mm",
+            "sluggish",
+            None,
+            "allowed are fallback, missing, nowhere, hidden, announced, dtype_limit, shape_limit, slow",
+        ),
         ("mm", "slow", None, "slow and wrong take a value"),
         ("mm", "missing", 2.0, "slow and wrong take a value"),
     ],
