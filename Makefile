@@ -1,4 +1,4 @@
-# `make train` and `make test` set everything up by themselves, in .venv.
+# `make compare`, `make train` and `make test` set everything up by themselves, in .venv.
 # uv is used when it is there; with pip alone the same versions are installed, only more slowly.
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,10 @@ CONSTRAINTS = $(if $(LOCK),-c $(LOCK))
 RUN ?=
 PYTEST ?=
 
-.PHONY: train test setup lint test-slow test-online clean
+.PHONY: compare train test setup lint test-slow test-online clean
+
+compare: setup
+	$(BIN)/python compare.py $(RUN)
 
 train: setup
 	$(BIN)/python train.py experiment=quick $(RUN)
@@ -35,10 +38,10 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 	  { echo "nanogpt-mac needs Python 3.11 or later; $(PYTHON) is older. Set PYTHON=/path/to/python3.11"; exit 2; }
 	@if command -v uv >/dev/null; then \
 	  uv venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV) && \
-	  UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" uv pip install --python $(BIN)/python $(CONSTRAINTS) -e '.[test,report]'; \
+	  UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" uv pip install --python $(BIN)/python $(CONSTRAINTS) -e '.[test]'; \
 	else \
 	  $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install --disable-pip-version-check $(CONSTRAINTS) -e '.[test,report]'; \
+	  $(BIN)/python -m pip install --disable-pip-version-check $(CONSTRAINTS) -e '.[test]'; \
 	fi
 	@touch $@
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nanogpt_mac.backends.base import DTYPES
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.gpt.spec import ModelConfig
+from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 
 NIGHTLY_INDEX = "https://download.pytorch.org/whl/nightly/cpu"  # PyTorch's own
 SCOPES = ("model", "ops", "surface", "opinfo")
@@ -55,7 +55,8 @@ def validate(config: CoverageConfig) -> None:
     if not re.fullmatch(r"3\.\d+", config.python):
         raise InputError(f"python={config.python}: allowed are versions such as 3.12")
     if config.scope == "ops" and not operators(config):
-        raise InputError("op=null: scope=ops needs the operators to look at (op=gelu or op=[gelu,linalg_svd])")
+        given = "null" if config.op is None else config.op
+        raise InputError(f"op={given}: scope=ops needs the operators to look at (op=gelu or op=[gelu,linalg_svd])")
     if config.scope not in ("ops", "opinfo") and config.op is not None:
         raise InputError(f"op={config.op}: only scope=ops and scope=opinfo take operators (here scope={config.scope})")
     for key in ("samples", "batch_size"):
@@ -66,6 +67,7 @@ def validate(config: CoverageConfig) -> None:
     if config.output is not None and not config.verify:
         raise InputError(f"output={config.output}: only verify writes a file")
     _one_task(config)
+    GPTSpec(**asdict(config.model) | {"vocab_size": 1 if config.model.vocab_size is None else config.model.vocab_size})
 
 
 def _one_task(config: CoverageConfig) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 OK, LOST, CANNOT_TELL = 0, 1, 2  # exit codes
+
+# What GitHub would take for markup: operators are called `_fused_adamw_`, errors quote `<class 'X'>`.
+_MARKUP = re.compile(r"[|*<`~]|(?<![^\W_])_|_(?![^\W_])")
 
 Section = tuple[str, list[str], list[list[str]]]  # title, headings, rows
 
@@ -48,7 +52,7 @@ def markdown(page: Page) -> str:
     mark = {OK: "✅", LOST: "❌", CANNOT_TELL: "❔"}[page.exit_code]
 
     def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", " ")
+        return _MARKUP.sub(r"\\\g<0>", text).replace("\n", " ")
 
     parts = [f"### {page.title}", f"{mark} **{cell(page.verdict)}**"]
     parts.append("\n".join(f"- {cell(line)}" for line in page.lines))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 
 from nanogpt_mac.coverage import render, report
 from nanogpt_mac.coverage.config import CoverageConfig, operators, validate
@@ -14,7 +15,15 @@ from nanogpt_mac.errors import InputError
 def run(config: CoverageConfig) -> int:
     """Prints the report. 0: nothing is lost; 1: something is, or falls back to the CPU; 2: cannot tell."""
     validate(config)
-    page = _page(config)
+    try:
+        page = _page(config)
+    except OSError as error:  # the cache folder, mostly
+        raise InputError(f"{error.filename}: cannot be read or written: {error.strerror or error}") from error
+    except InputError:
+        raise
+    except Exception:  # whatever it is, it is no loss of an operator, which exit code 1 would say
+        traceback.print_exc()
+        return render.CANNOT_TELL
     render.emit(page, config.format)
     return page.exit_code
 

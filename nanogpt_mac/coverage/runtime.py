@@ -138,7 +138,7 @@ def _run_child(
         try:
             child = subprocess.run(
                 argv,
-                input=json.dumps(task),
+                input=json.dumps(task | {"scratch": folder}),
                 capture_output=True,
                 text=True,
                 errors="replace",

@@ -283,12 +283,16 @@ def _kept(identity: str, binary: bool, asked: str) -> Table | None:
     path = _cache_file(identity, binary)
     if not path.exists():
         return None
-    kept = json.loads(path.read_text())
-    entries = {
-        op: Entry(op, Kind(e["kind"]), Facts(**e["facts"]), e["decomposes_to"], e["note"])
-        for op, e in kept.pop("entries").items()
-    }
-    return replace(Table(**kept, entries=entries), asked=asked)
+    try:
+        kept = json.loads(path.read_text())
+        entries = {
+            op: Entry(op, Kind(e["kind"]), Facts(**e["facts"]), e["decomposes_to"], e["note"])
+            for op, e in kept.pop("entries").items()
+        }
+        return replace(Table(**kept, entries=entries), asked=asked)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"{path}: damaged ({error}); the torch is read again", file=sys.stderr)
+        return None
 
 
 def read(torch: wheel.Torch, root: Path, binary: bool) -> Table:

@@ -35,6 +35,7 @@ _REGISTERED = (Kind.NATIVE, Kind.DELEGATE, Kind.PYTHON)
 # Sequences, positions and channels a head of the traced model: which operators are called depends on none of them.
 _BATCH, _LENGTH, _HEAD = 2, 16, 8
 _SYMBOLS = 65
+_PROMPT = 4  # tokens before the one that is sampled, at most
 PHASES = ("forward", "backward", "clip", "optimizer", "evaluation", "sampling")
 
 
@@ -91,13 +92,17 @@ def trace_model(model: ModelConfig, dtype: str, table: Table, live: bool | None 
     how: dict[str, Any] = {"registered": _registered(installed)} if live else _changes(installed, table)
     task = json.dumps({"model": asdict(model), "dtype": dtype, "live": live, **how}, sort_keys=True)
     kept = wheel.cache_folder() / "traces" / f"{_digest(task)}.json"
-    if not kept.exists():
-        result = _run_child(task)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
-            file.write(result)
-        Path(file.name).replace(kept)
-    return Trace(**json.loads(kept.read_text()))
+    if kept.exists():
+        try:
+            return Trace(**json.loads(kept.read_text()))
+        except (ValueError, TypeError) as error:
+            print(f"{kept}: damaged ({error}); the model is traced again", file=sys.stderr)
+    result = _run_child(task)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+        file.write(result)
+    Path(file.name).replace(kept)
+    return Trace(**json.loads(result))
 
 
 def _registered(installed: Table) -> list[str]:
@@ -219,8 +224,9 @@ def _trace(task: dict[str, Any]) -> Trace:
     stopped = None
     try:
         backend.wait(backend.step(starts, 1e-3))  # the first iteration makes what later ones find
-        decode = backend.decode()
-        decode(text[:4])
+        decode, prompt = backend.decode(), min(_PROMPT, length - 1)
+        if prompt:
+            decode(text[:prompt])
         with phases.watching():
             with phases.phase("forward"):
                 handle = backend.step(starts, 1e-3)
@@ -228,7 +234,7 @@ def _trace(task: dict[str, Any]) -> Trace:
             with phases.phase("evaluation"):
                 backend.evaluate("val", starts)
             with phases.phase("sampling"):
-                decode(text[4:5])
+                decode(text[prompt : prompt + 1])
     except NotImplementedError as error:  # an operator that even the fallback cannot run
         stopped = " ".join(str(error).split())[:300]
     counts = {name: dict(sorted(phases.counts[name].items())) for name in PHASES if name in phases.counts}

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -156,7 +157,8 @@ class Session:
     def _train(self) -> None:
         with self.phases.phase("forward"):
             handle = self.backend.step(self.starts, 1e-4)
-        self.norm = self.backend.wait(handle)[1]
+        with self.phases.phase("result"):
+            self.norm = self.backend.wait(handle)[1]
 
     def _evaluation(self) -> None:
         with self.phases.phase("evaluation"):
@@ -165,8 +167,8 @@ class Session:
     def _sampling(self) -> None:
         """A prompt, and one token after it."""
         prompt, token = self.prompt
-        decode = self.backend.decode()
         with self.phases.phase("sampling"):
+            decode = self.backend.decode()
             decode(prompt)
             if self.long_enough:
                 decode(token)
@@ -349,13 +351,14 @@ def _compile_report() -> Any:
     return compiled.watch()
 
 
-def _end_with_parent() -> None:
-    """A parent that was killed has nobody to tell."""
+def _end_with_parent(scratch: str) -> None:
+    """A parent that was killed has nobody to tell, and does not remove the `scratch` folder that it made."""
     parent = os.getppid()
 
     def wait() -> None:
         while os.getppid() == parent:
             time.sleep(1)
+        shutil.rmtree(scratch, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -366,7 +369,7 @@ def main() -> None:
     document = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever torch or its libraries print goes to stderr
     task = json.load(sys.stdin)
-    _end_with_parent()
+    _end_with_parent(task["scratch"])
     simulator.install_if_asked()
     json.dump(watch(task), document)
     document.flush()

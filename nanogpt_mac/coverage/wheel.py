@@ -277,6 +277,8 @@ def _archive(torch: Torch, python: str, nightly_index: str) -> zipfile.ZipFile:
     assert torch.url is not None
     assert torch.wheel is not None
     whole = cache_folder() / "wheels" / torch.wheel
+    if whole.exists() and not (zipfile.is_zipfile(whole) and torch.sha256 in (None, _sha256(whole))):
+        whole.unlink()  # damaged since it was put there
     if not whole.exists():
         from remotezip import RemoteZip, RemoteZipError
         from requests import Session

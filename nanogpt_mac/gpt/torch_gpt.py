@@ -106,8 +106,9 @@ class GPT(nn.Module):
         """
         t: Any = self.transformer
         start = cache.length if cache is not None else 0
-        pos = torch.arange(start, start + idx.shape[1], device=idx.device)
-        x = t["drop"](t["wte"](idx) + t["wpe"](pos))
+        # A slice, not a lookup: compiled for Metal, torch 2.13 gets a lookup's gradient wrong (docs/method.md).
+        pos = t["wpe"].weight[start : start + idx.shape[1]]
+        x = t["drop"](t["wte"](idx) + pos)
         for block in t["h"]:
             x = block(x, cache)
         if cache is not None:

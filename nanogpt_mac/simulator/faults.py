@@ -10,6 +10,8 @@ from nanogpt_mac.errors import InputError
 
 Fault = Literal["fallback", "missing", "nowhere", "hidden", "announced", "dtype_limit", "shape_limit", "slow", "wrong"]
 
+_COPYING = ("fallback", "missing", "nowhere", "hidden", "announced")  # to the host and back
+
 
 @contextmanager
 def planted(op: str, fault: Fault, value: float | None = None) -> Iterator[list[str]]:
@@ -40,6 +42,8 @@ def planted(op: str, fault: Fault, value: float | None = None) -> Iterator[list[
         raise InputError(f"fault={fault!r}: allowed are {', '.join(get_args(Fault))}")
     if (value is None) == (fault in ("slow", "wrong")):
         raise InputError(f"fault={fault!r} value={value!r}: slow and wrong take a value, the others none")
+    if op.removeprefix("aten::").split(".")[0] == "copy_" and fault in _COPYING:
+        raise InputError(f"op={op!r} fault={fault!r}: this fault itself copies by copy_; copy_ takes the others")
     device = torch.ops.nanogpt_mps
     names = [n for n in table().variants(op) if device.status(n) == "native"]
     if not names:

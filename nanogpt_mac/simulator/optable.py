@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nanogpt_mac.simulator.build import cache_folder
+from nanogpt_mac.simulator.build import build_once, cache_folder
 
 # What sim.h calls flags.
 NO_DEVICE_CHECK, MIXED_DEVICES = 1, 2
@@ -73,14 +73,17 @@ def installed_table() -> OpTable:
 
     folder = Path(torchgen.__file__).parent / "packaged/ATen/native"
     cached = cache_folder() / f"optable-{torch.__version__}-{torch.version.git_version}-1.json"
-    if cached.exists():
-        return OpTable(**json.loads(cached.read_text()))
-    table = read_table(folder / "native_functions.yaml", folder / "tags.yaml")
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(table)))
-    partial.replace(cached)
-    return table
+
+    def build(work: Path) -> Path:
+        made = work / cached.name
+        made.write_text(json.dumps(asdict(read_table(folder / "native_functions.yaml", folder / "tags.yaml"))))
+        return made
+
+    try:
+        return OpTable(**json.loads(build_once(cached, build).read_text()))
+    except (ValueError, TypeError):  # damaged since it was put there
+        cached.unlink()
+        return OpTable(**json.loads(build_once(cached, build).read_text()))
 
 
 def read_table(functions: Path, tags: Path) -> OpTable:

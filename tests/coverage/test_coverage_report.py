@@ -12,6 +12,7 @@ from nanogpt_mac.coverage.run import run
 from nanogpt_mac.coverage.table import Kind
 from nanogpt_mac.coverage.trace import Trace
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.gpt.spec import ModelConfig
 
 
 def names(changes):
@@ -134,6 +135,31 @@ def test_markdown_is_safe_in_a_comment(tables):
     assert text.count("<details>") == text.count("</details>")
 
 
+def test_names_and_errors_are_no_markup():
+    rows = [["_fused_adamw_", "__and__.Tensor"], ["linalg_svd", "TypeError: <class 'x'> *a*"]]
+    text = render.markdown(render.Page("t", [], [("s", ["a", "b"], rows)], "_a_", render.OK, {}))
+    assert r"**\_a\_**" in text
+    assert r"| \_fused_adamw\_ | \_\_and\_\_.Tensor |" in text
+    assert r"| linalg_svd | TypeError: \<class 'x'> \*a\* |" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(RuntimeError("a bug"), 2), (PermissionError(13, "Permission denied", "/c"), "/c: cannot be read or written")],
+)
+def test_a_crash_is_no_loss(monkeypatch, capsys, error, outcome):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("nanogpt_mac.coverage.run.load", fail)
+    if outcome == 2:
+        assert run(CoverageConfig()) == outcome
+        assert "RuntimeError: a bug" in capsys.readouterr().err
+    else:
+        with pytest.raises(InputError, match=outcome):
+            run(CoverageConfig())
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +210,11 @@ def test_values_that_cannot_be_meant():
         ({"dtype": "float64"}, "dtype=float64: allowed are"),
         ({"python": "latest"}, "python=latest: allowed are versions such as 3.12"),
         ({"scope": "ops"}, "op=null: scope=ops needs the operators"),
+        ({"scope": "ops", "op": []}, r"op=\[\]: scope=ops needs the operators"),
         ({"op": "gelu"}, "op=gelu: only scope=ops and scope=opinfo take operators"),
+        ({"model": ModelConfig(n_layer=0)}, "model.n_layer=0: must be at least 1"),
+        ({"model": ModelConfig(n_head=5)}, "model.n_embd=384: must be divisible by model.n_head=5"),
+        ({"model": ModelConfig(vocab_size=0)}, "model.vocab_size=0: must be at least 1"),
     ]:
         with pytest.raises(InputError, match=words):
             validate(CoverageConfig(**values))

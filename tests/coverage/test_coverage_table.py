@@ -167,6 +167,17 @@ def test_a_second_look_reads_the_cache(wheels, cache, monkeypatch):
     assert table.load(str(wheels[0])) == first
 
 
+def test_a_damaged_cache_is_read_again(wheels, cache, capsys):
+    first = table.load(str(wheels[0]))
+    (kept,) = (cache / "tables").iterdir()
+    whole = kept.read_text()
+    for damage in (whole[: len(whole) // 2], "[]", "{}", '{"entries": {}}'):
+        kept.write_text(damage)
+        assert table.load(str(wheels[0])) == first
+        assert kept.read_text() == whole
+        assert f"{kept}: damaged" in capsys.readouterr().err
+
+
 def test_the_cache_tells_torches_and_depths_apart(wheels, tmp_path, cache):
     table.load(str(wheels[0]))
     table.load(str(wheels[0]), binary=True)

@@ -139,6 +139,11 @@ def test_without_ranges_the_whole_wheel_is_kept(found, index, wheels, cache, cap
     with wheel.unpacked(found, binary=True) as root:
         assert (root / wheel.DYLIB).read_bytes() == fakes.dylib()
     assert index.requests == []
+    kept = cache / "wheels" / wheels[0].name
+    kept.write_bytes(kept.read_bytes()[:-100])  # a disk that fails
+    with wheel.unpacked(found):
+        pass
+    assert kept.read_bytes() == wheels[0].read_bytes()
 
 
 def test_a_download_that_breaks_off_leaves_nothing(found, index, cache):

@@ -109,6 +109,7 @@ def test_wrong() -> None:
             None,
             "allowed are fallback, missing, nowhere, hidden, announced, dtype_limit, shape_limit, slow",
         ),
+        ("copy_", "hidden", None, "this fault itself copies by copy_"),
         ("mm", "slow", None, "slow and wrong take a value"),
         ("mm", "missing", 2.0, "slow and wrong take a value"),
     ],

@@ -1,0 +1,15 @@
+"""Compare every way of training that this machine has: `python compare.py`. See `--help`."""
+
+import sys
+
+from nanogpt_mac.cli import main
+
+
+def compare(config):  # imported late: `--help` needs no framework
+    from nanogpt_mac.compare.run import run
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main("compare", compare))

@@ -1,0 +1,164 @@
+"""Charts of iteration times: against the fastest, over time, and how they are distributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nanogpt_mac.compare import svg
+from nanogpt_mac.compare.chart_rows import BAR, Chart, at_right, colour_of, few_ticks, log_x, rows_axes, short, shown
+from nanogpt_mac.compare.sections import Row, Table, mark
+from nanogpt_mac.compare.svg import COLOURS
+from nanogpt_mac.compare.words import DASH, dicts, get, interval, label, ms, num, nums, percent, ratio, state, text
+
+
+def ratios(comparison: Any) -> Chart | None:
+    ways = [way for way in shown(comparison) if num(get(way, "ratio", "value")) or mark(way, comparison) == "fastest"]
+    if len(ways) < 2:
+        return None
+    fastest = next((label(way) for way in ways if mark(way, comparison) == "fastest"), "the fastest")
+    title = f"Times as long as {fastest}"
+    figure, axes = rows_axes([short(way) for way in ways])
+    axes.axvline(1, color=COLOURS["accent"], linewidth=1.2)
+    rows = []
+    for i, way in enumerate(ways):
+        value, bounds = num(get(way, "ratio", "value")) or 1.0, nums(get(way, "ratio", "ci"), 2)
+        pairs = get(way, "ratio", "pairs")
+        pairs = [v for v in map(num, pairs) if v] if isinstance(pairs, list) else []
+        colour = {"fastest": "accent", "wrong": "wrong"}.get(mark(way, comparison), "ink")
+        axes.plot(pairs, [i + BAR] * len(pairs), "|", color=COLOURS["muted"], markersize=9)
+        if bounds:
+            axes.plot(bounds, [i + BAR] * 2, color=COLOURS[colour], linewidth=2.2, solid_capstyle="butt")
+        axes.plot(value, i + BAR, "o", color=COLOURS[colour], markersize=5.5)
+        said = (
+            "1" if mark(way, comparison) == "fastest" else ratio(value) + (" tie" if get(way, "ratio", "tie") else "")
+        )
+        at_right(axes, i, said)
+        rows.append(Row([label(way), said, interval(bounds, ratio), ", ".join(map(ratio, pairs)) or DASH]))
+    low, high = axes.get_xlim()
+    if high > 3 and low > 0:
+        log_x(axes)
+    else:
+        few_ticks(axes)
+    axes.set_xlabel("dot and interval; thin ticks are single rounds")
+    description = "Dots with intervals. " + "; ".join(f"{r.cells[0]}: {r.cells[1]} {r.cells[2]}" for r in rows) + "."
+    table = Table(title, ["way", "ratio", "interval", "by round"], rows)
+    return Chart("chart-ratio", title, description, svg.inline(figure, "chart-ratio", title, description), table)
+
+
+# -- iteration times ---------------------------------------------------------------------------------------------------
+
+
+def _relative(way: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Per round, (round, iteration times over the way's median less 1)."""
+    median = num(get(way, "iter_ms", "median"))
+    found: list[tuple[Any, Any]] = []
+    for part in dicts(way.get("series")):
+        values = [v for v in map(num, part.get("iter_ms") or []) if v] if isinstance(part.get("iter_ms"), list) else []
+        if values and median:
+            found.append((text(part.get("round")), np.array(values) / median - 1))
+    return found
+
+
+def _band(values: Any) -> tuple[float, float]:
+    """The range that shows nearly all of `values` (shares), at least two per cent wide to either side."""
+    low, high = np.percentile(values, [2, 96])
+    return min(1.6 * float(low), -0.02), max(2.0 * float(high), 0.02)
+
+
+def over_time(comparison: Any) -> Chart | None:
+    known = {id(way): _relative(way) for way in shown(comparison)}
+    ways = [way for way in shown(comparison) if known[id(way)]]
+    if not ways:
+        return None
+    low, high = _band(np.concatenate([values for way in ways for _, values in known[id(way)]]))
+    numbers = list(dict.fromkeys(number for way in ways for number, _ in known[id(way)]))
+    rounds = len(numbers)
+    most = max(12, 240 // rounds)
+    figure, axes = rows_axes([short(way) for way in ways], 50)
+    axes.grid(visible=False)
+    rows = []
+    for i, way in enumerate(ways):
+        colour = COLOURS[colour_of(way, comparison)]
+        axes.plot([0, rounds], [_height(0, low, high, i)] * 2, color=COLOURS["rule"], linewidth=0.8)
+        for number, values in known[id(way)]:
+            r = numbers.index(number)
+            x, y, slowest = _stretches(values, most)
+            axes.plot(r + 0.03 + 0.94 * x, _height(y, low, high, i), color=colour, linewidth=0.9)
+            outside = slowest > high
+            axes.plot(r + 0.03 + 0.94 * x[outside], np.full(outside.sum(), _height(high, low, high, i)), "^",
+                      color=COLOURS["ink"], markersize=3)  # fmt: skip
+        medians = ", ".join(f"{100 * float(np.median(values)):+.1f} %" for _, values in known[id(way)])
+        worst = max(float(values.max()) for _, values in known[id(way)])
+        rows.append(Row([label(way), medians, f"{100 * worst:+.0f} %"], ""))
+    for r in range(1, rounds):
+        axes.axvline(r, color=COLOURS["rule"], linewidth=0.8)
+    axes.set_xlim(0, rounds)
+    axes.set_xticks(np.arange(rounds) + 0.5, numbers)
+    axes.tick_params(length=0)
+    axes.set_xlabel("round" if rounds > 1 else "one round, from its first to its last iteration")
+    title = "Iteration time as the runs went on"
+    description = (
+        f"One band a way, each from {100 * low:+.0f} % to {100 * high:+.0f} % of the way's own median. Lines: medians "
+        "of short stretches; triangles: iterations beyond the band."
+    )
+    table = Table(title, ["way", "median of each round against the way's own", "slowest iteration"], rows)
+    return Chart("chart-series", title, description, svg.inline(figure, "chart-series", title, description), table)
+
+
+def _height(value: Any, low: float, high: float, row: int) -> Any:
+    """Where in its row's band a value lies."""
+    return row + 0.38 - 0.56 * (np.clip(value, low, high) - low) / (high - low)
+
+
+def _stretches(values: Any, most: int) -> tuple[Any, Any, Any]:
+    """(position 0..1, median, slowest) of at most `most` equal stretches of a series."""
+    parts = np.array_split(values, min(most, len(values)))
+    position = (np.arange(len(parts)) + 0.5) / len(parts)
+    return position, np.array([np.median(part) for part in parts]), np.array([part.max() for part in parts])
+
+
+def distribution(comparison: Any) -> Chart | None:
+    found = [(way, values) for way in shown(comparison) if (values := _values(way)) is not None]
+    if not found:
+        return None
+    low, high = _band(np.concatenate([values for _, values in found]))
+    edges = np.linspace(low, high, 61)
+    figure, axes = rows_axes([short(way) for way, _ in found], 50)
+    rows = []
+    for i, (way, values) in enumerate(found):
+        counts, _ = np.histogram(values, edges)
+        wrong, top = state(way) == "wrong", max(int(counts.max()), 1)
+        axes.stairs(i + 0.38 - 0.54 * counts / top, edges, baseline=i + 0.38, fill=not wrong, linewidth=1,
+                    color=COLOURS[colour_of(way, comparison)])  # fmt: skip
+        beyond = float((values > high).mean())
+        if beyond:
+            at_right(axes, i, f"{percent(beyond)} slower ▸", "muted")
+        quantiles = [ms(get(way, "iter_ms", key)) for key in ("p10", "median", "p90", "max")]
+        rows.append(Row([label(way), *quantiles, percent(beyond)]))
+    axes.axvline(0, color=COLOURS["rule"], linewidth=1)
+    axes.set_xlim(low, high)
+    few_ticks(axes)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g} %" if abs(value) > 1e-9 else "median")
+    axes.set_xlabel("difference from the way's own median")
+    title = "Distribution of iteration times"
+    description = "Histograms, one a way, each against the way's own median. " + "; ".join(
+        f"{r.cells[0]}: 10th percentile {r.cells[1]} ms, 90th {r.cells[3]} ms" for r in rows
+    )
+    table = Table(title, ["way", "p10", "median", "p90", "max", "beyond the chart"], rows)
+    return Chart("chart-spread", title, description, svg.inline(figure, "chart-spread", title, description), table)
+
+
+def _values(way: dict[str, Any]) -> Any:
+    """Iteration times over the way's median less 1: of the series, or the middles of the histogram's bins."""
+    series = [values for _, values in _relative(way)]
+    if series:
+        return np.concatenate(series)
+    counts, median = get(way, "histogram", "counts"), num(get(way, "iter_ms", "median"))
+    counts = nums(counts, len(counts)) if isinstance(counts, list) else None
+    edges = nums(get(way, "histogram", "edges"), len(counts) + 1) if counts else None
+    if not counts or not edges or not median or sum(counts) <= 0:
+        return None
+    middles = (np.array(edges[1:]) + np.array(edges[:-1])) / 2
+    return np.repeat(middles, np.maximum(counts, 0).astype(int)) / median - 1

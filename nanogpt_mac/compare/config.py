@@ -1,0 +1,91 @@
+"""The typed config of `compare.py` and its checks. Plain dataclass: the command line is cli.py's business."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt_mac.config import Config
+from nanogpt_mac.errors import InputError
+
+BUDGET_MINUTES = 9.0  # ten, less what a slower or busier machine adds
+LEVER_MINUTES = 2.0  # more for each way of levers=true beyond the first four
+
+# Keys of train.py that a comparison decides itself for each of its runs, and what takes their place.
+DECIDED = {
+    "max_iters": "allowed is iters=N, of each run",
+    "eval_interval": "it evaluates in its first round",
+    "checkpoint": "it keeps none",
+    "sample_tokens": "it draws none",
+    "fallbacks": "it looks for them apart, before any timing",
+    "wandb": "its runs are written to its folder alone",
+    "logger": "its runs are written to its folder alone",
+}
+
+
+@dataclass
+class CompareConfig(Config):
+    """Everything that `python compare.py` can be told: its own keys, and those of train.py for every run.
+
+    `backend` and `compile` narrow the ways. `run` is the comparison to go on with, `run_dir` where a new one goes,
+    `seed` also that of the order, and `given`, filled in by cli.py, what the command line said, word for word.
+    """
+
+    ways: Any = None  # null: all that this machine has; [cpu,mlx]; ["cpu", "cpu backend.fused_adamw=false"]
+    levers: bool = False  # on every back end, one setting changed at a time
+    rounds: int | None = None  # null: what the budget allows; so with iters
+    iters: int | None = None  # of each run
+    budget_minutes: float | None = None  # null: 9, more with levers=true
+    parity: bool = True  # first check that the ways compute the same
+    time_wrong: bool = False  # time ways that do not, marked WRONG
+    cooldown_seconds: float = 1.0  # before every run
+    heat_wait_seconds: float = 60.0  # at most, before a run on a Mac that says it is hot
+    stall_seconds: float = 600.0  # a first iteration (which compiles) of more than this is a hang
+    run_dir: str = "runs/{date}/{time}-{name}"
+
+
+def validate(config: CompareConfig) -> None:
+    """Raise InputError at the first value that cannot be meant; train.py's own keys are checked way by way."""
+    named = {override.lstrip("+~").split("=")[0]: override for override in config.given}
+    for key, override in named.items():
+        if key.split(".")[0] in DECIDED:
+            raise InputError(f"{override}: a comparison decides this itself: {DECIDED[key.split('.')[0]]}")
+    if config.run is not None:
+        others = [override for key, override in named.items() if key != "run"]
+        if others:
+            raise InputError(f"{others[0]}: run={config.run} goes on as it was planned; allowed is run alone")
+    if config.init_from == "resume":
+        raise InputError(
+            "init_from=resume: a comparison starts its runs from the same weights; run=... goes on with one"
+        )
+    if config.levers and config.ways is not None:
+        raise InputError(f"ways={config.ways}: levers=true chooses its own; allowed beside it is backend=NAME")
+    if config.time_wrong and not config.parity:
+        raise InputError("time_wrong=true: parity=false does not look for ways that are wrong; allowed is one of them")
+    for key in ("rounds", "iters"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise InputError(f"{key}={value}: must be at least 1")
+    if config.iters is not None and config.iters < config.timing_warmup + 3:
+        raise InputError(
+            f"iters={config.iters}: must be at least {config.timing_warmup + 3}: the first, timing_warmup="
+            f"{config.timing_warmup} more and the last are not counted"
+        )
+    if config.budget_minutes is not None and not 0 < config.budget_minutes < math.inf:
+        raise InputError(f"budget_minutes={config.budget_minutes}: must be more than 0")
+    for key in ("cooldown_seconds", "heat_wait_seconds"):
+        if not 0 <= getattr(config, key) < math.inf:
+            raise InputError(f"{key}={getattr(config, key)}: must be at least 0")
+    if not 1 <= config.stall_seconds < math.inf:
+        raise InputError(f"stall_seconds={config.stall_seconds}: must be at least 1")
+
+
+def entries(ways: Any) -> list[str] | None:
+    """`ways` as a list of texts; None where all are meant."""
+    if ways is None:
+        return None
+    given = ways if isinstance(ways, list) else [ways]
+    if not given or not all(isinstance(entry, str) and entry.split() for entry in given):
+        raise InputError(f"ways={ways}: allowed is a list such as [cpu,mlx]")
+    return list(given)

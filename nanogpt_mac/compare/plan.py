@@ -1,0 +1,199 @@
+"""What a comparison will do: its ways, the work that all of them share, and what is written of it to plan.json."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nanogpt_mac
+from nanogpt_mac import cli
+from nanogpt_mac.backends import detect
+from nanogpt_mac.compare import levers
+from nanogpt_mac.compare.config import BUDGET_MINUTES, LEVER_MINUTES, CompareConfig, entries
+from nanogpt_mac.compare.ways import (
+    BACKENDS,
+    KNOWN,
+    NARROWING,
+    Machine,
+    Way,
+    look_around,
+    merged,
+    parse,
+    setting,
+    unique,
+)
+from nanogpt_mac.config import Config
+from nanogpt_mac.config import validate as validate_run
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.train.recorder import write_json
+
+SCHEMA = 1
+OWN_KEYS = {f.name for f in dataclasses.fields(CompareConfig)} - {f.name for f in dataclasses.fields(Config)}
+KEYS = {"ways", "order", "asked", "overrides", "experiment", "quick_by_default", "seed", "budget_minutes", "levers"}
+KEYS |= {"gate", "cooldown_seconds", "heat_wait_seconds", "stall_seconds", "missing", "cwd"}  # what a plan must have
+NOT_PASSED_ON = {*OWN_KEYS, *NARROWING, "run", "run_dir"}
+SAME_WORK = ("batch_size", "gradient_accumulation_steps", "seed", "init_from", "data")  # and the model, but its dropout
+
+
+def make(config: CompareConfig) -> tuple[dict[str, Any], dict[str, Config]]:
+    """plan.json, but for what only the pilot runs can tell, and every way's config; InputError for bad input."""
+    machine = look_around()
+    if any(cli.key_of(override) == "backend.blas" for override in config.given):
+        machine = dataclasses.replace(machine, lends_blas=False)
+    common, experiment = _common(config, machine)
+    if config.levers:
+        ways = levers.ways(machine, _backends(config, machine), lambda way: _compose(way, common))
+    else:
+        ways = _ways(config, machine)
+    ways = list(unique(ways))
+    configs = {way.name: _checked(way, common) for way in ways}
+    common = _settle_corpus(next(iter(configs.values())), common)
+    configs = {way.name: _checked(way, common) for way in ways}
+    _refuse_other_work(ways, configs, common)
+    recipe = next(iter(configs.values()))
+    extra = max(0, len(ways) - 4) * LEVER_MINUTES if config.levers else 0.0
+    plan = {
+        "schema": SCHEMA,
+        "version": nanogpt_mac.__version__,
+        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "ways": [way.to_json() for way in ways],
+        "rounds": None,  # these three are known after the pilot runs
+        "iters": None,
+        "order": None,
+        "asked": {"rounds": config.rounds, "iters": config.iters},
+        "overrides": common,
+        "experiment": experiment,
+        "quick_by_default": experiment == "quick" and not any(cli.key_of(o) == "experiment" for o in config.given),
+        "recipe": {key: getattr(recipe, key) for key in ("max_iters", "eval_interval", "eval_iters")},
+        "seed": config.seed,
+        "budget_minutes": config.budget_minutes or BUDGET_MINUTES + extra,
+        "levers": config.levers,
+        "gate": {"parity": config.parity, "time_wrong": config.time_wrong},
+        "cooldown_seconds": config.cooldown_seconds,
+        "heat_wait_seconds": config.heat_wait_seconds,
+        "stall_seconds": config.stall_seconds,
+        "missing": machine.missing,
+        "cwd": str(Path.cwd()),
+    }
+    return plan, configs
+
+
+def configs_of(plan: dict[str, Any]) -> dict[str, Config]:
+    """Every way's config, of a plan read back."""
+    return {way.name: _checked(way, plan["overrides"]) for way in ways_of(plan)}
+
+
+def ways_of(plan: dict[str, Any]) -> list[Way]:
+    return [Way.from_json(way) for way in plan["ways"]]
+
+
+def write(folder: Path, plan: dict[str, Any]) -> None:
+    write_json(folder / "plan.json", plan)
+
+
+def order(rounds: dict[str, list[int]], seed: int) -> list[list[Any]]:
+    """[[round, way], ...]: round by round, the ways of each (those that take part in it) in a drawn order."""
+    drawn = random.Random(f"order-{seed}")
+    planned: list[list[Any]] = []
+    for number in range(max(max(numbers) for numbers in rounds.values()) + 1):
+        taking_part = [name for name, numbers in rounds.items() if number in numbers]
+        drawn.shuffle(taking_part)
+        planned += [[number, name] for name in taking_part]
+    return planned
+
+
+# -- the ways ---------------------------------------------------------------------------------------------------------
+
+
+def _backends(config: CompareConfig, machine: Machine) -> list[str]:
+    """The back ends that are meant: all that are there, or the one that `backend=` names."""
+    name = config.backend.name
+    if name == "auto":
+        return [backend for backend in BACKENDS if backend not in machine.missing]
+    return [detect.resolve(name)]
+
+
+def _ways(config: CompareConfig, machine: Machine) -> list[Way]:
+    backends = _backends(config, machine)
+    texts = entries(config.ways)
+    if texts is None:
+        texts = [name for name, (backend, _, _) in KNOWN.items() if backend in backends]
+    ways = [parse(text, machine) for text in texts]
+    ways = [way for way in ways if setting(way, "backend") in backends]
+    if config.compile != "auto":
+        ways = [way for way in ways if setting(way, "compile") == str(config.compile).lower()]
+    if not ways:
+        narrowing = [o for o in config.given if cli.key_of(o) in NARROWING]
+        raise InputError(f"{' '.join(narrowing)}: leaves none of the ways {', '.join(texts)}")
+    return ways
+
+
+# -- the work ---------------------------------------------------------------------------------------------------------
+
+
+def _common(config: CompareConfig, machine: Machine) -> tuple[list[str], str | None]:
+    """What every run is told, and the experiment's name: the full recipe needs an accelerator to be done in minutes."""
+    common = [override for override in config.given if cli.key_of(override) not in NOT_PASSED_ON]
+    keys = {cli.key_of(override) for override in common}
+    if not keys & {"experiment", "model"} and not machine.accelerated:
+        common.insert(0, "experiment=quick")
+    common = merged(common)
+    experiment = next((o.partition("=")[2] for o in common if cli.key_of(o) == "experiment"), None)
+    return common, None if experiment in (None, "full") else experiment
+
+
+def _compose(way: Way, common: Sequence[str]) -> Config:
+    return copy.deepcopy(_composed(tuple(merged(common, way.overrides))))
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> Config:
+    """Composing takes a tenth of a second, and every way is looked at more than once."""
+    config: Config = cli.compose(overrides)
+    return config
+
+
+def _checked(way: Way, common: Sequence[str]) -> Config:
+    config = _compose(way, common)
+    config.given = [cli.key_of(override) for override in common]  # of the work: the same for all
+    validate_run(config)
+    return config
+
+
+def _settle_corpus(config: Config, common: list[str]) -> list[str]:
+    """Prepare the corpus once, before many processes want it, and see that the model fits it.
+
+    Where the stand-in had to take over, all runs are told so: none may find the network again halfway through.
+    """
+    from nanogpt_mac.corpus import prepare
+    from nanogpt_mac.train.source import open_source
+
+    corpus = prepare(config.data)
+    open_source(config, corpus)
+    if not corpus.stand_in or config.data.name == "stand_in":
+        return common
+    kept = [o for o in common if not cli.key_of(o).startswith("data.") or cli.key_of(o) == "data.dir"]
+    return merged(kept, ["data=stand_in"])
+
+
+def _refuse_other_work(ways: Sequence[Way], configs: dict[str, Config], common: Sequence[str]) -> None:
+    """Times of different work cannot be compared. (Dropout changes what is learnt, but neither FLOPs nor sizes.)"""
+
+    def work(config: Config) -> dict[str, Any]:
+        model = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items() if k != "dropout"}
+        return {key: getattr(config, key) for key in SAME_WORK} | model
+
+    expected = work(_checked(Way("", "", ()), common))
+    for way in ways:
+        for key, value in work(configs[way.name]).items():
+            if value != expected[key]:
+                said = next((o for o in way.overrides if cli.key_of(o).startswith(key)), f"{key}={value}")
+                raise InputError(
+                    f"ways=[{way.label}]: {said}: all ways do the same work; allowed is {said} for all of them"
+                )

@@ -1,0 +1,249 @@
+"""The floor of an iteration: what this model costs on a chip that does nothing but its arithmetic and its traffic.
+
+    compute = FLOPs / peak        memory = bytes / bandwidth        floor = max of the two: they overlap
+
+FLOPs are nanoGPT's `6N + 12LHQT` a token (gpt/spec.py). It counts the whole attention matrix, so a kernel that leaves
+out the masked half may go below its share: 5 % of the whole at shakespeare_char's sizes.
+
+Bytes are the least that must cross memory, as if every element-wise operation, softmax and the attention matrix were
+fused away and recomputed for nothing, but no matrix product were computed twice and nothing outlived its phase in a
+cache. With P parameters (all of them, 4 bytes each in every dtype), G accumulated batches, n tokens a batch, L layers
+C wide, V symbols and e bytes an element of `dtype`:
+
+    weights    4P (2G)            read in each forward and each backward
+    gradients  4P (G + G-1 + 1)   written by each backward, added to by all but the first, read by AdamW, which also
+                                  clips: the norm can be summed while they are written
+    AdamW      4P (6)             weights and both moments read and written
+    activations  2nG (L (8C e + 2C 4) + C 4 + V e)
+                                  written by the forward, read by the backward: queries, keys and values (3C), the
+                                  attention's output (C) and the MLP's hidden layer (4C) in `dtype`; the residual
+                                  stream, twice a layer and at the end, in float32; the logits
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from nanogpt_mac.config import Config
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.machine import chips
+from nanogpt_mac.machine.gemm import DTYPES
+
+MASTER_BYTES = 4  # weights, gradients, moments and the residual stream are float32 in every dtype
+# Symbols of the corpora that have them fixed, for a config that leaves the vocabulary to the corpus.
+VOCABULARIES = {"shakespeare_char": 65, "stand_in": 65, "shakespeare": 50304, "openwebtext": 50304}
+
+
+def bytes_per_iter(spec: GPTSpec, batch_size: int, accumulation: int, dtype: str) -> dict[str, int]:
+    """The module's count: weights, gradients, adamw, activations, and their sum as total."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype={dtype}: allowed are {', '.join(DTYPES)}")
+    L, C, V, e = spec.n_layer, spec.n_embd, spec.vocab_size, DTYPES[dtype]
+    master = MASTER_BYTES * (spec.n_params() + spec.block_size * C)
+    tokens = batch_size * spec.block_size * accumulation
+    parts = {
+        "weights": 2 * accumulation * master,
+        "gradients": 2 * accumulation * master,
+        "adamw": 6 * master,
+        "activations": 2 * tokens * (L * (8 * C * e + 2 * C * MASTER_BYTES) + C * MASTER_BYTES + V * e),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def floor(
+    flops: float,
+    traffic: float,
+    peak: float | None,
+    peak_source: str | None,
+    bandwidth: float | None,
+    bandwidth_source: str | None,
+) -> dict[str, Any] | None:
+    """The floor of an iteration of `flops` FLOPs and `traffic` bytes; None where neither rate is known.
+
+    `peak` in FLOP/s, `bandwidth` in bytes/s. A rate that is not known leaves its part out, and the floor is that of
+    the other.
+    """
+    compute = None if not peak else flops / peak * 1e3
+    memory = None if not bandwidth else traffic / bandwidth * 1e3
+    known = {name: value for name, value in (("compute", compute), ("memory", memory)) if value is not None}
+    if not known:
+        return None
+    bound = max(known, key=known.__getitem__)
+    return {
+        "floor_ms": known[bound],
+        "compute_ms": compute,
+        "memory_ms": memory,
+        "bound": bound,
+        "flops": flops,
+        "bytes": traffic,
+        "peak": peak,
+        "peak_source": peak_source if peak else None,
+        "bandwidth": bandwidth,
+        "bandwidth_source": bandwidth_source if bandwidth else None,
+    }
+
+
+def of_run(
+    work: dict[str, Any], chip: chips.Chip | None, on_gpu: bool, measured_peak: float | None
+) -> dict[str, Any] | None:
+    """The floor of recorded work (runs.Run.work) where it ran; None where nothing is known of it.
+
+    `chip`: the machine's accelerator where it is known. A back end on the CPU is held against the matmul measured on
+    it, and on an Apple chip against the bandwidth of the memory, which CPU and GPU share.
+    """
+    try:
+        spec = GPTSpec(**work["model"])
+        accumulation = work.get("gradient_accumulation_steps") or 1
+        traffic = bytes_per_iter(spec, work["batch_size"], accumulation, work["dtype"])["total"]
+    except (KeyError, TypeError, InputError):
+        return None
+    peak = chips.peak(chip, work["dtype"], work.get("matmul_precision") or "highest") if on_gpu else None
+    source = (
+        f"{chip.name}'s peak{', disputed' if chip.disputed else ''}" if chip and peak else "best matmul measured here"
+    )
+    shares_memory = chip is not None and (on_gpu or chip.name.startswith("Apple"))
+    bandwidth = chip.bandwidth if chip is not None and shares_memory else None
+    flops = work.get("flops_per_iter") or float(spec.flops_per_token() * work["tokens_per_iter"])
+    return floor(flops, traffic, peak or measured_peak, source, bandwidth, chip.name if chip else None)
+
+
+# -- a chip that is not there -----------------------------------------------------------------------------------------
+
+
+def _slug(name: str) -> str:
+    return name.lower().removeprefix("apple ").removeprefix("nvidia ").replace(" ", "-")
+
+
+NAMES = {_slug(name): name for name in (*chips.APPLE, *chips.NVIDIA)}  # m4-max -> Apple M4 Max
+
+
+def find_chip(name: str) -> chips.Chip:
+    """The chip called `m4-max` (its largest bin), `m4-max-32` (that many GPU cores) or `h200`; InputError otherwise."""
+    key, _, cores = name.strip().lower().rpartition("-")
+    asked = int(cores) if key in NAMES and cores.isdigit() else None
+    full = NAMES.get(key if asked is not None else name.strip().lower())
+    if full is None or (asked is not None and full not in chips.APPLE):
+        raise InputError(f"chip={name}: allowed are {', '.join(NAMES)}, all, and a number of GPU cores as in m4-max-32")
+    most = chips.APPLE[full].cores if full in chips.APPLE else None
+    chip = chips.find(full, asked if asked is not None else most)
+    if chip is None:
+        raise InputError(f"chip={name}: {full} has at most {most} GPU cores; allowed is {key}-1 to {key}-{most}")
+    return chip
+
+
+def predict(config: Config, chip_name: str) -> dict[str, Any]:
+    """The floor of one iteration of `config` on `chip_name`: arithmetic, nothing is run.
+
+    Keys: those of `floor`, chip, gpu_cores, disputed, range_ms (the floor at the highest and lowest peak that a
+    source claims, or None), note, dtype, tokens_per_iter, recipe_seconds (max_iters iterations at the floor, without
+    evaluations). floor_ms is None, with the reason in note, where the chip's peak is not known for the dtype.
+    """
+    chip = find_chip(chip_name)
+    spec = _spec(config)
+    accumulation = config.gradient_accumulation_steps
+    tokens = config.batch_size * accumulation * spec.block_size
+    flops = float(spec.flops_per_token() * tokens)
+    traffic = bytes_per_iter(spec, config.batch_size, accumulation, config.dtype)["total"]
+    peak = chips.peak(chip, config.dtype, config.matmul_precision)
+    facts: dict[str, Any] = {
+        "chip": chip.name,
+        "gpu_cores": chip.gpu_cores,
+        "disputed": chip.disputed,
+        "note": chip.note,
+        "dtype": config.dtype,
+        "tokens_per_iter": tokens,
+        "range_ms": None,
+        "recipe_seconds": None,
+    }
+    source = "; ".join(chip.sources[:1])
+    found = floor(flops, traffic, peak, source, chip.bandwidth, f"{chip.name}'s memory")
+    if peak is None or found is None:
+        reason = f"no trustworthy {config.dtype} peak of this chip is known"
+        return facts | dict.fromkeys(floor(1.0, 1.0, 1.0, "", 1.0, "") or {}) | {"note": reason}
+    if chip.float32_range and config.dtype == "float32":
+        bounds = [floor(flops, traffic, rate, "", chip.bandwidth, "") for rate in reversed(chip.float32_range)]
+        facts["range_ms"] = [bound["floor_ms"] for bound in bounds if bound]
+    return facts | found | {"recipe_seconds": found["floor_ms"] / 1e3 * config.max_iters}
+
+
+def _spec(config: Config) -> GPTSpec:
+    model = dataclasses.asdict(config.model)
+    if model["vocab_size"] is None:
+        model["vocab_size"] = VOCABULARIES.get(config.data.name)
+        if model["vocab_size"] is None or config.data.tokenizer == "bpe":
+            raise InputError(
+                f"model.vocab_size=null: data={config.data.name} decides it; allowed with chip= is a number"
+            )
+    return GPTSpec(**model)
+
+
+def show(config: Config, names: Sequence[str] = ("all",)) -> None:
+    """Print the floor of `config` on the named chips, or on every known one, as a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    chosen = list(NAMES) if "all" in names else list(names)
+    rows = [predict(config, name) for name in chosen]
+    spec, tokens = _spec(config), rows[0]["tokens_per_iter"]
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title_style="")
+    table.add_column("chip")
+    for heading in (
+        "GPU cores",
+        "floor ms",
+        "range ms",
+        "compute ms",
+        "memory ms",
+        "bound",
+        "TFLOP/s",
+        "GB/s",
+        "recipe",
+    ):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        mark = " (disputed)" if row["disputed"] else ""
+        table.add_row(f"{row['chip']}{mark}", str(row["gpu_cores"] or ""), *_cells(row))
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=160)
+    console.print("ARITHMETIC, not a measurement: nothing was run, and no program reaches 100 % of a peak.")
+    console.print(
+        f"{spec.n_layer} layers x {spec.n_head} heads x {spec.n_embd}, block {spec.block_size}, {spec.vocab_size} "
+        f"symbols, batch {config.batch_size} x {config.gradient_accumulation_steps}, {config.dtype}: {tokens} tokens, "
+        f"{spec.flops_per_token() * tokens / 1e9:.1f} GFLOP an iteration"
+    )
+    console.print(table)
+    for row in (row for row in rows if row["floor_ms"] is None):
+        console.print(f"{row['chip']}: {row['note']}")
+    console.print(
+        "floor: FLOPs over peak or bytes over bandwidth, whichever takes longer. range: by the lowest and highest peak "
+        f"that a source claims.\nrecipe: {config.max_iters} iterations at the floor, without evaluations."
+    )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if row["floor_ms"] is None:
+        return []
+    bounds = row["range_ms"]
+    return [
+        f"{row['floor_ms']:.4g}",
+        f"{bounds[0]:.3g} to {bounds[1]:.3g}" if bounds else "",
+        f"{row['compute_ms']:.4g}",
+        "" if row["memory_ms"] is None else f"{row['memory_ms']:.3g}",
+        row["bound"],
+        f"{row['peak'] / 1e12:.4g}",
+        "" if row["bandwidth"] is None else f"{row['bandwidth'] / 1e9:.4g}",
+        _duration(row["recipe_seconds"]),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,211 @@
+"""One run folder, read for its figures: of any schema, in any state, with files missing or broken."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.train.recorder import SCHEMA
+
+RUN_FILES = ("summary.json", "metrics.jsonl", "env.json", "outcome.json", ".hydra/config.yaml")
+_SAFE_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
+WORK_KEYS = ("batch_size", "gradient_accumulation_steps", "dtype", "matmul_precision", "corpus_sha256")
+
+
+@dataclass
+class Run:
+    """What a run folder holds. Files that are absent or cannot be read are empty, and `problems` says so."""
+
+    folder: Path
+    summary: dict[str, Any]
+    env: dict[str, Any]
+    config: dict[str, Any]
+    outcome: dict[str, Any]
+    iterations: list[dict[str, Any]] = field(default_factory=list)  # rows of metrics.jsonl, numbers as floats
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def fact(self, key: str) -> Any:
+        """What identifies the run: from the summary, else env.json's copy (a run that did not end), else the config."""
+        for source in (self.summary, self.env.get("backend")):
+            if isinstance(source, dict) and source.get(key) is not None:
+                return source[key]
+        value = self.config.get(key)
+        if key == "backend" and isinstance(value, dict):
+            return value.get("name")
+        return value
+
+    @property
+    def state(self) -> str:
+        """done, failed, timeout, oom, missing_op, skipped, or unfinished: no word of how it ended."""
+        told = self.outcome.get("state")
+        ended = self.summary.get("exit_state")
+        if told == "done" and ended not in (None, "finished", "stopped"):  # a pilot is stopped once it has shown enough
+            return "failed"  # diverged
+        return str(told) if told else {None: "unfinished", "finished": "done"}.get(ended, "failed")
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not done, one line."""
+        said = self.outcome.get("reason") or self.summary.get("error")
+        if said is None and self.summary.get("exit_state") == "diverged":
+            said = "diverged: the loss is no number"
+        return str(said or self.summary.get("exit_state") or "; ".join(self.problems) or "no record of its end")
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """Times in ms of the iterations that enter statistics, in order."""
+        rows = self.iterations
+        times = [row["iter_ms"] for row in rows if not row.get("left_out") and (row.get("iter_ms") or 0) > 0]
+        return np.array(times, dtype=float)
+
+    def left_out(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for row in self.iterations:
+            if row.get("left_out"):
+                counts[row["left_out"]] = counts.get(row["left_out"], 0) + 1
+        return counts
+
+    @property
+    def first_iter_s(self) -> float | None:
+        if (told := number(self.summary.get("first_iter_s"))) is not None:
+            return told
+        first = next((row["iter_ms"] for row in self.iterations if row.get("left_out") == "first"), None)
+        return first / 1e3 if first else None
+
+    def work(self) -> dict[str, Any]:
+        """What an iteration computes; unknown parts are None."""
+        model = self.fact("model")
+        model = dict(model) if isinstance(model, dict) else {}
+        corpus = self.fact("corpus_facts")
+        corpus = corpus if isinstance(corpus, dict) else {}
+        batch, accumulation = (number(self.fact(key)) for key in ("batch_size", "gradient_accumulation_steps"))
+        block = number(model.get("block_size"))
+        tokens = int(batch * (accumulation or 1) * block) if batch and block else None
+        return {
+            "model": model or None,
+            "parameters": self.fact("parameters"),
+            "batch_size": self.fact("batch_size"),
+            "gradient_accumulation_steps": self.fact("gradient_accumulation_steps"),
+            "block_size": model.get("block_size"),
+            "dtype": self.fact("dtype"),
+            "matmul_precision": self.fact("matmul_precision"),
+            "corpus": self.fact("corpus"),
+            "corpus_sha256": corpus.get("sha256"),
+            "stand_in": corpus.get("stand_in", self.fact("corpus") == "stand-in"),
+            "tokens_per_iter": tokens,
+            "flops_per_iter": number(self.summary.get("flops_per_iter")) or _flops(model, tokens),
+        }
+
+    def seconds(self) -> list[float]:
+        """When each iteration ended, in seconds since the first began: its own time and evaluations in between."""
+        pauses = {row["iter"]: row["seconds"] for row in self.evaluations if row.get("seconds") and row.get("iter")}
+        ends, now = [], 0.0
+        start = self.iterations[0]["iter"] if self.iterations else 0
+        for row in self.iterations:
+            now += pauses.get(row["iter"], 0.0) if row["iter"] > start else 0.0
+            now += (row.get("iter_ms") or 0.0) / 1e3
+            ends.append(now)
+        return ends
+
+
+def work_key(work: dict[str, Any]) -> tuple[Any, ...]:
+    """Equal for runs whose times and losses may be held against each other: model, batch, precision, corpus."""
+    model = work.get("model") or {}
+    sizes = tuple(sorted((key, value) for key, value in model.items() if value is not None))
+    return (sizes, *(work.get(key) for key in WORK_KEYS))
+
+
+def read(folder: Path) -> Run:
+    """Read one run folder. InputError when it is no run: none of a run's files is there."""
+    if not any((folder / name).is_file() for name in RUN_FILES):
+        what = "holds no run" if folder.is_dir() else "is no folder"
+        raise InputError(
+            f"{folder}: {what}; allowed is a folder that train.py wrote, with summary.json or metrics.jsonl"
+        )
+    problems: list[str] = []
+    documents = [document(folder / name, problems) for name in ("summary.json", "env.json", "outcome.json")]
+    run = Run(folder, documents[0], documents[1], _config(folder, problems), documents[2], problems=problems)
+    schema = run.summary.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        problems.append(f"summary.json has schema {schema}, newer than this program's {SCHEMA}")
+    _rows(folder / "metrics.jsonl", run)
+    return run
+
+
+def document(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
+    """A JSON file's object; empty, with a line in `problems`, where there is none. An absent outcome.json is usual."""
+    said: str | None = None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        said = f"{path.name} is not an object"
+    except FileNotFoundError:
+        said = None if path.name == "outcome.json" else f"{path.name} is missing"
+    except (OSError, ValueError, RecursionError):
+        said = f"{path.name} cannot be read"
+    if said and problems is not None:
+        problems.append(said)
+    return {}
+
+
+def _config(folder: Path, problems: list[str]) -> dict[str, Any]:
+    path = folder / ".hydra" / "config.yaml"
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_SAFE_YAML)
+    except FileNotFoundError:
+        problems.append("config.yaml is missing")
+        return {}
+    except (OSError, ValueError, yaml.YAMLError):
+        problems.append("config.yaml cannot be read")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _rows(path: Path, run: Run) -> None:
+    kinds = {"iteration": run.iterations, "evaluation": run.evaluations, "event": run.events}
+    broken = 0
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        run.problems.append("metrics.jsonl is missing")
+        return
+    except OSError:
+        run.problems.append("metrics.jsonl cannot be read")
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+            numbers = {key: value if key in _WORDS else number(value) for key, value in row.items()}
+            kinds[row["kind"]].append(numbers | {"iter": int(row["iter"])})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            broken += 1
+    if broken:
+        run.problems.append(f"metrics.jsonl: {broken} of {len(lines)} lines cannot be read")
+
+
+_WORDS = ("kind", "event", "left_out", "power_source", "thermal_state")
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None; the recorder writes what is not finite as its name."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _flops(model: dict[str, Any], tokens: int | None) -> float | None:
+    from nanogpt_mac.gpt.spec import GPTSpec
+
+    try:
+        return float(GPTSpec(**model).flops_per_token() * tokens) if model and tokens else None
+    except (TypeError, InputError):  # another version's model
+        return None

@@ -1,0 +1,111 @@
+"""How many rounds, and of how many iterations, fit into the time that is left. Arithmetic alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+MANY, USUAL, GOOD, FEWEST = 40, 12, 6, 3  # rounds
+LONGEST_S, LONG_S, USUAL_S, SHORT_S = 60.0, 10.0, 3.0, 1.0  # of iterations in one run
+MOST_ITERS = 2000  # of one run: a records file stays small
+COUNTED = 8  # iterations of one run, at least, that enter its median
+COUNTED_SLOW = 4
+SLOW_S = 0.5  # an iteration
+WARMUP_SLOW = 1  # a second and more of work is no longer warmed up by repetition
+DEAR = 2.0  # a way whose runs take more than this many times the cheapest's takes part in fewer rounds
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the pilot run of one way has shown, in seconds."""
+
+    start_s: float  # of a run besides its iterations: the process, the corpus, a compilation from the cache
+    iteration_s: float
+    evaluation_s: float = 0.0  # the evaluations of round 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    rounds: dict[str, list[int]]  # way -> the rounds that it takes part in
+    iters: dict[str, int]
+    warmup: dict[str, int]  # iterations after the first that are not counted
+    seconds: float  # that all of it is expected to take
+
+    @property
+    def count(self) -> int:
+        return max(max(numbers) for numbers in self.rounds.values()) + 1
+
+
+def schedule(
+    costs: dict[str, Cost],
+    budget_s: float,
+    rounds: int | None = None,
+    iters: int | None = None,
+    warmup: int = 5,
+    pause_s: float = 0.0,
+) -> Schedule:
+    """Fill `budget_s` with runs of equal time for every way; `rounds` and `iters` are obeyed whatever that takes.
+
+    A comparison is as sure as it has rounds, because a process shares its fate among its iterations: so twelve rounds
+    of three seconds of iterations are taken before longer ones, then fewer, then shorter ones. With much time, rounds
+    get long first and then many. A slow way takes part in fewer rounds, three at least, so that it costs no more than
+    twice the time of the cheapest. Where nothing fits, the smallest plan is made, and takes longer than the budget.
+    """
+
+    def plan(count: int, seconds: float) -> Schedule:
+        return _plan(costs, count, seconds, iters, warmup, pause_s, spread=rounds is None)
+
+    if iters is not None:
+        choices = [rounds] if rounds else list(range(USUAL, FEWEST - 1, -1))
+        plans = [plan(count, 0.0) for count in choices]
+        return next((p for p in plans if p.seconds <= budget_s), plans[-1])
+    if rounds is not None:
+        return _longest(partial(plan, rounds), budget_s, SHORT_S)
+    tiers = [
+        (range(MANY, USUAL, -1), LONG_S),
+        (range(USUAL, GOOD - 1, -1), USUAL_S),
+        (range(GOOD, FEWEST, -1), SHORT_S),
+    ]
+    for counts, least in tiers:
+        for count in counts:
+            if plan(count, least).seconds <= budget_s:
+                return _longest(partial(plan, count), budget_s, least)
+    return plan(FEWEST, SHORT_S)
+
+
+def _longest(plan: Callable[[float], Schedule], budget_s: float, least: float) -> Schedule:
+    """The plan with the longest runs, of at least `least` seconds of iterations, that fits."""
+    low, high = least, LONGEST_S
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if plan(middle).seconds <= budget_s else (low, middle)
+    return plan(low)
+
+
+def _plan(
+    costs: dict[str, Cost], count: int, seconds: float, iters: int | None, warmup: int, pause_s: float, spread: bool
+) -> Schedule:
+    """`count` rounds in which every way iterates for `seconds`, or as long as its fewest iterations take."""
+    counts, warmups, run_s = {}, {}, {}
+    for name, cost in costs.items():
+        slow = cost.iteration_s >= SLOW_S
+        warmups[name] = min(warmup, WARMUP_SLOW) if slow and iters is None else warmup
+        fewest = 1 + warmups[name] + (COUNTED_SLOW if slow else COUNTED) + 1  # the first, and the last with a queue
+        counts[name] = iters or max(fewest, min(MOST_ITERS, math.floor(seconds / cost.iteration_s)))
+        run_s[name] = pause_s + cost.start_s + counts[name] * cost.iteration_s
+    dear_s = DEAR * min(run_s.values())
+    rounds = {
+        name: _spread(count, max(min(count, FEWEST), math.ceil(count * dear_s / run_s[name])))
+        if spread and run_s[name] > dear_s
+        else list(range(count))
+        for name in costs
+    }
+    total = sum(len(rounds[name]) * run_s[name] + costs[name].evaluation_s for name in costs)
+    return Schedule(rounds, counts, warmups, total)
+
+
+def _spread(count: int, some: int) -> list[int]:
+    """`some` of `count` rounds, evenly, the first among them: it has the evaluation."""
+    return [k * count // some for k in range(some)]

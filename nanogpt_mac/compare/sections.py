@@ -1,0 +1,161 @@
+"""What a comparison's report is made of: titled sections of tables, rendered in the terminal, markdown and HTML.
+
+Every key of a comparison may be missing or null: a cell becomes an em dash, a section a sentence that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from nanogpt_mac.compare.words import DASH, count, dicts, get, label, num, rate, size, state, text, when
+
+_ORDER = {"ok": 0, "partial": 0, "wrong": 1, "failed": 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells of one table row; the first is its heading. `mark`: fastest, wrong, failed, partial or nothing."""
+
+    cells: list[str]
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under `columns`, with a caption that says what they are."""
+
+    caption: str
+    columns: list[str]
+    rows: list[Row]
+
+    @cached_property
+    def right(self) -> list[bool]:
+        """Per column: whether it holds figures, which are aligned to the right."""
+        cells = [[row.cells[i] for row in self.rows if row.cells[i] != DASH] for i in range(len(self.columns))]
+        return [i > 0 and bool(column) and all(_figure(cell) for cell in column) for i, column in enumerate(cells)]
+
+
+@dataclass
+class Section:
+    """One part of a report. `empty` is the sentence that stands there when there is nothing to show."""
+
+    id: str
+    title: str
+    notes: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    empty: str = ""
+    items: list[str] = field(default_factory=list)
+
+    @property
+    def missing(self) -> bool:
+        return not self.items and not any(table.rows for table in self.tables)
+
+
+def _figure(cell: str) -> bool:
+    return cell in ("fastest", "0") or cell[0].isdigit() or (cell[0] in "[+-" and any(c.isdigit() for c in cell))
+
+
+def ordered(comparison: Any) -> list[dict[str, Any]]:
+    """The ways, the fastest first; wrong ones after all that may be ranked, failed ones last."""
+
+    def key(way: dict[str, Any]) -> tuple[int, float]:
+        return _ORDER[state(way)], num(get(way, "iter_ms", "median")) or float("inf")
+
+    return sorted(dicts(get(comparison, "ways")), key=key)
+
+
+def plain(comparison: Any) -> list[dict[str, Any]]:
+    """The ways without ablations of a lever, which have a section of their own."""
+    ways = ordered(comparison)
+    return [way for way in ways if not way.get("lever") or way.get("ranked") is True] or ways
+
+
+def mark(way: dict[str, Any], comparison: Any) -> str:
+    """How a way's row is set off: fastest, wrong, failed, partial or nothing. Its label says the latter three too."""
+    found = state(way)
+    if found in ("ok", "partial") and way.get("name") and way["name"] == get(comparison, "verdict", "fastest"):
+        return "fastest"
+    return "" if found == "ok" else found
+
+
+def verdict(comparison: Any) -> str:
+    """The sentence that stands first."""
+    sentence = get(comparison, "verdict", "sentence")
+    if sentence:
+        return text(sentence)
+    return "No verdict: this comparison has no finished runs." if not timed(comparison) else "No verdict was recorded."
+
+
+def headline(comparison: Any) -> list[str]:
+    """What was compared, where and when, in short pieces."""
+    work, machine = get(comparison, "work"), get(comparison, "machine")
+    cores = num(get(machine, "gpu_cores"))
+    sizes = [
+        text(get(machine, "name") or "machine not known"),
+        f"{cores:.0f} GPU cores" if cores else None,
+        size(get(machine, "memory_bytes")) if num(get(machine, "memory_bytes")) else None,
+        text(get(machine, "os")) if get(machine, "os") else None,
+        "SIMULATED DEVICE: no time here is a Mac's" if get(machine, "simulated") else None,
+        text(get(work, "experiment")) if get(work, "experiment") else None,
+        when(get(comparison, "created")) if get(comparison, "created") else None,
+        None if get(comparison, "complete") is not False else "not complete",
+    ]
+    return [piece for piece in sizes if piece]
+
+
+def work_facts(work: Any) -> str:
+    """What an iteration computes, in one line; empty where nothing is known."""
+    model = get(work, "model")
+    parameters, tokens, flops = (num(get(work, key)) for key in ("parameters", "tokens_per_iter", "flops_per_iter"))
+    pieces = [
+        f"{rate(parameters, '')} parameters".replace("  ", " ") if parameters else None,
+        f"{text(get(model, 'n_layer'))} layers, {text(get(model, 'n_head'))} heads, {text(get(model, 'n_embd'))} wide"
+        if model
+        else None,
+        f"batch {text(get(work, 'batch_size'))} x accumulation "
+        f"{text(get(work, 'gradient_accumulation_steps'))} x block {text(get(work, 'block_size'))}"
+        if get(work, "batch_size")
+        else None,
+        f"dropout {text(get(model, 'dropout'))}" if get(model, "dropout") is not None else None,
+        text(get(work, "dtype")) if get(work, "dtype") else None,
+        f"matmul precision {text(get(work, 'matmul_precision'))}" if get(work, "matmul_precision") else None,
+        f"corpus {text(get(work, 'corpus'))}" if get(work, "corpus") else None,
+        f"{count(tokens)} tokens an iteration" if tokens else None,
+        f"{rate(flops, 'FLOP')} an iteration" if flops else None,
+    ]
+    return ", ".join(piece for piece in pieces if piece)
+
+
+def problems(comparison: Any) -> list[str]:
+    """Every warning, and every way that is wrong, failed or partial with its reason; the worst first."""
+    lines = []
+    for way in ordered(comparison):
+        if state(way) == "wrong":
+            lines.append(
+                f"{label(way)}: {text(way.get('reason') or 'failed the parity check')}. Its times do not count."
+            )
+        elif state(way) == "failed":
+            lines.append(f"{label(way)}: {text(way.get('reason') or 'the reason was not recorded')}")
+    general = get(comparison, "warnings")
+    lines += [text(line) for line in general] if isinstance(general, list) else []
+    for way in ordered(comparison):
+        lines += [
+            f"{label(way)}: round {text(run.get('round'))} {text(run.get('state'))}: {text(run.get('reason'))}"
+            for run in dicts(way.get("failed_runs"))
+            if state(way) != "failed"
+        ]
+        own = way.get("warnings")
+        lines += [f"{label(way)}: {text(line)}" for line in own] if isinstance(own, list) else []
+    return list(dict.fromkeys(lines))
+
+
+def timed(comparison: Any) -> list[dict[str, Any]]:
+    return [way for way in ordered(comparison) if num(get(way, "iter_ms", "median")) is not None]
+
+
+def rows_of(comparison: Any, ways: Sequence[dict[str, Any]], *cells: Any) -> list[Row]:
+    """A row a way: its label, then each cell made from it."""
+    return [Row([label(way), *(cell(way) for cell in cells)], mark(way, comparison)) for way in ways]

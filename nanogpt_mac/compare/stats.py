@@ -1,0 +1,296 @@
+"""How fast, how sure, and how steady: pure functions over iteration times.
+
+Iterations of one process share its fate (memory layout, clocks, neighbours), so they are correlated, and the process
+is what counts as one measurement: a *round* is one process's kept iterations. Intervals are made from rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.99  # of one ratio's interval, up to four ways
+FAMILY_ERROR = 0.05  # chance, at most, that equal ways are called different anywhere in one comparison
+MIN_ROUNDS_FOR_MEDIAN = 5  # the range of fewer round medians cannot bound the median at 95 %
+THROTTLED_PERCENT = 3.0
+OUTLIER_MADS = 5.0
+RESAMPLES = 2000
+MOST_DRAWS = 500  # from one round; more only takes longer, because rounds vary more than a median of 500 does
+MAD_TO_SIGMA = 1.4826  # of a normal distribution
+
+Times = np.ndarray  # iteration times of one round, ms, in their order
+
+
+# -- how long an iteration takes --------------------------------------------------------------------------------------
+
+
+def iteration_times(rounds: Sequence[Times]) -> dict[str, Any] | None:
+    """Median with its interval, mean and spread over all iterations of all rounds, in ms; None without any."""
+    filled = [r for r in rounds if len(r)]
+    if not filled:
+        return None
+    pooled = np.concatenate(filled)
+    p10, median, p90 = (float(p) for p in np.percentile(pooled, [10, 50, 90]))
+    return {
+        "median": median,
+        "ci95": median_interval(filled),
+        "mean": float(pooled.mean()),
+        "p10": p10,
+        "p90": p90,
+        "min": float(pooled.min()),
+        "max": float(pooled.max()),
+        "count": len(pooled),
+    }
+
+
+def median_interval(rounds: Sequence[Times], confidence: float = 0.95, seed: int = 0) -> list[float] | None:
+    """Bootstrap interval of the median over rounds: rounds are drawn with replacement, then iterations within each.
+
+    scipy.stats.bootstrap resamples one level only. The percentiles are widened for few rounds (Hesterberg 2015,
+    "expanded percentile": the tail is Phi(-t sqrt(n / (n - 1))) with Student's t of n - 1 degrees), because n rounds
+    resampled vary by (n - 1) / n of what they should. None below five rounds: no resampling of four can reach 95 %.
+    """
+    n = len(rounds)
+    if n < MIN_ROUNDS_FOR_MEDIAN:
+        return None
+    rng = np.random.default_rng(seed)
+    # Each round as its quantile function: drawing an iteration is a uniform number, whatever the round's length.
+    ordered = [np.sort(r) for r in rounds]
+    lengths = np.array([len(r) for r in ordered])
+    draws = np.minimum(lengths, MOST_DRAWS)
+    table = np.zeros((n, lengths.max()))
+    for row, values in zip(table, ordered, strict=True):
+        row[: len(values)] = values
+    medians = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        drawn = rng.integers(0, n, n)
+        which = np.repeat(drawn, draws[drawn])
+        medians[i] = np.median(table[which, (rng.random(len(which)) * lengths[which]).astype(np.intp)])
+    tail = stats.norm.cdf(-stats.t.ppf((1 + confidence) / 2, n - 1) * math.sqrt(n / (n - 1)))
+    low, high = np.quantile(medians, [tail, 1 - tail])
+    return [float(low), float(high)]
+
+
+# -- which way is faster ----------------------------------------------------------------------------------------------
+
+
+def confidence_for(ways: int) -> float:
+    """Confidence of each ratio's interval so that a comparison of `ways` equal ways errs in at most 5 % of cases.
+
+    The fastest is chosen from the data, so what counts is every pair. 0.99 each holds the 5 % up to four ways (4.6 %
+    by simulation, in the tests); beyond, Bonferroni over all pairs, which errs in about 3 %.
+    """
+    pairs = ways * (ways - 1) / 2
+    return CONFIDENCE if ways <= 4 else 1 - FAMILY_ERROR / pairs
+
+
+def paired_ratio(
+    times: Mapping[int, float], base: Mapping[int, float], confidence: float = CONFIDENCE
+) -> dict[str, Any] | None:
+    """How many times as long as `base`: round -> median ms of each; only rounds that both have are used.
+
+    The value is the geometric mean of the rounds' ratios, the interval Student's t on their logarithms: a percentile
+    bootstrap of 8 pairs that says 99 % holds 94. `tie` when the interval contains 1; with fewer than two pairs there
+    is no interval, and `ci` and `tie` are None. None without a common round.
+    """
+    common = sorted(times.keys() & base.keys())
+    if not common:
+        return None
+    pairs = np.array([times[r] / base[r] for r in common])
+    logs = np.log(pairs)
+    mean = float(logs.mean())
+    interval, tie = None, None
+    if len(common) > 1:
+        half = stats.t.ppf((1 + confidence) / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+        interval = [_exp(mean - half), _exp(mean + half)]
+        tie = bool(interval[0] <= 1 <= interval[1])
+    return {
+        "value": math.exp(mean),
+        "ci": interval,
+        "confidence": confidence,
+        "tie": tie,
+        "pairs": [float(p) for p in pairs],
+        "rounds": common,
+    }
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(max(x, -700.0), 700.0))  # two rounds that disagree bound nothing; a float must hold that
+
+
+def power(rounds: int, noise: float, effect: float = 0.03, confidence: float = CONFIDENCE) -> float:
+    """Chance that a way slower by `effect` is called slower after `rounds` rounds.
+
+    `noise`: log standard deviation of one way's round medians, once what all ways of a round share has gone; a pair
+    varies by sqrt(2) of it.
+    """
+    if rounds < 2:
+        return 0.0
+    if noise <= 0:
+        return 1.0
+    shift = math.log1p(effect) * math.sqrt(rounds) / (noise * math.sqrt(2))
+    critical = stats.t.ppf((1 + confidence) / 2, rounds - 1)
+    return float(stats.nct.sf(critical, rounds - 1, shift))
+
+
+def rounds_needed(noise: float, effect: float = 0.03, wanted: float = 0.9, confidence: float = CONFIDENCE) -> int:
+    """The fewest rounds after which a way slower by `effect` is found with probability `wanted`; at most 1000."""
+    return next((n for n in range(3, 1000) if power(n, noise, effect, confidence) >= wanted), 1000)
+
+
+def detectable(noise: float, rounds: int, wanted: float = 0.9, confidence: float = CONFIDENCE) -> float | None:
+    """The smallest slowdown (0.03 = 3 %) that `rounds` rounds find with probability `wanted`; None below two."""
+    if rounds < 2:
+        return None
+    if noise <= 0:
+        return 0.0
+    low, high = 0.0, 0.01
+    while power(rounds, noise, high, confidence) < wanted and high < 1e6:
+        high *= 2
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(rounds, noise, middle, confidence) >= wanted else (middle, high)
+    return high
+
+
+def round_noise(medians: Sequence[float]) -> float | None:
+    """Log standard deviation of round medians; None below three."""
+    return float(np.log(medians).std(ddof=1)) if len(medians) > 2 else None
+
+
+# -- how steady -------------------------------------------------------------------------------------------------------
+
+
+def slope_percent(values: Times) -> float | None:
+    """Theil-Sen slope over the values' order, as percent from the first to the last; None below four values.
+
+    Long series are cut into fifty blocks, each its median: the slopes of all pairs would not fit in memory.
+    """
+    if len(values) < 4:
+        return None
+    blocks = _blocks(values, 50)
+    slope, intercept, _, _ = stats.theilslopes(blocks)
+    first = intercept
+    return float(100 * slope * (len(blocks) - 1) / first) if first > 0 else None
+
+
+def _blocks(values: Times, count: int) -> np.ndarray:
+    return np.array([np.median(part) for part in np.array_split(values, min(count, len(values)))])
+
+
+def drift(rounds: Mapping[int, Times]) -> dict[str, Any] | None:
+    """Slowing down within rounds and from the first round to the last, in percent; None without a round of 4 times.
+
+    within_percent: median over the rounds of each one's slope. between_percent: slope over the rounds' medians.
+    throttled: one of them is above 3 % and clear at 99 %: within, Student's t over the rounds' slopes (below three
+    rounds, Kendall's tau over ten blocks of each); between, Kendall's tau over the rounds, which needs six.
+    """
+    filled = {r: times for r, times in sorted(rounds.items()) if len(times)}
+    slopes = [s for times in filled.values() if (s := slope_percent(times)) is not None]
+    if not slopes:
+        return None
+    within = float(np.median(slopes))
+    medians = np.array([np.median(times) for times in filled.values()])
+    between = slope_percent(medians)
+    if len(slopes) > 2:
+        clear_within = stats.ttest_1samp(slopes, 0, alternative="greater").pvalue < 0.01 if np.ptp(slopes) else True
+    else:
+        clear_within = all(_rises(_blocks(times, 10)) for times in filled.values())
+    throttled_within = within > THROTTLED_PERCENT and bool(clear_within)
+    throttled_between = between is not None and between > THROTTLED_PERCENT and _rises(medians)
+    return {
+        "within_percent": within,
+        "between_percent": between,
+        "throttled": throttled_within or throttled_between,
+    }
+
+
+def _rises(values: np.ndarray) -> bool:
+    if len(values) < 4 or not np.ptp(values):
+        return False
+    tau = stats.kendalltau(np.arange(len(values)), values)
+    return bool(tau.statistic > 0 and tau.pvalue < 0.01)
+
+
+def outlier_limit(times: Times) -> float:
+    """Above this an iteration of the round is an outlier: median + 5 MAD (as a standard deviation), at least +1 %."""
+    median = float(np.median(times))
+    mad = MAD_TO_SIGMA * float(np.median(np.abs(times - median)))
+    return median + max(OUTLIER_MADS * mad, 0.01 * median)
+
+
+def outliers(rounds: Sequence[Times]) -> dict[str, Any] | None:
+    """Slow iterations, each held against its own round. They are counted and shown and stay in every statistic."""
+    filled = [r for r in rounds if len(r)]
+    if not filled:
+        return None
+    beyond = np.concatenate([r[r > outlier_limit(r)] for r in filled])
+    total = sum(len(r) for r in filled)
+    return {
+        "count": len(beyond),
+        "share": len(beyond) / total,
+        "worst_ms": float(max(r.max() for r in filled)),
+        "definition": f"above the round's median + {OUTLIER_MADS:g} MAD",
+    }
+
+
+# -- what to doubt ----------------------------------------------------------------------------------------------------
+
+UNSTABLE = 0.02  # log standard deviation of round medians
+SHORT_SECONDS, FEW_ITERATIONS, FEW_ROUNDS = 0.5, 10, 5
+SLOW_START = 0.05
+MANY_OUTLIERS = 0.05
+
+
+def doubts(
+    rounds: Mapping[int, Times], slept: int = 0, sync: str | None = None, planned: int | None = None
+) -> list[str]:
+    """What a reader should know before believing these times, each a sentence.
+
+    `slept`: iterations left out because the machine slept; `sync`: the run's policy; `planned`: rounds that were.
+    """
+    filled = [times for _, times in sorted(rounds.items()) if len(times)]
+    if not filled:
+        return []
+    said = []
+    if len(filled) < FEW_ROUNDS and planned != 1:
+        said.append(f"too few rounds: {len(filled)}; {FEW_ROUNDS} or more give intervals that mean something")
+    noise = round_noise([float(np.median(times)) for times in filled])
+    if noise is not None and noise > UNSTABLE:
+        seen = detectable(noise, len(filled)) or 0
+        least = f"differences of {100 * seen:.0f} % and more" if seen < 1 else "no difference below a factor of two"
+        said.append(
+            f"unstable: the rounds' medians vary by {100 * noise:.1f} % (standard deviation); unless the other ways "
+            f"varied with them, {len(filled)} rounds find {least}"
+        )
+    count, seconds = (float(np.median([f(times) for times in filled])) for f in (len, lambda times: times.sum() / 1e3))
+    if seconds < SHORT_SECONDS or count < FEW_ITERATIONS:
+        said.append(f"too short: a round has {count:.0f} timed iterations in {seconds:.2g} s; iters=... takes more")
+    start = [s for times in filled if (s := _slow_start(times)) is not None]
+    if start and np.median(start) > SLOW_START:
+        said.append(
+            f"slow start: the first tenth of the timed iterations is {100 * np.median(start):.0f} % slower than the "
+            "rest; timing_warmup=... leaves more out"
+        )
+    wild = outliers(filled)
+    if wild is not None and wild["share"] > MANY_OUTLIERS:
+        said.append(
+            f"outliers: {100 * wild['share']:.0f} % of the iterations are far above their round's median, the worst "
+            f"{wild['worst_ms']:.4g} ms; something else was running"
+        )
+    if slept:
+        said.append(f"slept: the machine slept in {slept} iterations, which are left out")
+    if sync == "interval":
+        said.append("clock: sync=interval shares time out evenly over iterations; single ones are not known")
+    elif any(len(times) >= 20 and len(np.unique(times)) < len(times) / 2 for times in filled):
+        said.append("clock: too coarse; more than half of a round's times are equal to another")
+    return said
+
+
+def _slow_start(times: Times) -> float | None:
+    head = max(len(times) // 10, 3)
+    return float(np.median(times[:head]) / np.median(times[head:]) - 1) if len(times) >= 2 * head else None

@@ -1,0 +1,87 @@
+"""A stand-in for train.py, in milliseconds: writes the records of a run, or fails as BEHAVIOUR says.
+
+The tests copy it with BEHAVIOUR set. Every start is noted in `starts.txt` beside it.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+BEHAVIOUR = "works"
+given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+folder, iters = Path(given["run_dir"].strip("'")), int(given["max_iters"])
+with (Path(__file__).parent / "starts.txt").open("a") as file:
+    file.write(f"{folder.name} {os.getpid()}\n")
+pilot = folder.name.startswith("pilot")
+how = BEHAVIOUR.removeprefix("later-") if BEHAVIOUR.startswith("later-") and not pilot else BEHAVIOUR
+
+
+def record(count, ms=10.0):
+    rows = [{"kind": "iteration", "iter": i, "loss": 4.0, "iter_ms": ms} for i in range(count)]
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def hang(*_signal):
+    time.sleep(600)
+
+
+if how == "segfault":
+    os.kill(os.getpid(), signal.SIGSEGV)
+if how == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "memory":
+    raise MemoryError
+if how == "mps-memory":
+    print("RuntimeError: MPS backend out of memory (MPS allocated: 5.00 GB, other allocations: 1 GB)")
+    print("another line")
+    sys.exit(1)
+if how == "missing-op":
+    raise NotImplementedError("The operator 'aten::foo' is not currently implemented for the MPS device. More words.")
+if how == "bad-input":
+    print("train.py: backend.fused_adamw=true: torch has none", file=sys.stderr)
+    sys.exit(2)
+if how == "diverged":
+    print("iter 7: loss is nan: training has diverged and stops here\ndiverged: somewhere")
+    sys.exit(1)
+if how == "nothing":
+    sys.exit(0)
+if how == "raises":
+    raise RuntimeError("the first line\nand a second")
+if how == "hangs":
+    signal.signal(signal.SIGTERM, hang)
+    hang()
+if how == "hangs-later":
+    record(3)
+    hang()
+if how == "endless":
+    while True:
+        record(1)
+        time.sleep(0.05)
+
+code, done = 0, iters
+if how in ("slow", "later-slow"):
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(143))
+    for done in range(iters):  # noqa: B007
+        record(1)
+        time.sleep(0.1)
+        if stopped:
+            code = 143
+            break
+else:
+    record(iters)
+summary = {
+    "iter_ms": {"median": 10.0, "min": 10.0},
+    "first_iter_s": 0.01,
+    "compile": False,
+    "backend": given["backend"],
+    "exit_state": "finished" if not code else "stopped",
+}
+(folder / "summary.json").write_text(json.dumps(summary))
+if how == "lingers":
+    time.sleep(60 if pilot else 0)
+sys.exit(code)
