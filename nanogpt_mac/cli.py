@@ -63,7 +63,7 @@ def main(command: str, task: Callable[[Any], int]) -> int:
             _note_given(config, command, HydraConfig.get().overrides.task)
             started.append(command)
             codes.append(task(config))
-        except (InputError, OmegaConfBaseException) as error:  # kept from Hydra, which would announce it as a crash
+        except (InputError, OmegaConfBaseException, BrokenPipeError) as error:  # Hydra would announce a crash
             mistakes.append(error)
 
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -42,6 +42,7 @@ class CompareConfig(Config):
     cooldown_seconds: float = 1.0  # before every run
     heat_wait_seconds: float = 60.0  # at most, before a run on a Mac that says it is hot
     stall_seconds: float = 600.0  # a first iteration (which compiles) of more than this is a hang
+    chip: Any = None  # m4-max, [m1,m4-max-32] or all: the floor of an iteration there, by arithmetic; nothing is run
     run_dir: str = "runs/{date}/{time}-{name}"
 
 
@@ -79,6 +80,11 @@ def validate(config: CompareConfig) -> None:
             raise InputError(f"{key}={getattr(config, key)}: must be at least 0")
     if not 1 <= config.stall_seconds < math.inf:
         raise InputError(f"stall_seconds={config.stall_seconds}: must be at least 1")
+
+
+def chips(config: CompareConfig) -> list[str]:
+    """The chips of `chip=`, if any."""
+    return [str(name) for name in (config.chip if isinstance(config.chip, list) else [config.chip]) if name is not None]
 
 
 def entries(ways: Any) -> list[str] | None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_mac.compare import plan as plans
-from nanogpt_mac.compare.config import CompareConfig, validate
+from nanogpt_mac.compare.config import CompareConfig, chips, validate
 from nanogpt_mac.compare.runner import Runner
 from nanogpt_mac.config import Config
+from nanogpt_mac.config import validate as validate_run
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.machine import probe
 from nanogpt_mac.train.display import say
@@ -32,6 +33,12 @@ class Stopped(BaseException):
 def run(config: CompareConfig) -> int:
     """Compare as `config` says; the exit code: 0 something was timed, 1 nothing was, 128 + signal stopped."""
     validate(config)
+    if names := chips(config):
+        from nanogpt_mac.compare import roofline
+
+        validate_run(config)
+        roofline.show(config, names)
+        return 0
     stack = contextlib.ExitStack()
     with stack:
         if config.run is None:

@@ -362,3 +362,13 @@ def test_a_whole_comparison(command, tmp_path):
     again = command("compare.py", f"run={folder}")
     assert again.returncode == 0
     assert (folder / "report.md").exists()
+
+
+def test_the_floor_of_a_chip_that_is_not_here_runs_nothing(command, tmp_path):
+    done = command("compare.py", "chip=[m1,m4-max]")
+    assert done.returncode == 0, done.stderr
+    assert "ARITHMETIC" in done.stdout
+    assert "444.2" in done.stdout  # 1162.6 GFLOP at 2.617 TFLOP/s
+    assert list(tmp_path.iterdir()) == []
+    unknown = command("compare.py", "chip=m99")
+    assert (unknown.returncode, unknown.stderr.startswith("compare.py: chip=m99: allowed are m1, ")) == (2, True)
