@@ -18,7 +18,7 @@ train: setup
 	$(BIN)/python train.py experiment=quick $(RUN)
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 -m "not slow and not online" $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not online" $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

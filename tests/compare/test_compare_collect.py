@@ -14,6 +14,8 @@ from nanogpt_mac.compare.collect import collect, load_run
 from nanogpt_mac.compare.runs import read, work_key
 from nanogpt_mac.errors import InputError
 
+pytestmark = pytest.mark.xdist_group("collect")  # what its fixtures make is dear: one worker makes it
+
 CPU = {"name": "cpu", "label": "CPU eager", "ms": 100.0}
 MLX = {"name": "mlx", "label": "MLX compiled", "compile": True, "ms": 80.0}
 MPS = {"name": "mps", "label": "MPS eager", "ms": 90.0}

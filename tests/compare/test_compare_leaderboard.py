@@ -13,6 +13,8 @@ from nanogpt_mac.compare.leaderboard import Board, Entry, ranks, run
 from nanogpt_mac.compare.report_config import ReportConfig
 from nanogpt_mac.errors import InputError
 
+pytestmark = pytest.mark.xdist_group("leaderboard")  # what its fixtures make is dear: one worker makes it
+
 MAX = fakes.MAC | {"chip": "Apple M4 Max", "gpu": "Apple M4 Max", "gpu_cores": 40, "memory_bytes": 64 * 2**30}
 
 

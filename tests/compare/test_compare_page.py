@@ -11,6 +11,8 @@ from compare_pages import EVIL, alone, collected, many, sparse, with_levers
 from nanogpt_mac.compare import page, report
 from nanogpt_mac.compare.leaderboard import Board, Entry
 
+pytestmark = pytest.mark.xdist_group("page")  # what its fixtures make is dear: one worker makes it
+
 SECTIONS = ["ways", "problems", "times", "loss", "utilisation", "phases", "memory", "energy", "levers", "parity",
             "fallbacks", "compile", "published", "environment"]  # fmt: skip
 VOID = ("meta", "link", "br")

@@ -20,6 +20,8 @@ from nanogpt_mac.gpt.pretrained import TRANSPOSED
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.simulator import VARIABLE
 
+pytestmark = pytest.mark.xdist_group("parity")  # what its fixtures make is dear: one worker makes it
+
 PLANTING = (sys.executable, str(Path(__file__).with_name("parity_mutants.py")))
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the simulated MPS device runs on Linux only")
 

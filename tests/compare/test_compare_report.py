@@ -10,6 +10,8 @@ from compare_pages import EVIL, alone, collected, many, sparse, with_levers
 from nanogpt_mac.compare import charts, measured, report, words
 from nanogpt_mac.compare.sections import Row, Table, ordered, problems, verdict
 
+pytestmark = pytest.mark.xdist_group("report")  # what its fixtures make is dear: one worker makes it
+
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):

@@ -21,6 +21,8 @@ from nanogpt_mac.coverage.recorders import Call
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
 
+pytestmark = pytest.mark.xdist_group("compiled")  # what its fixtures make is dear: one worker makes it
+
 CASES = Path(__file__).with_name("compiled_cases.py")
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=64, block_size=16, dropout=0.1)
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the simulated MPS device runs on Linux only")
@@ -319,7 +321,8 @@ def test_the_header_decides_whether_welford_is_serial(tmp_path, monkeypatch):
 # A reading of the same code by other means: fake tensors, without this device, for a model without an optimizer, in
 # torch 2.13. There the backward of a linear layer was two products; on MPS it is one ATen operator, so that the
 # gradients of the tied embedding are added by a launch of their own, where one product could take the other's sum.
-# The gigabytes of 12 layers alone are this report's own: with that launch there is more to read and write.
+# Its model looked positions up, which took three launches more than the slice of their table that the twins take. The
+# gigabytes of 12 layers alone are this report's own: with the launch more there is more to read and write.
 KNOWN = {
     "2 layers": (ModelConfig(n_layer=2, dropout=0.0), 64, (49, 20, 29), 39, 4.5),
     "6 layers": (ModelConfig(dropout=0.0), 64, (121, 52, 69), 111, 13.1),
@@ -343,7 +346,7 @@ def test_full_size(name):
     report = compiled.check(model, "float32", batch_size, warm=False)
     training = report["iterations"]["training"]
     assert report["unknown"] == []
-    assert (training["launches"], training["pointwise"]) == (launches + 1, pointwise + 1)
+    assert (training["launches"], training["pointwise"]) == (launches + 1 - 3, pointwise + 1 - 3)
     assert training["reduction"] == reduction
     assert training["matrix_products"] == products == matrix_products(model.n_layer)
     assert training["metal_bytes"] / 1e9 == pytest.approx(gigabytes, abs=0.05)

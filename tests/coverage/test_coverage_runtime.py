@@ -353,9 +353,11 @@ def test_the_console(found):
     assert runtime_report.text(clean) == f"fallbacks: none in {', '.join(PHASES)} (2.0 s)"
 
 
-def test_wandb_gets_a_table(tmp_path, found):
+def test_wandb_gets_a_table(tmp_path, found, monkeypatch):
     """wandb's own reader finds the counts and the table in its offline file."""
     import wandb
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # wandb leaves in it what other tests' runs would obey
 
     settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
     logged = wandb.init(project="p", mode="offline", dir=tmp_path, settings=settings)
