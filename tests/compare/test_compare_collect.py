@@ -530,6 +530,7 @@ def test_a_diverged_run_does_not_count(compared):
     assert ways["cpu"]["failed_runs"] == [{"round": 1, "state": "failed", "reason": "diverged: the loss is no number"}]
 
 
+@pytest.mark.slow
 def test_a_real_run(command, tmp_path):
     """train.py's own folder, of today's format."""
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question:\n" * 200)

@@ -303,7 +303,7 @@ def test_a_killed_comparison_goes_on_and_its_orphan_is_ended(in_a_process, plan)
     assert len((runner.folder / "rounds/0-b/metrics.jsonl").read_text().splitlines()) == 60  # not of two runs
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_comparison_says_how_to_go_on(in_a_process, signum):
     runner, made, running = in_a_process
     with pytest.raises(InputError, match="another process is at work there"), command._alone(runner.folder):

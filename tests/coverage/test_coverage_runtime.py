@@ -302,6 +302,7 @@ def test_the_task_is_the_runs_own():
     assert runtime.task_of(cli.compose(["data=shakespeare"]))["spec"]["vocab_size"] == 50304
 
 
+@pytest.mark.slow
 def test_fallbacks_are_mps_alone(command, tmp_path):
     (tmp_path / "verse.txt").write_text("To be, or not to be, that is the question.\n" * 100)
     named = ["experiment=smoke", "backend=cpu", "data=text", "data.path=verse.txt", "max_iters=2"]

@@ -142,6 +142,7 @@ def test_the_file_to_write_is_checked_first(tmp_path):
 
 
 @ON_LINUX
+@pytest.mark.slow
 def test_the_live_trace_is_the_predicted_one(monkeypatch, tmp_path):
     """The profile of the simulated device, read as on a Mac, has what the device itself counted, call by call."""
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -55,7 +55,9 @@ def test_every_file_is_in_a_group() -> None:
 
 
 @pytest.mark.usefixtures("supported")
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "group", [pytest.param(group, marks=pytest.mark.slow if group == "opinfo" else ()) for group in GROUPS]
+)
 def test_group(group: str) -> None:
     files = [str(HERE / "device" / f"device_{name}.py") for name in GROUPS[group]]
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:logging", "--noconftest", "--durations=5")
