@@ -7,24 +7,24 @@ the allocation of its result. Used in the child process of trace.py alone.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from nanogpt_mac.coverage.profiled import DEVICE, MARK
+from nanogpt_mac.coverage.phases import Phased
+from nanogpt_mac.coverage.profiled import DEVICE, MARK, name_of, parents_of, tensors_of, walk
 from nanogpt_mac.coverage.signs import short
 
 
-class Phases:
+class Phases(Phased):
     """Sorts what the profiler saw into the phases of an iteration; the same interface as trace.py's counter."""
 
     def __init__(self, registered: Iterable[str]) -> None:
+        super().__init__()
         self.registered = set(registered)
         self.counts: dict[str, Counter[str]] = {}
         self.waits: Counter[str] = Counter()
-        self.current = ""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -39,7 +39,7 @@ class Phases:
             yield
         torch.mps.synchronize()
         results: Any = profiler.profiler
-        self._sort(list(_walk(results.kineto_results.experimental_event_tree())))
+        self._sort(list(walk(results.kineto_results.experimental_event_tree())))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -52,16 +52,6 @@ class Phases:
         finally:
             self.current = before
 
-    def during(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, with what it calls counted under `name` while anything is being counted."""
-
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name if self.current else ""):
-                return function(*args, **kwargs)
-
-        return wrapped
-
     def _sort(self, events: list[Any]) -> None:
         windows = [
             (e.start_time_ns, e.end_time_ns, e.name.removeprefix(MARK)) for e in events if e.name.startswith(MARK)
@@ -71,15 +61,15 @@ class Phases:
             phase = max(begun)[2] if begun else ""  # the innermost, on whatever thread
             if not phase:
                 continue
-            if self._reaches(event) and not any(self._reaches(above) for above in _above(event)):
-                self.counts.setdefault(phase, Counter())[_name(event)] += 1
-            if _waits(event) and not any(_waits(above) for above in _above(event)):
+            if self._reaches(event) and not any(self._reaches(above) for above in parents_of(event)):
+                self.counts.setdefault(phase, Counter())[name_of(event)] += 1
+            if _waits(event) and not any(_waits(above) for above in parents_of(event)):
                 self.waits[phase] += 1
 
     def _reaches(self, event: Any) -> bool:
-        if not event.name.startswith("aten::") or _name(event) not in self.registered:
+        if not event.name.startswith("aten::") or name_of(event) not in self.registered:
             return False
-        return any(t.device.type == DEVICE for t in _tensors(event))
+        return any(t.device.type == DEVICE for t in tensors_of(event))
 
 
 def takes_tensors(op: str) -> bool:
@@ -93,36 +83,10 @@ def takes_tensors(op: str) -> bool:
 
 def _waits(event: Any) -> bool:
     """Whether the host waits for the device in a call: a value is read, or a copy between them blocks."""
-    name, tensors = short(event.name), _tensors(event)
+    name, tensors = short(event.name), tensors_of(event)
     if name == "_local_scalar_dense":
         return any(t.device.type == DEVICE for t in tensors)
     if name != "copy_" or len(tensors) < 2 or len({t.device.type == DEVICE for t in tensors[:2]}) == 1:
         return False
     inputs = event.extra_fields.inputs
     return not (len(inputs) > 2 and inputs[2] is True)
-
-
-def _walk(roots: list[Any]) -> Iterator[Any]:
-    pending = list(roots)
-    while pending:
-        event = pending.pop()
-        yield event
-        pending.extend(event.children)
-
-
-def _above(event: Any) -> Iterator[Any]:
-    while event.parent is not None:
-        event = event.parent
-        yield event
-
-
-def _name(event: Any) -> str:
-    overload = getattr(event, "overload_name", "")
-    return short(f"{event.name}.{overload}" if overload else event.name)
-
-
-def _tensors(event: Any) -> list[Any]:
-    found: list[Any] = []
-    for value in getattr(event.extra_fields, "inputs", []):
-        found += [v for v in (value if isinstance(value, list) else [value]) if hasattr(v, "sizes")]
-    return found

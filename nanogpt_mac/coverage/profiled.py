@@ -84,7 +84,7 @@ def read(finished: profile, overloads: bool, generated: str) -> Profile:
 
 class _Reader:
     def __init__(self, roots: list[Any], overloads: bool, generated: str) -> None:
-        self.events = sorted(_walk(roots), key=lambda e: e.start_time_ns)
+        self.events = sorted(walk(roots), key=lambda e: e.start_time_ns)
         self.operators = [e for e in self.events if _is_operator(e)]
         self.generated = generated
         self.windows = [
@@ -99,7 +99,7 @@ class _Reader:
         last: dict[str, Any] = {}
         for event in self.operators:
             phase = self._phase(event)
-            if any(t.device.type == DEVICE for t in _tensors(event)):
+            if any(t.device.type == DEVICE for t in tensors_of(event)):
                 counts[phase] += 1
             if event.extra_fields.sequence_number >= 0 and phase != "backward":
                 self.forward[event.extra_fields.sequence_number] = event
@@ -125,16 +125,16 @@ class _Reader:
         size = 0
         if name == "copy_":
             crossing = _crossing(event)
-            if crossing is None or any(_crossing(e) for e in _above(event)):
+            if crossing is None or any(_crossing(e) for e in parents_of(event)):
                 return
             to_host, size = crossing
             if not to_host and _non_blocking(event):
                 return  # waits for nothing
-        elif _reads_values(name, event.overload_name) and any(t.device.type == DEVICE for t in _tensors(event)):
+        elif _reads_values(name, event.overload_name) and any(t.device.type == DEVICE for t in tensors_of(event)):
             to_host = True
         else:
             return
-        outer = [e for e in _above(event) if e.id in self.records and self.records[e.id].sign == FALLBACK]
+        outer = [e for e in parents_of(event) if e.id in self.records and self.records[e.id].sign == FALLBACK]
         if outer:
             self._add(self.records[outer[0].id], size)
             return
@@ -149,7 +149,7 @@ class _Reader:
         self._add(record, size)
 
     def _owner(self, event: Any) -> Any:
-        return next((e for e in _above(event) if _is_operator(e) and short(e.name) not in CARRIERS), None)
+        return next((e for e in parents_of(event) if _is_operator(e) and short(e.name) not in CARRIERS), None)
 
     def _add(self, record: Record, size: int) -> None:
         record.bytes += size
@@ -165,7 +165,7 @@ class _Reader:
         return record
 
     def _record(self, sign: str, event: Any, phase: str) -> Record:
-        tensors = _tensors(event)
+        tensors = tensors_of(event)
         origin, evidence = self._origin(event, phase)
         frames, exact = _frames(origin) if origin is not None else ([], True)
         generated = bool(frames) and any(is_generated(f, self.generated) for f in frames)
@@ -174,7 +174,7 @@ class _Reader:
             function = frames[0][2] if (relative(frames[0][0]) or "").endswith("/torch_backend.py") else ""
         return Record(
             sign,
-            _name(event),
+            name_of(event),
             phase,
             event.duration_time_ns / 1e6,
             list(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors)),
@@ -212,7 +212,7 @@ class _Reader:
         frames, _ = _frames(event)
         if inner := next((f for f in frames if is_generated(f, self.generated)), None):
             return event, [f"called from Inductor's generated code: {linecache.getline(*inner[:2]).strip()}"]
-        node = next((e for e in (event, *_above(event)) if e.name.startswith("autograd::engine")), None)
+        node = next((e for e in (event, *parents_of(event)) if e.name.startswith("autograd::engine")), None)
         if phase == "backward" and node is not None:
             evidence.append(f"gradient of {node.name.rpartition(' ')[2]}")
             origin = self.forward.get(node.extra_fields.sequence_number)
@@ -225,7 +225,7 @@ class _Reader:
 # -- events -----------------------------------------------------------------------------------------------------------
 
 
-def _walk(roots: list[Any]) -> Iterator[Any]:
+def walk(roots: list[Any]) -> Iterator[Any]:
     pending = list(roots)
     while pending:
         event = pending.pop()
@@ -233,7 +233,7 @@ def _walk(roots: list[Any]) -> Iterator[Any]:
         pending.extend(event.children)
 
 
-def _above(event: Any) -> Iterator[Any]:
+def parents_of(event: Any) -> Iterator[Any]:
     while event.parent is not None:
         event = event.parent
         yield event
@@ -249,10 +249,10 @@ def _is_operator(event: Any) -> bool:
 
 
 def _operator_above(event: Any) -> Any:
-    return next((e for e in _above(event) if _is_operator(e)), None)
+    return next((e for e in parents_of(event) if _is_operator(e)), None)
 
 
-def _name(event: Any) -> str:
+def name_of(event: Any) -> str:
     overload = getattr(event, "overload_name", "")
     return short(f"{event.name}.{overload}" if overload else event.name)
 
@@ -261,10 +261,10 @@ def _bare(name: str) -> str:
     return short(name).partition(".")[0]
 
 
-def _tensors(event: Any) -> list[Any]:
+def tensors_of(event: Any) -> list[Any]:
     """What is known of its tensor arguments, those in lists included."""
     found: list[Any] = []
-    for value in event.extra_fields.inputs:
+    for value in getattr(event.extra_fields, "inputs", []):
         found += [v for v in (value if isinstance(value, list) else [value]) if hasattr(v, "sizes")]
     return found
 
@@ -279,7 +279,7 @@ def _crossing(event: Any) -> tuple[bool, int] | None:
     """Of a copy between the devices: whether it goes to the host, and its bytes."""
     if not _is_operator(event) or short(event.name) != "copy_":
         return None
-    tensors = _tensors(event)
+    tensors = tensors_of(event)
     if len(tensors) < 2 or (tensors[0].device.type == DEVICE) == (tensors[1].device.type == DEVICE):
         return None
     source = tensors[1]
@@ -317,7 +317,7 @@ def _frames(event: Any) -> tuple[list[Frame], bool]:
     kinds = torch._C._profiler._EventType
     frames: list[Frame] = []
     exact = True
-    for above in _above(event):
+    for above in parents_of(event):
         if above.typed[0] not in (kinds.PyCall, kinds.PyCCall):
             continue
         fields = above.extra_fields

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Call:
         return self.group is not None or _REDUCES.search(self.code) is not None
 
 
-class Recorder:
+class Recorder(ABC):
     """What the recorders report to."""
 
     def __init__(self, execute: bool) -> None:
@@ -61,13 +62,13 @@ class Recorder:
         self.graphs: dict[str, dict[str, Any]] = {}
         self._graph: str | None = None
 
+    @abstractmethod
     def record(self, call: Call, run: Callable[[], Any]) -> Any:
         """Takes note of a call and returns what it gives."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ran(self, graph: str) -> None:
         """Takes note that a graph runs."""
-        raise NotImplementedError
 
     def ask(self, what: str, question: Callable[[], Any]) -> Any:
         """The answer, or None and a line under `unknown` where this torch has nothing like it."""

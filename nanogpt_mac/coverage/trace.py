@@ -8,7 +8,6 @@ here, which is why that result says `predicted`.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as installed_version
@@ -26,6 +25,7 @@ from typing import Any
 
 from nanogpt_mac import simulator
 from nanogpt_mac.coverage import wheel
+from nanogpt_mac.coverage.phases import Phased
 from nanogpt_mac.coverage.table import IN_COMPOSITE, Kind, Table, load
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
@@ -128,7 +128,8 @@ def _digest(task: str) -> str:
     digest = hashlib.sha256(f"{installed_version('torch')} {sys.version} {platform.platform()} {task}".encode())
     folders = (PACKAGE / name for name in ("gpt", "backends", "simulator"))
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    for path in sorted([*files, Path(__file__), *map(Path(__file__).with_name, ("live.py", "profiled.py"))]):
+    beside = map(Path(__file__).with_name, ("live.py", "phases.py", "profiled.py"))
+    for path in sorted([*files, Path(__file__), *beside]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
@@ -151,13 +152,13 @@ def _run_child(task: str) -> str:
 # -- in the child -----------------------------------------------------------------------------------------------------
 
 
-class _Phases:
+class _Phases(Phased):
     """Sorts what the device counts into the phases of an iteration."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.counts: dict[str, Counter[str]] = {}
         self.waits: Counter[str] = Counter()
-        self.current = ""
 
     def switch(self, name: str) -> str:
         """Ends the current phase and returns its name; an empty name counts nowhere."""
@@ -181,16 +182,6 @@ class _Phases:
             yield
         finally:
             self.switch(before)
-
-    def during(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, with what it calls counted under `name` while anything is being counted."""
-
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name if self.current else ""):
-                return function(*args, **kwargs)
-
-        return wrapped
 
 
 def _trace(task: dict[str, Any]) -> Trace:

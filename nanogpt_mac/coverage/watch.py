@@ -9,7 +9,6 @@ Two passes over the same work: torch's own warnings, each of them, and a profile
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from nanogpt_mac import simulator
 from nanogpt_mac.backends import base, detect
 from nanogpt_mac.backends.base import BackendOptions, Tokens
 from nanogpt_mac.coverage import profiled, signs
+from nanogpt_mac.coverage.phases import Phased
 from nanogpt_mac.coverage.refusals import Lines, Located, Locator, located_in_profile
 from nanogpt_mac.coverage.signs import ADMITS, COMPILED_PHASES, CONTROL, FALLS_BACK, PHASES, Frame, short
 from nanogpt_mac.gpt.spec import GPTSpec
@@ -38,11 +38,11 @@ _OVERFLOWS = 30  # float16 iterations until the loss scale fits, at most
 _PROMPT = 4  # tokens
 
 
-class Phases:
+class Phases(Phased):
     """Knows which phase is under way, and marks it for the profiler."""
 
     def __init__(self) -> None:
-        self.current = ""
+        super().__init__()
         self.reached: set[str] = set()
         self.failed: str | None = None  # the innermost phase that an exception left
         self.around: dict[str, Callable[[], Any]] = {}  # phase to a context to run it in
@@ -59,16 +59,6 @@ class Phases:
             raise
         finally:
             self.current = before
-
-    def during(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, run as the phase `name` while any phase is under way."""
-
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name) if self.current else nullcontext():
-                return function(*args, **kwargs)
-
-        return wrapped
 
 
 class Warned:

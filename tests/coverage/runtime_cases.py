@@ -38,7 +38,7 @@ KINDS = {
 }
 REFUSING = ("nowhere", "dtype_limit", "shape_limit")
 ONLY_MPS = ("linear_backward", "_scaled_dot_product_attention_math_for_mps")  # a fallback of theirs finds no CPU kernel
-CALLERS = {"index_select": "embedding", "arange.start_out": "arange.start"}  # an error is theirs who were called
+CALLERS = {"index_select": "embedding"}  # an error is theirs who were called
 ORDER = ("forward", "backward", "clip", "optimizer", "result")  # in time, as far as operators of one phase go
 
 # Operators of the eager model, each of another phase or layer, and the faults planted in them. Those that are composite
@@ -52,7 +52,6 @@ EAGER = {
     "_log_softmax": ("fallback", "dtype_limit"),
     "nll_loss_forward": ("missing", "hidden"),
     "bernoulli_.float": ("missing", "hidden"),
-    "arange.start_out": ("fallback", "dtype_limit"),
     "linear_backward": ("fallback", "hidden", "shape_limit"),
     "gelu_backward": ("missing", "announced", "nowhere"),
     "native_layer_norm_backward": ("missing", "hidden"),
