@@ -1,9 +1,9 @@
 """The command line as a user meets it: what it accepts, and the one line it answers to everything else."""
 
 import re
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from support import ROOT
@@ -186,16 +186,17 @@ def test_validate_does_not_take_one_for_true():
 
 
 def test_help_answers_in_under_a_second_and_loads_no_framework():
-    seconds = []
-    for _ in range(4):
-        begin = time.perf_counter()
+    seconds = []  # of a core: a busy machine takes longer on the clock
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, check=True
         )
-        seconds.append(time.perf_counter() - begin)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "backend: auto, cpu, cuda, mlx, mps" in done.stdout
     assert "max_iters: 5000" in done.stdout
-    assert min(seconds[1:]) < 1.0
+    assert min(seconds) < 1.0
 
 
 def test_nothing_heavy_is_imported_before_it_is_used():

@@ -64,15 +64,16 @@ def run(config: CompareConfig) -> int:
 
 
 def _compare(folder: Path, plan: dict[str, Any], configs: dict[str, Config]) -> int:
-    from nanogpt_mac.compare import collect, report
+    from nanogpt_mac.compare.report import render
+    from nanogpt_mac.compare.results import collect
 
     _announce(folder, plan, configs)
     Runner(folder, plan, configs).carry_out()
     comparison = collect.collect(folder)
     write_json(folder / "comparison.json", comparison)
-    (folder / "report.md").write_text(report.markdown(comparison), encoding="utf-8")
-    (folder / "report.html").write_text(report.html(comparison), encoding="utf-8")
-    report.show(comparison)
+    (folder / "report.md").write_text(render.markdown(comparison), encoding="utf-8")
+    (folder / "report.html").write_text(render.html(comparison), encoding="utf-8")
+    render.show(comparison)
     say(f"report: {folder / 'report.html'}")
     return 0 if any(way["iter_ms"] for way in comparison["ways"]) else 1
 

@@ -73,7 +73,7 @@ class Runner:
         if path.exists():
             parity = json.loads(path.read_text())
         else:
-            from nanogpt_mac.compare import parity as gate
+            from nanogpt_mac.compare.parity import gate
 
             self.say(f"parity: {len(self.configs)} ways against float64 torch on the CPU")
             parity = gate.check(self.configs, self.folder)

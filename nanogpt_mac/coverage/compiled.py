@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_mac import simulator
-from nanogpt_mac.coverage.compiled_text import lines, sections
-from nanogpt_mac.coverage.inductor import Seen, watch
+from nanogpt_mac.coverage.inductor.seen import Seen, watch
+from nanogpt_mac.coverage.inductor.text import lines, sections
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 

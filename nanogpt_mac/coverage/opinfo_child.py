@@ -17,7 +17,7 @@ import warnings
 from typing import Any
 
 from nanogpt_mac import simulator
-from nanogpt_mac.coverage.signs import ADMITS, FALLS_BACK
+from nanogpt_mac.coverage.detector.signs import ADMITS, FALLS_BACK
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.simulator.samples import arguments, database, difference, full_name, line, run, tensors
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_mac import simulator
-from nanogpt_mac.coverage.findings import findings_of
+from nanogpt_mac.coverage.detector.findings import findings_of
 from nanogpt_mac.gpt.spec import GPTSpec
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _run_child(
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH", "")]))
     if simulator.active():
         environment[simulator.VARIABLE] = "1"
-    argv = [python, "-m", "nanogpt_mac.coverage.watch"]
+    argv = [python, "-m", "nanogpt_mac.coverage.detector.watch"]
     # A folder of its own for what Inductor compiles, or the run would find it there and its compile time be no such.
     with tempfile.TemporaryDirectory(prefix="nanogpt-mac-") as folder:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).resolve())

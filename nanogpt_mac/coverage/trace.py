@@ -128,8 +128,9 @@ def _digest(task: str) -> str:
     digest = hashlib.sha256(f"{installed_version('torch')} {sys.version} {platform.platform()} {task}".encode())
     folders = (PACKAGE / name for name in ("gpt", "backends", "simulator"))
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    beside = map(Path(__file__).with_name, ("live.py", "phases.py", "profiled.py"))
-    for path in sorted([*files, Path(__file__), *beside]):
+    names = ("trace.py", "live.py", "phases.py", "detector/profiled.py", "detector/signs.py")
+    files += [Path(__file__).parent / name for name in names]
+    for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 

@@ -149,12 +149,13 @@ def _train(
 
 def _fallbacks(config: Config, spec: GPTSpec, backend: Backend) -> dict[str, Any]:
     """What leaves the GPU in this run's iterations, looked for in a child process and put on the console."""
-    from nanogpt_mac.coverage import runtime, runtime_report  # which import this module's backend_options
+    from nanogpt_mac.coverage import runtime  # which imports this module's backend_options
+    from nanogpt_mac.coverage.detector import report
 
     if sys.stdout.isatty():
         display.say("looking for fallbacks in a child process (fallbacks=off leaves it out)")
     found = runtime.check(config, spec, "train" in backend.details["resident_data"])
-    display.say(runtime_report.text(found))
+    display.say(report.text(found))
     return found
 
 

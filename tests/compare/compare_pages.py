@@ -5,7 +5,7 @@ import copy
 import compare_fakes as fakes
 import numpy as np
 
-from nanogpt_mac.compare.collect import collect
+from nanogpt_mac.compare.results.collect import collect
 
 EVIL = "<script>alert('x')</script> | `a` $x_1$ [b]"  # a label may be anything
 

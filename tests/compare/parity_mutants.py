@@ -151,7 +151,7 @@ def planted(what):
 def many(task, names):
     """`check_way` once for each fault, in this process."""
     from nanogpt_mac import simulator
-    from nanogpt_mac.compare import parity_child
+    from nanogpt_mac.compare.parity import child as parity_child
     from nanogpt_mac.errors import InputError
 
     simulator.install_if_asked()
@@ -166,7 +166,7 @@ def many(task, names):
 
 
 def main():
-    from nanogpt_mac.compare import parity_child
+    from nanogpt_mac.compare.parity import child as parity_child
 
     text = sys.stdin.read()
     task = json.loads(text)

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from compare_fakes import LINUX, MAC, WAYS, write_comparison
 
-from nanogpt_mac.compare import figures, stats
-from nanogpt_mac.compare.collect import collect, load_run
-from nanogpt_mac.compare.runs import read, work_key
+from nanogpt_mac.compare import stats
+from nanogpt_mac.compare.results import figures
+from nanogpt_mac.compare.results.collect import collect, load_run
+from nanogpt_mac.compare.results.runs import read, work_key
 from nanogpt_mac.errors import InputError
 
 pytestmark = pytest.mark.xdist_group("collect")  # what its fixtures make is dear: one worker makes it

@@ -8,9 +8,9 @@ from pathlib import Path
 import compare_fakes as fakes
 import pytest
 
-from nanogpt_mac.compare import leaderboard
-from nanogpt_mac.compare.leaderboard import Board, Entry, ranks, run
-from nanogpt_mac.compare.report_config import ReportConfig
+from nanogpt_mac.compare.report import leaderboard
+from nanogpt_mac.compare.report.config import ReportConfig
+from nanogpt_mac.compare.report.leaderboard import Board, Entry, ranks, run
 from nanogpt_mac.errors import InputError
 
 pytestmark = pytest.mark.xdist_group("leaderboard")  # what its fixtures make is dear: one worker makes it

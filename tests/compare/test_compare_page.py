@@ -8,8 +8,8 @@ import pytest
 from compare_browser import Browser, programs
 from compare_pages import EVIL, alone, collected, many, sparse, with_levers
 
-from nanogpt_mac.compare import page, report
-from nanogpt_mac.compare.leaderboard import Board, Entry
+from nanogpt_mac.compare.report import page, render
+from nanogpt_mac.compare.report.leaderboard import Board, Entry
 
 pytestmark = pytest.mark.xdist_group("page")  # what its fixtures make is dear: one worker makes it
 
@@ -34,7 +34,7 @@ def pages(comparison):
         "sparse": sparse(comparison),
         "nothing": {},
     }
-    return {name: report.html(document) for name, document in made.items()} | {"leaderboard": board(comparison).html()}
+    return {name: render.html(document) for name, document in made.items()} | {"leaderboard": board(comparison).html()}
 
 
 def board(comparison):
@@ -98,7 +98,7 @@ def trees(pages):
 def test_small_and_always_the_same(pages, comparison):
     assert {name: len(html.encode()) for name, html in pages.items() if len(html.encode()) >= LARGEST} == {}
     assert len(pages["twelve ways"].encode()) < LARGEST / 2
-    assert report.html(alone(comparison)) == pages["one run"]
+    assert render.html(alone(comparison)) == pages["one run"]
 
 
 def test_every_section_is_present_or_says_why_not(trees):
@@ -235,7 +235,7 @@ def test_lines_differ_by_more_than_their_colour(trees):
 
 def test_a_long_verdict_is_a_short_heading():
     verdict = "A is fastest: 1.5 x as fast as B. C is WRONG. D did not run."
-    tree = Tree(page.render(page.Page("", "", verdict, [], [], [], [], ""))).root
+    tree = Tree(page.filled(page.Page("", "", verdict, [], [], [], [], ""))).root
     assert next(tree.all("h1")).words() == "A is fastest: 1.5 x as fast as B."
     assert [n.words() for n in tree.all("p") if n.attributes.get("class") == "more"] == ["C is WRONG. D did not run."]
 

@@ -14,8 +14,9 @@ import torch
 from parity_mutants import MUTANTS
 
 from nanogpt_mac.cli import compose
-from nanogpt_mac.compare import parity, reference, tolerances
-from nanogpt_mac.compare.parity_child import LOSS_SCALE, config_from_json, drawn_weights
+from nanogpt_mac.compare.parity import gate as parity
+from nanogpt_mac.compare.parity import reference, tolerances
+from nanogpt_mac.compare.parity.child import LOSS_SCALE, config_from_json, drawn_weights
 from nanogpt_mac.gpt.pretrained import TRANSPOSED
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.simulator import VARIABLE

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from nanogpt_mac.compare import published
+from nanogpt_mac.compare.results import published
 from nanogpt_mac.config import Config
 from nanogpt_mac.gpt.spec import GPTSpec
 

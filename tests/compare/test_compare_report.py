@@ -7,8 +7,8 @@ from unittest.mock import MagicMock
 import pytest
 from compare_pages import EVIL, alone, collected, many, sparse, with_levers
 
-from nanogpt_mac.compare import charts, measured, report, words
-from nanogpt_mac.compare.sections import Row, Table, ordered, problems, verdict
+from nanogpt_mac.compare.report import charts, measured, render, words
+from nanogpt_mac.compare.report.sections import Row, Table, ordered, problems, verdict
 
 pytestmark = pytest.mark.xdist_group("report")  # what its fixtures make is dear: one worker makes it
 
@@ -26,7 +26,7 @@ def cells(section, label):
 
 
 def test_the_terminal_says_the_verdict_first(comparison, capsys):
-    report.show(comparison)
+    render.show(comparison)
     printed = capsys.readouterr().out
     assert " ".join(printed.split()).startswith(comparison["verdict"]["sentence"][:80])
     for said in ("MPS compiled (WRONG)", "(FAILED)", "out of memory", "Its times do not count", "1.33", "fastest"):
@@ -50,12 +50,12 @@ def test_ways_are_ordered_and_marked(comparison):
 def test_a_tie_is_called_one(comparison):
     made = copy.deepcopy(comparison)
     next(way for way in made["ways"] if way["name"] == "mps")["ratio"] |= {"value": 1.004, "tie": True}
-    assert "1.004" in report.markdown(made)
-    assert re.search(r"1\.004 .* tie", report.markdown(made))
+    assert "1.004" in render.markdown(made)
+    assert re.search(r"1\.004 .* tie", render.markdown(made))
 
 
 def test_wrong_follows_the_way_everywhere(comparison):
-    text = report.markdown(comparison)
+    text = render.markdown(comparison)
     naming = [line for line in text.splitlines() if "MPS compiled" in line and not line.startswith("**")]
     published = [line for line in naming if line.startswith("| published")]
     assert len(naming) - len(published) > 6
@@ -72,7 +72,7 @@ def test_wrong_follows_the_way_everywhere(comparison):
 
 
 def test_markdown_is_safe_and_whole(comparison):
-    text = report.markdown(with_levers(comparison))
+    text = render.markdown(with_levers(comparison))
     assert "<script>" not in text
     assert text.startswith("### Comparison: Apple M4 Pro, 20 GPU cores, 24 GiB")
     assert text.splitlines()[2].startswith(f"**{comparison['verdict']['sentence'][:30]}")
@@ -87,7 +87,7 @@ def test_markdown_is_safe_and_whole(comparison):
 def test_controls_never_reach_the_terminal(comparison, capsys):
     made = copy.deepcopy(comparison)
     made["ways"][0]["label"] = "\x1b[31mred\x07\n\ttwo [bold]lines"
-    report.show(made)
+    render.show(made)
     printed = capsys.readouterr().out
     assert "\x1b[31m" not in printed
     assert "\x07" not in printed
@@ -118,7 +118,7 @@ def test_whatever_is_missing_or_odd_the_report_is_made(comparison, value):
             del holder[path[-1]]
         else:
             holder[path[-1]] = value
-        assert report.markdown(made)
+        assert render.markdown(made)
 
 
 ODD = [None, "nan", 7, [], {"a": [None]}, [None, "x", {}]]
@@ -129,8 +129,8 @@ def test_whatever_is_missing_or_odd_the_charts_are_made(comparison, value, monke
     axes = MagicMock()
     axes.get_xlim.return_value = (0.5, 4.0)
     axes.plot.side_effect = lambda *_, **__: [MagicMock()]
-    monkeypatch.setattr("nanogpt_mac.compare.svg.figure", lambda _: (MagicMock(), axes))
-    monkeypatch.setattr("nanogpt_mac.compare.svg.inline", lambda *_: "")
+    monkeypatch.setattr("nanogpt_mac.compare.report.svg.figure", lambda _: (MagicMock(), axes))
+    monkeypatch.setattr("nanogpt_mac.compare.report.svg.inline", lambda *_: "")
     drawn = charts.draw(odd(comparison, value))
     assert len(drawn["times"]) == len(drawn["loss"]) == 2
 
@@ -138,7 +138,7 @@ def test_whatever_is_missing_or_odd_the_charts_are_made(comparison, value, monke
 @pytest.mark.slow
 @pytest.mark.parametrize("value", ODD)
 def test_whatever_is_missing_or_odd_the_page_is_made(comparison, value):
-    assert "</html>" in report.html(odd(comparison, value))
+    assert "</html>" in render.html(odd(comparison, value))
 
 
 def odd(comparison, value):
@@ -159,8 +159,8 @@ def odd(comparison, value):
 
 def test_nothing_at_all_is_a_report_too(capsys):
     for nothing in ({}, None, {"ways": None}, {"ways": [None, {}]}, {"schema": 99, "ways": "x", "verdict": []}):
-        assert "No verdict" in report.markdown(nothing)
-        report.show(nothing)
+        assert "No verdict" in render.markdown(nothing)
+        render.show(nothing)
         assert "No verdict" in capsys.readouterr().out
 
 
@@ -170,7 +170,7 @@ def test_sparse_old_records_show_what_they_have(comparison):
     row = cells(section, "mlx")
     assert row["ms an iteration [95 %]"] == words.ms(ordered(made)[0]["iter_ms"]["median"])
     assert {row[c] for c in ("tokens/s", "MFU: chip", "peak memory", "full recipe")} == {words.DASH}
-    assert "parity gate was not run" in report.markdown(made)
+    assert "parity gate was not run" in render.markdown(made)
     assert verdict(made) == "No verdict was recorded."
 
 
@@ -184,7 +184,7 @@ def test_every_warning_is_there_once(comparison):
 
 
 def test_the_parity_table_names_what_failed(comparison):
-    section = report.evidence.parity_section(comparison)
+    section = render.evidence.parity_section(comparison)
     row = cells(section, "MPS compiled (WRONG)")
     assert row["result"] == "WRONG"
     assert row["gradients"] == "3.0e-02 WRONG (1.0e-03 allowed)"
@@ -206,7 +206,7 @@ def test_no_fallback_is_only_said_after_looking_everywhere(comparison):
         ({"complete": True, "findings": [finding]}, "MPS eager: 1 found"),
     ]:
         way["fallbacks"] = document
-        section = report.evidence.fallbacks_section(made)
+        section = render.evidence.fallbacks_section(made)
         assert any(words_ in item for item in section.items)
     assert cells(section, "foo") == {
         "op": "foo", "phase": "backward", "calls per iteration": "2", "bytes": "4096", "advice": "cast",
@@ -217,14 +217,14 @@ def test_a_compile_report_is_taken_apart(comparison):
     made = copy.deepcopy(comparison)
     kernels = [{"kernel": "a", "launches": 2}, {"kernel": "b", "launches": 1}]
     made["ways"][0]["compile_report"] = {"graph_breaks": None, "iterations": {"train": {"ms": 1.5, "kernels": kernels}}}
-    facts, launches = report.evidence.compile_section(made).tables
+    facts, launches = render.evidence.compile_section(made).tables
     assert [row.cells for row in facts.rows] == [["graph breaks", words.DASH], ["iterations train ms", "1.5"]]
     assert launches.caption.endswith(": iterations train kernels")
     assert [row.cells for row in launches.rows] == [["a", "2"], ["b", "1"]]
 
 
 def test_twelve_ways_fit_a_terminal(comparison, capsys):
-    report.show(many(comparison, points=50))
+    render.show(many(comparison, points=50))
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 160
 
 

@@ -249,7 +249,7 @@ def test_nothing_that_has_been_done_is_done_again(plan):
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from nanogpt_mac.compare import run, plan
+from nanogpt_mac.compare import plan, run
 from nanogpt_mac.compare.config import CompareConfig
 from nanogpt_mac.config import Config
 plan.configs_of = lambda document: {way["name"]: Config() for way in document["ways"]}

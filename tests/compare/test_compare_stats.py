@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from nanogpt_mac.compare import stats, verdict
+from nanogpt_mac.compare import stats
+from nanogpt_mac.compare.results import verdict
 
 
 def noisy(rng, rounds, iters=40, noise=0.01, level=100.0):

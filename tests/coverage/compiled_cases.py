@@ -21,7 +21,9 @@ simulator.install()
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from nanogpt_mac.coverage import compiled, dynamo, inductor, recorders  # noqa: E402
+from nanogpt_mac.coverage import compiled  # noqa: E402
+from nanogpt_mac.coverage.inductor import dynamo, recorders  # noqa: E402
+from nanogpt_mac.coverage.inductor.seen import watch  # noqa: E402
 
 
 def tensor(*shape: int) -> torch.Tensor:
@@ -37,7 +39,7 @@ def compiled_clean(execute: bool) -> dict[str, Any]:
     torch._dynamo.reset()
     function = torch.compile(clean, dynamic=False)
     x, w = tensor(8, 48), tensor(48, 40)
-    with inductor.watch(execute) as seen:
+    with watch(execute) as seen:
         function(x, w).backward()
         x.grad = w.grad = None
         simulator.clear_launches()
@@ -68,7 +70,7 @@ def one(function: Any, *calls: tuple[Any, ...], marked: int = -1, **options: Any
     """The report of a function compiled without gradients; the call number `marked` is the steady iteration."""
     torch._dynamo.reset()
     f = torch.compile(function, dynamic=False, **options)
-    with inductor.watch() as seen, torch.no_grad():
+    with watch() as seen, torch.no_grad():
         for i, args in enumerate(calls):
             if i == marked % len(calls):
                 with seen.iteration():
@@ -115,9 +117,9 @@ def cases() -> dict[str, Any]:
     made["hook_missed"] = one(lambda x: x * 5 + 1, (x,), (x,))
     recorders._modules = hook
     made["restored"] = recorders._current is None and not isinstance(torch.mps.compile_shader, partial)
-    with inductor.watch():
+    with watch():
         try:
-            with inductor.watch():
+            with watch():
                 pass
         except RuntimeError as error:
             made["nested"] = str(error)

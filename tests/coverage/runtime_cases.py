@@ -24,8 +24,9 @@ simulator.install()
 
 import torch  # noqa: E402
 
-from nanogpt_mac.coverage import runtime, watch  # noqa: E402
-from nanogpt_mac.coverage.findings import Finding  # noqa: E402
+from nanogpt_mac.coverage import runtime  # noqa: E402
+from nanogpt_mac.coverage.detector import watch  # noqa: E402
+from nanogpt_mac.coverage.detector.findings import Finding  # noqa: E402
 
 KINDS = {
     "missing": Finding.MISSING_CPU,

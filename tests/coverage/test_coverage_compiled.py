@@ -15,9 +15,10 @@ import pytest
 from support import ROOT
 
 from nanogpt_mac import simulator
-from nanogpt_mac.coverage import compiled, suspects
-from nanogpt_mac.coverage.inductor import Iteration, Seen, alike
-from nanogpt_mac.coverage.recorders import Call
+from nanogpt_mac.coverage import compiled
+from nanogpt_mac.coverage.inductor import suspects
+from nanogpt_mac.coverage.inductor.recorders import Call
+from nanogpt_mac.coverage.inductor.seen import Iteration, Seen, alike
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
 
@@ -75,7 +76,8 @@ def test_a_clean_function_has_nothing_to_report(cases):
     training = report["iterations"]["training"]
     assert (training["compilations"], training["aten"], training["matrix_products"]) == (0, [], 3)
     assert [graph["runs"] for graph in report["graphs"]] == [{"training": 1}, {"training": 1}]
-    assert all(row["lines"] == [f"{CASES.name}:32"] for row in training["kernels"])
+    line = 1 + CASES.read_text().splitlines().index("    return F.layer_norm(F.gelu(x @ w), (w.shape[1],)).sum()")
+    assert all(row["lines"] == [f"{CASES.name}:{line}"] for row in training["kernels"])
 
 
 @on_linux

@@ -7,7 +7,7 @@ import pytest
 
 from nanogpt_mac.coverage import environments, isolated, render, runtime
 from nanogpt_mac.coverage.config import NIGHTLY_INDEX, CoverageConfig, validate
-from nanogpt_mac.coverage.findings import Finding
+from nanogpt_mac.coverage.detector.findings import Finding
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
 

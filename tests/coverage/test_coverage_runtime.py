@@ -13,9 +13,10 @@ import pytest
 from nanogpt_mac import cli
 from nanogpt_mac.backends import detect
 from nanogpt_mac.config import Config
-from nanogpt_mac.coverage import runtime, runtime_report
-from nanogpt_mac.coverage.findings import Finding, findings_of
-from nanogpt_mac.coverage.signs import PHASES, place, relative
+from nanogpt_mac.coverage import runtime
+from nanogpt_mac.coverage.detector import report
+from nanogpt_mac.coverage.detector.findings import Finding, findings_of
+from nanogpt_mac.coverage.detector.signs import PHASES, place, relative
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.train import run as train_run
 from nanogpt_mac.train.recorder import Recorder, Work
@@ -227,7 +228,7 @@ def test_places():
     assert place(frames) == "nanogpt_mac/gpt/torch_gpt.py:70"
     assert place(frames[:1]) == "torch/nn/functional.py:5"
     assert place([frame("/tmp/other.py", 1, "f")]) is None
-    assert place([frame(ROOT / "nanogpt_mac/coverage/watch.py", 1, "f")]) is None
+    assert place([frame(ROOT / "nanogpt_mac/coverage/detector/watch.py", 1, "f")]) is None
     assert relative("nanogpt_mac/gpt/torch_gpt.py") == "nanogpt_mac/gpt/torch_gpt.py"  # as a profiler shortens it
 
 
@@ -257,7 +258,7 @@ def test_a_child_that_fails_is_an_incomplete_document(tmp_path, script):
     assert not document["complete"]
     assert CHILDREN[script] in document["why_incomplete"][0]
     assert document["findings"] == []
-    assert runtime_report.headline(document).startswith("fallbacks: incomplete: ")
+    assert report.headline(document).startswith("fallbacks: incomplete: ")
     missing = runtime.check_task(TASK, str(tmp_path / "none"))
     assert "cannot be run" in missing["why_incomplete"][0]
 
@@ -283,7 +284,7 @@ def test_the_childs_environment(tmp_path):
 def test_the_child_needs_torch_and_numpy_alone():
     """So that it runs under an interpreter that has nothing else."""
     program = (
-        "import sys; import nanogpt_mac.coverage.watch;"
+        "import sys; import nanogpt_mac.coverage.detector.watch;"
         "allowed = ('wandb', 'hydra', 'omegaconf', 'rich', 'scipy', 'psutil', 'requests', 'remotezip', 'yaml', 'mlx');"
         "print([name for name in allowed if name in sys.modules])"
     )
@@ -346,12 +347,12 @@ def test_error_ends_the_run_before_training(monkeypatch, tmp_path, capsys, found
 
 
 def test_the_console(found):
-    lines = runtime_report.text(found).splitlines()
+    lines = report.text(found).splitlines()
     assert lines[0] == "fallbacks: 1 found in forward (2.0 s)"
     assert any("gelu.out" in line and "missing, CPU kernel" in line for line in lines)
     assert lines[-1].startswith("gelu.out: set PYTORCH_ENABLE_MPS_FALLBACK=1")
     clean = found | {"findings": []}
-    assert runtime_report.text(clean) == f"fallbacks: none in {', '.join(PHASES)} (2.0 s)"
+    assert report.text(clean) == f"fallbacks: none in {', '.join(PHASES)} (2.0 s)"
 
 
 def test_wandb_gets_a_table(tmp_path, found, monkeypatch):
@@ -373,5 +374,5 @@ def test_wandb_gets_a_table(tmp_path, found, monkeypatch):
     assert "table-file" in printed
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/fallbacks*.table.json")
     read = json.loads(table.read_text())
-    assert read["columns"] == list(runtime_report.COLUMNS)
-    assert read["data"] == runtime_report.rows(found)
+    assert read["columns"] == list(report.COLUMNS)
+    assert read["data"] == report.rows(found)

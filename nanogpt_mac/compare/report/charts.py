@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanogpt_mac.compare import chart_loss, chart_times, svg
-from nanogpt_mac.compare.chart_rows import (
+from nanogpt_mac.compare.report import chart_loss, chart_times, svg
+from nanogpt_mac.compare.report.chart_rows import (
     BAR,
     Chart,
     at_right,
@@ -17,9 +17,9 @@ from nanogpt_mac.compare.chart_rows import (
     short,
     shown,
 )
-from nanogpt_mac.compare.sections import Row, Table
-from nanogpt_mac.compare.svg import COLOURS
-from nanogpt_mac.compare.words import (
+from nanogpt_mac.compare.report.sections import Row, Table
+from nanogpt_mac.compare.report.svg import COLOURS
+from nanogpt_mac.compare.report.words import (
     DASH,
     dicts,
     get,

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanogpt_mac import simulator
-from nanogpt_mac.coverage import dynamo, suspects
-from nanogpt_mac.coverage.inductor import Iteration, Seen, alike
-from nanogpt_mac.coverage.recorders import Call
+from nanogpt_mac.coverage.inductor import dynamo, suspects
+from nanogpt_mac.coverage.inductor.recorders import Call
+from nanogpt_mac.coverage.inductor.seen import Iteration, Seen, alike
 
 SCHEMA = 1
 _GRADIENTS_OFF = re.compile(r"\d+/\d+: GLOBAL_STATE changed: grad_mode")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2]
 _BREAK = re.compile(
     r"in user code at (?P<line>.+?:\d+)\nGraph Break Reason: (?:Encountered graph break[^\n]*:\n\n)?(?P<reason>.*?)"
     r"(?:\n\s*\n|\n\s*Hint:|\Z)",

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanogpt_mac.coverage import dynamo
+from nanogpt_mac.coverage.inductor import dynamo
 
 _KERNEL = re.compile(r"\bkernel\s+void\s+(\w+)\s*\(")
 _REDUCES = re.compile(r"\bthreadgroup_\w+\s*\(|\br\d+_\w+")  # r0_index: Inductor's name for a reduced dimension

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanogpt_mac.compare import evidence, measured
-from nanogpt_mac.compare.sections import Section, Table, headline, problems, verdict
-from nanogpt_mac.compare.words import DASH, get, text
+from nanogpt_mac.compare.report import evidence, measured
+from nanogpt_mac.compare.report.sections import Section, Table, headline, problems, verdict
+from nanogpt_mac.compare.report.words import DASH, get, text
 
 _FOLDED = (
     "times",
@@ -48,7 +48,7 @@ def sections(comparison: Any) -> list[Section]:
 
 def html(comparison: Any) -> str:
     """One self-contained page that opens offline."""
-    from nanogpt_mac.compare import page  # matplotlib and jinja2
+    from nanogpt_mac.compare.report import page  # matplotlib and jinja2
 
     return page.comparison_page(comparison)
 

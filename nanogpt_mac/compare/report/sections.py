@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from nanogpt_mac.compare.words import DASH, count, dicts, get, label, num, rate, size, state, text, when
+from nanogpt_mac.compare.report.words import DASH, count, dicts, get, label, num, rate, size, state, text, when
 
 _ORDER = {"ok": 0, "partial": 0, "wrong": 1, "failed": 2}
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanogpt_mac.coverage import dynamo
-from nanogpt_mac.coverage.recorders import Call, Recorder, recording
+from nanogpt_mac.coverage.inductor import dynamo
+from nanogpt_mac.coverage.inductor.recorders import Call, Recorder, recording
 
 _REPEATS = 10  # of a call that is timed
 
@@ -121,7 +121,7 @@ class Seen(Recorder):
 
     def report(self) -> dict[str, Any]:
         """Everything that was seen, JSON-able: see docs/coverage.md."""
-        from nanogpt_mac.coverage.compiled_report import describe
+        from nanogpt_mac.coverage.inductor.describe import describe
 
         self._collect()
         return describe(self)

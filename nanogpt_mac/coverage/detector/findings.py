@@ -6,7 +6,7 @@ from collections import Counter
 from enum import StrEnum
 from typing import Any
 
-from nanogpt_mac.coverage.signs import NOT_ON_CPU, NOT_ON_MPS, OUT_OF_MEMORY, PHASES, short
+from nanogpt_mac.coverage.detector.signs import NOT_ON_CPU, NOT_ON_MPS, OUT_OF_MEMORY, PHASES, short
 
 _SHOWN = 8  # calls of one operator whose shapes and places are listed
 

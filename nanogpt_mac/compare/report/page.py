@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanogpt_mac.compare import report
-from nanogpt_mac.compare.chart_rows import Chart
-from nanogpt_mac.compare.sections import Section, headline, mark, ordered, verdict
-from nanogpt_mac.compare.words import DASH, count, get, interval, label, ms, percent, seconds, size, text
+from nanogpt_mac.compare.report import render
+from nanogpt_mac.compare.report.chart_rows import Chart
+from nanogpt_mac.compare.report.sections import Section, headline, mark, ordered, verdict
+from nanogpt_mac.compare.report.words import DASH, count, get, interval, label, ms, percent, seconds, size, text
 
 _SENTENCE = re.compile(r"(?<=[.!?]) (?=[A-Z0-9])")
 TEMPLATE = Path(__file__).with_name("template.html.j2")
@@ -54,8 +54,8 @@ class Page:
 
 
 def comparison_page(comparison: Any) -> str:
-    """The page of one comparison; see report.html."""
-    from nanogpt_mac.compare import charts
+    """The page of one comparison; see render.html."""
+    from nanogpt_mac.compare.report import charts
 
     said = verdict(comparison)
     wrong = [way for way in ordered(comparison) if mark(way, comparison) in ("wrong", "failed")]
@@ -63,7 +63,7 @@ def comparison_page(comparison: Any) -> str:
     alarms = [f"{label(way)}: {text(way.get('reason'))}" for way in untold]
     if get(comparison, "machine", "simulated") and "simulated" not in said:
         alarms.insert(0, "The MPS device here is simulated on a CPU: its times say nothing about a Mac.")
-    return render(
+    return filled(
         Page(
             "Comparison",
             "Comparison: " + text(get(comparison, "machine", "name") or "machine not known"),
@@ -71,7 +71,7 @@ def comparison_page(comparison: Any) -> str:
             headline(comparison),
             _figures(comparison),
             alarms,
-            report.sections(comparison),
+            render.sections(comparison),
             text(get(comparison, "version")),
             charts.draw(comparison),
         )
@@ -98,7 +98,7 @@ def _figures(comparison: Any) -> list[tuple[str, str, str]]:
     return [figure for figure in found[1:] if figure[0] != DASH]
 
 
-def render(page: Page) -> str:
+def filled(page: Page) -> str:
     """The template filled with `page`. Everything in it but the charts is escaped."""
     import jinja2
     from markupsafe import Markup

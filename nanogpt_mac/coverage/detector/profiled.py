@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanogpt_mac.coverage.signs import CONTROL, MEANT, PHASES, Frame, is_generated, place, relative, short
+from nanogpt_mac.coverage.detector.signs import CONTROL, MEANT, PHASES, Frame, is_generated, place, relative, short
 
 MARK = "nanogpt-mac: "  # names the annotations that phases are recognised by
 DEVICE = "mps"

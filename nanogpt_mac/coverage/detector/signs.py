@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2]
 
 PHASES = ("forward", "backward", "clip", "optimizer", "result", "evaluation", "sampling")
 COMPILED_PHASES = ("forward", "backward", "evaluation")  # those that compile=true compiles

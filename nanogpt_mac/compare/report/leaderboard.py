@@ -13,12 +13,10 @@ from typing import Any
 
 import nanogpt_mac
 from nanogpt_mac import simulator
-from nanogpt_mac.compare import report
-from nanogpt_mac.compare.collect import SCHEMA, collect, load_run
-from nanogpt_mac.compare.report_config import ReportConfig
-from nanogpt_mac.compare.runs import RUN_FILES, WORK_KEYS, work_key
-from nanogpt_mac.compare.sections import Row, Section, Table, plain, work_facts
-from nanogpt_mac.compare.words import (
+from nanogpt_mac.compare.report import render
+from nanogpt_mac.compare.report.config import ReportConfig
+from nanogpt_mac.compare.report.sections import Row, Section, Table, plain, work_facts
+from nanogpt_mac.compare.report.words import (
     DASH,
     count,
     get,
@@ -34,6 +32,8 @@ from nanogpt_mac.compare.words import (
     text,
     when,
 )  # fmt: skip
+from nanogpt_mac.compare.results.collect import SCHEMA, collect, load_run
+from nanogpt_mac.compare.results.runs import RUN_FILES, WORK_KEYS, work_key
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.train.recorder import make_folder
 
@@ -97,12 +97,12 @@ def run(config: ReportConfig) -> int:
     folders = _folders(config.runs)
     if len(folders) == 1 and _is_comparison(folders[0]):
         comparison = read(folders[0])
-        report.show(comparison)
-        made = report.markdown(comparison), report.html(comparison)
+        render.show(comparison)
+        made = render.markdown(comparison), render.html(comparison)
         output = config.output or str(folders[0])
     else:
         board = Board([entry for folder in folders for entry in entries(folder)])
-        report.show_page(board.sentence(), board.facts(), [], board.sections())
+        render.show_page(board.sentence(), board.facts(), [], board.sections())
         made = board.markdown(), board.html()
         output = config.output or "runs/{date}/{time}-report"
     try:
@@ -224,14 +224,14 @@ class Board:
 
     def markdown(self) -> str:
         heading = "Leaderboard: " + self.facts()
-        return report.markdown_page(heading, self.sentence(), self.sections(), nanogpt_mac.__version__)
+        return render.markdown_page(heading, self.sentence(), self.sections(), nanogpt_mac.__version__)
 
     def html(self) -> str:
         """The page, with a chart of each group."""
-        from nanogpt_mac.compare import charts, page
+        from nanogpt_mac.compare.report import charts, page
 
         drawn = {f"work-{i}": [charts.board(i, _named(group))] for i, group in enumerate(self.groups, 1)}
-        return page.render(
+        return page.filled(
             page.Page("Leaderboard", "Leaderboard", self.sentence(), self._facts(), [], [], self.sections(),
                       nanogpt_mac.__version__, drawn)
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """The child processes of the parity gate: one computes the reference, each other holds one way against it.
 
-    python -m nanogpt_mac.compare.parity_child < task.json
+    python -m nanogpt_mac.compare.parity.child < task.json
 
 A task is {"role": "reference" | "way", "config": Config as JSON, "folder": where the reference lies, "result": a file}.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 from nanogpt_mac.backends import base, detect
 from nanogpt_mac.backends.base import Backend, Tokens
-from nanogpt_mac.compare import tolerances
+from nanogpt_mac.compare.parity import tolerances
 from nanogpt_mac.config import Config
 from nanogpt_mac.corpus import Corpus, prepare, starts
 from nanogpt_mac.errors import InputError
@@ -127,7 +127,7 @@ def _reference(
     """Arrays to float32, whose rounding (6e-8) is far below every limit, and figures."""
     import torch
 
-    from nanogpt_mac.compare import reference
+    from nanogpt_mac.compare.parity import reference
 
     tokens, spec, start = tokens_of(corpus, case), case.spec, reference.tensors(weights)
     starts_of = [windows(corpus, case, config, step) for step in range(case.steps)]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt_mac.coverage.inductor import Seen, alike
-from nanogpt_mac.coverage.recorders import Call
+from nanogpt_mac.coverage.inductor.recorders import Call
+from nanogpt_mac.coverage.inductor.seen import Seen, alike
 
 SIMD = 32  # lanes that a Mac's GPU runs in step
 CONFIRMED_SHARE = 0.1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanogpt_mac.compare.sections import Row, Section, Table, mark, ordered, rows_of, timed, work_facts
-from nanogpt_mac.compare.words import (
+from nanogpt_mac.compare.report.sections import Row, Section, Table, mark, ordered, rows_of, timed, work_facts
+from nanogpt_mac.compare.report.words import (
     DASH,
     count,
     dicts,

@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nanogpt_mac.coverage.profiled import DEVICE, Record
-from nanogpt_mac.coverage.signs import NOT_ON_CPU, Frame, place, relative, short
+from nanogpt_mac.coverage.detector.profiled import DEVICE, Record
+from nanogpt_mac.coverage.detector.signs import NOT_ON_CPU, Frame, place, relative, short
 
 # Of torch, between the call of an operator and the mode that looks at it.
 _BETWEEN = ("/torch/utils/_python_dispatch.py", "/torch/_dynamo/eval_frame.py", "/torch/_compile.py")

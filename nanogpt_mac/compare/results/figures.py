@@ -11,7 +11,7 @@ import numpy as np
 
 from nanogpt_mac import simulator
 from nanogpt_mac.compare import roofline, stats
-from nanogpt_mac.compare.runs import Run, number
+from nanogpt_mac.compare.results.runs import Run, number
 from nanogpt_mac.machine import chips
 
 ON_GPU = ("mps", "cuda", "metal")  # device names of back ends that compute on the GPU

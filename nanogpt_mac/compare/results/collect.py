@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import nanogpt_mac
-from nanogpt_mac.compare import figures, published, stats, verdict
-from nanogpt_mac.compare.runs import Run, document, read, work_key
+from nanogpt_mac.compare import stats
+from nanogpt_mac.compare.results import figures, published, verdict
+from nanogpt_mac.compare.results.runs import Run, document, read, work_key
 from nanogpt_mac.errors import InputError
 
 SCHEMA = 1

@@ -6,11 +6,34 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_mac.compare import svg
-from nanogpt_mac.compare.chart_rows import BAR, Chart, at_right, colour_of, few_ticks, log_x, rows_axes, short, shown
-from nanogpt_mac.compare.sections import Row, Table, mark
-from nanogpt_mac.compare.svg import COLOURS
-from nanogpt_mac.compare.words import DASH, dicts, get, interval, label, ms, num, nums, percent, ratio, state, text
+from nanogpt_mac.compare.report import svg
+from nanogpt_mac.compare.report.chart_rows import (
+    BAR,
+    Chart,
+    at_right,
+    colour_of,
+    few_ticks,
+    log_x,
+    rows_axes,
+    short,
+    shown,
+)
+from nanogpt_mac.compare.report.sections import Row, Table, mark
+from nanogpt_mac.compare.report.svg import COLOURS
+from nanogpt_mac.compare.report.words import (
+    DASH,
+    dicts,
+    get,
+    interval,
+    label,
+    ms,
+    num,
+    nums,
+    percent,
+    ratio,
+    state,
+    text,
+)
 
 
 def ratios(comparison: Any) -> Chart | None:

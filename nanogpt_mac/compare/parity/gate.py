@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanogpt_mac.compare import tolerances
+from nanogpt_mac.compare.parity import tolerances
 from nanogpt_mac.config import Config
 from nanogpt_mac.train.recorder import write_json
 
 SCHEMA = 1
 REFERENCE = "torch float64, CPU"
-CHILD = (sys.executable, "-m", "nanogpt_mac.compare.parity_child")
-ROOT = Path(__file__).resolve().parents[2]
+CHILD = (sys.executable, "-m", "nanogpt_mac.compare.parity.child")
+ROOT = Path(__file__).resolve().parents[3]
 # What a reference depends on: ways that agree in these share one.
 WORK = ("model", "data", "path", "data_dir", "seed", "init_from", "run", "batch_size")
 HYPERPARAMETERS = ("weight_decay", "beta1", "beta2", "grad_clip")

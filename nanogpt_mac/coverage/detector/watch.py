@@ -1,8 +1,8 @@
 """The fallback detector's child: every phase of a model on MPS, run with all fallbacks made visible.
 
-`python -m nanogpt_mac.coverage.watch` reads a task (runtime.py makes it) as JSON and writes what it saw as JSON. It
-needs torch and numpy and nothing else, so it runs under any interpreter with any torch. PYTORCH_ENABLE_MPS_FALLBACK=1
-must be in its environment, since torch reads it when it is loaded.
+`python -m nanogpt_mac.coverage.detector.watch` reads a task (runtime.py makes it) as JSON and writes what it saw as
+JSON. It needs torch and numpy and nothing else, so it runs under any interpreter with any torch.
+PYTORCH_ENABLE_MPS_FALLBACK=1 must be in its environment, since torch reads it when it is loaded.
 
 Two passes over the same work: torch's own warnings, each of them, and a profile. Neither is a timed run.
 """
@@ -28,10 +28,10 @@ import torch
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base, detect
 from nanogpt_mac.backends.base import BackendOptions, Tokens
-from nanogpt_mac.coverage import profiled, signs
+from nanogpt_mac.coverage.detector import profiled, signs
+from nanogpt_mac.coverage.detector.refusals import Lines, Located, Locator, located_in_profile
+from nanogpt_mac.coverage.detector.signs import ADMITS, COMPILED_PHASES, CONTROL, FALLS_BACK, PHASES, Frame, short
 from nanogpt_mac.coverage.phases import Phased
-from nanogpt_mac.coverage.refusals import Lines, Located, Locator, located_in_profile
-from nanogpt_mac.coverage.signs import ADMITS, COMPILED_PHASES, CONTROL, FALLS_BACK, PHASES, Frame, short
 from nanogpt_mac.gpt.spec import GPTSpec
 
 _OVERFLOWS = 30  # float16 iterations until the loss scale fits, at most
