@@ -40,6 +40,14 @@ SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that 
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
 
 
+class _Terminated(BaseException):
+    """SIGTERM came, and nobody further in has taken it for a request to end well."""
+
+
+def _terminate(_signum: int, _frame: Any) -> None:
+    raise _Terminated
+
+
 def main(command: str, task: Callable[[Any], int]) -> int:
     """Compose conf/<command>.yaml with the command line, hand the typed config to `task`, return the exit code."""
     _store_schema(command)
@@ -69,6 +77,7 @@ def main(command: str, task: Callable[[Any], int]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a text may hold what this terminal cannot show
     given, sys.argv = sys.argv, _tidied(sys.argv, command)
+    handler = signal.signal(signal.SIGTERM, _terminate)  # dying of it would leave children behind
     try:
         app()
         if mistakes:
@@ -89,7 +98,11 @@ def main(command: str, task: Callable[[Any], int]) -> int:
     except KeyboardInterrupt:  # before a run has begun; a run that has ends with a checkpoint instead
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except _Terminated:
+        print(f"{Path(sys.argv[0]).name}: terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
     finally:
+        signal.signal(signal.SIGTERM, handler)
         _restore("HYDRA_FULL_ERROR", traceback_wanted)
         sys.argv = given
     if members:

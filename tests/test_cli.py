@@ -199,6 +199,23 @@ def test_help_answers_in_under_a_second_and_loads_no_framework():
     assert min(seconds) < 1.0
 
 
+def test_sigterm_before_a_run_is_one_line():
+    """And an exception, so that what waits for a child ends it: nothing may outlive us."""
+    code = """
+import subprocess, sys
+from nanogpt_mac import cli
+sleeper = [sys.executable, "-c", "import time; print('asleep', flush=True); time.sleep(60)"]
+sys.exit(cli.main("config", lambda _: subprocess.run(sleeper, check=True).returncode))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "asleep\n"
+    process.terminate()
+    rest, said = process.communicate(timeout=30)  # ends when the sleeper has: it holds the pipe
+    assert (process.returncode, rest, said) == (143, "", "-c: terminated\n")
+
+
 def test_nothing_heavy_is_imported_before_it_is_used():
     heavy = [
         "torch",

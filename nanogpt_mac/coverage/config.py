@@ -13,6 +13,14 @@ from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 NIGHTLY_INDEX = "https://download.pytorch.org/whl/nightly/cpu"  # PyTorch's own
 SCOPES = ("model", "ops", "surface", "opinfo")
 FORMATS = ("table", "json", "markdown")
+# Keys that only some tasks read, where the others would ignore them in silence.
+STATIC = "a table of operators"
+READ_BY = {
+    "samples": ("scope=opinfo",),
+    "batch_size": ("compiled=true", "run=true", "verify=true", "verify=predict"),
+    "python": (STATIC, "verify=true", "verify=predict"),
+    "nightly_index": (STATIC, "run=true"),
+}
 
 
 @dataclass
@@ -35,7 +43,7 @@ class CoverageConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)  # scope=model: the model whose training step is traced
     dtype: str = "float32"
-    batch_size: int = 64  # compiled: sequences in the iteration
+    batch_size: int = 64  # compiled, run, verify: sequences in the iteration
 
     python: str = "3.12"  # the Python whose wheel is looked at
     nightly_index: str = NIGHTLY_INDEX
@@ -81,6 +89,10 @@ def _one_task(config: CoverageConfig) -> None:
     asked = [task for task, wanted in tasks.items() if wanted]
     if len(asked) > 1:
         raise InputError(f"{asked[0]} {asked[1]}: one at a time")
+    for key, readers in READ_BY.items():
+        default = CoverageConfig.__dataclass_fields__[key].default
+        if getattr(config, key) != default and (asked or [STATIC])[0] not in readers:
+            raise InputError(f"{key}={getattr(config, key)}: only read with {' or '.join(readers)}")
     if not asked:
         return
     task = asked[0]

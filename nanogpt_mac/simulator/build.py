@@ -44,8 +44,13 @@ def compiler() -> tuple[str, str]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One builder at a time, across processes; the lock goes with the process that holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        where = f"{path.parent}: the simulated MPS device is built there, which cannot be written ({error.strerror})"
+        raise InputError(f"{where}; XDG_CACHE_HOME names another place") from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

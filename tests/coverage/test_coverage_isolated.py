@@ -212,6 +212,10 @@ def test_both_run_the_same_task_and_only_one_the_new_python(monkeypatch, uv):
         ({"compiled": True, "verify": True}, "compiled=true verify=true: one at a time"),
         ({"samples": 0}, "samples=0: allowed are whole numbers from 1"),
         ({"output": "x.json"}, "output=x.json: only verify writes a file"),
+        ({"samples": 3}, "samples=3: only read with scope=opinfo"),
+        ({"batch_size": 8}, "batch_size=8: only read with compiled=true or run=true"),
+        ({"python": "3.11", "run": True, "torch": "2.15.0"}, "python=3.11: only read with a table of operators"),
+        ({"nightly_index": "http://x", "compiled": True}, "nightly_index=http://x: only read with a table"),
     ],
 )
 def test_combinations_that_mean_nothing(values, words):

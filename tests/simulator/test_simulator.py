@@ -15,6 +15,7 @@ import pytest
 
 from nanogpt_mac import simulator
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.simulator.build import build_once, cache_folder
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -162,6 +163,13 @@ def test_no_compiler_is_one_line(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "InputError" in result.stderr.splitlines()[-1]
     assert "'no-such-compiler' is not there" in result.stderr.splitlines()[-1]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"file/nanogpt-mac/simulator: .*Not a directory.*XDG_CACHE_HOME"):
+        build_once(cache_folder() / "x.so", lambda folder: folder)
 
 
 def test_an_unsupported_torch_is_one_line() -> None:
