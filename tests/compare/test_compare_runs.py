@@ -1,0 +1,115 @@
+"""One run's folder: whole, of other versions, with files missing, damaged or false."""
+
+import json
+import math
+import shutil
+
+import pytest
+import yaml
+from compare_fakes import LINUX, write_comparison
+
+from nanogpt_mac.compare.collect import load_run
+from nanogpt_mac.compare.runs import read, work_key
+from nanogpt_mac.errors import InputError
+
+CPU = {"name": "cpu", "label": "CPU eager", "ms": 100.0}
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return write_comparison(tmp_path / "c", [CPU], 1, 40, 0.0, 1, machine=LINUX, pilot=False) / "rounds/0-cpu"
+
+
+def test_load_run(run_folder):
+    (run_folder / "outcome.json").unlink()  # train.py writes none
+    found = load_run(run_folder)
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert (found["state"], found["label"], found["backend"]) == ("ok", "CPU eager", "cpu")
+    assert found["iter_ms"].pop("ci95") == summary["iter_ms"].pop("ci95")
+    assert found["iter_ms"] == pytest.approx(summary["iter_ms"])
+    assert found["tokens_per_s"] == pytest.approx(summary["tokens_per_s"])
+    assert found["mfu_a100"] == pytest.approx(summary["mfu_a100"])
+    assert found["work"]["batch_size"] == 64
+    assert found["machine"]["name"] == "AMD EPYC"
+    assert found["recipe"]["iters"] == 40
+    assert found["warnings"] == []
+    assert found["problems"] == []
+
+
+def test_load_run_without_its_summary(run_folder):
+    """A run that was killed: facts come from env.json, times from the rows."""
+    whole = load_run(run_folder)
+    for name in ("summary.json", "outcome.json"):
+        (run_folder / name).unlink()
+    found = load_run(run_folder)
+    assert (found["state"], found["problems"]) == ("partial", ["summary.json is missing"])
+    assert found["iter_ms"]["median"] == whole["iter_ms"]["median"]
+    assert found["first_iter_s"] == whole["first_iter_s"]
+    assert work_key(found["work"]) == work_key(whole["work"])
+    assert found["work"]["flops_per_iter"] == whole["work"]["flops_per_iter"]
+
+
+def test_load_run_of_other_versions(run_folder):
+    path = run_folder / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"schema": 99, "model": {"n_layer": 3, "experts": 8}, "iter_ms": "nan"}))
+    found = load_run(run_folder)
+    assert any("schema 99" in problem for problem in found["problems"])
+    assert found["iter_ms"]["count"] == 34
+    assert found["roofline"] is None
+    old = {key: summary[key] for key in ("backend", "exit_state")}  # before there was a schema
+    path.write_text(json.dumps(old))
+    (run_folder / "env.json").unlink()
+    (run_folder / ".hydra/config.yaml").write_text(yaml.safe_dump({"batch_size": 64}))
+    found = load_run(run_folder)
+    assert found["state"] == "ok"
+    assert found["work"]["model"] is None
+    assert found["machine"]["name"] is None
+    assert found["tokens_per_s"] is None
+
+
+def test_load_run_with_one_file_alone(run_folder, tmp_path):
+    for name in ("summary.json", "metrics.jsonl", "env.json", ".hydra/config.yaml"):
+        alone = tmp_path / name.strip(".").replace("/", "-")
+        (alone / name).parent.mkdir(parents=True)
+        shutil.copy(run_folder / name, alone / name)
+        found = load_run(alone)
+        assert found["state"] in ("ok", "partial", "failed")
+        assert len(found["problems"]) >= 2
+    rows = tmp_path / "metrics.jsonl" / "metrics.jsonl"
+    rows.write_text(
+        '{"kind": "iteration", "iter": 3, "loss": "nan", "iter_ms": 5}\nnonsense\n{"kind": "dream"}\n[]\n7\n'
+    )
+    found = load_run(rows.parent)
+    assert found["iter_ms"]["median"] == 5
+    assert "metrics.jsonl: 4 of 5 lines cannot be read" in found["problems"]
+    assert found["series"][0]["loss"] == [None]
+
+
+def test_no_run_is_one_line(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(InputError, match=r"train\.py") as refused:
+            load_run(folder)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_real_run(command, tmp_path):
+    """train.py's own folder, of today's format."""
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question:\n" * 200)
+    how = ["backend=cpu", "data=text", "data.path=text.txt", "wandb.mode=disabled", "checkpoint=false", "run_dir=run"]
+    few = ["sample_tokens=0", "gemm_seconds=0.1"]
+    done = command("train.py", "experiment=smoke", *how, *few, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    found = load_run(tmp_path / "run")
+    assert found["iter_ms"].pop("ci95") == summary["iter_ms"].pop("ci95")
+    assert found["iter_ms"] == pytest.approx(summary["iter_ms"])
+    assert {key: found[key] for key in ("mfu_measured", "first_iter_s", "compile_s", "first_eval_s")} == pytest.approx(
+        {key: summary[key] for key in ("mfu_measured", "first_iter_s", "compile_s", "first_eval_s")}
+    )
+    assert [row["val_loss"] for row in found["evaluations"]][-1] == summary["val_loss"]
+    assert found["work"]["flops_per_iter"] == summary["flops_per_iter"]
+    assert found["work"]["stand_in"] is False
+    assert found["problems"] == []
+    assert math.isfinite(read(tmp_path / "run").seconds()[-1])
