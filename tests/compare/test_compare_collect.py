@@ -444,3 +444,60 @@ def test_a_diverged_run_does_not_count(compared):
     _, ways = compared([CPU], rounds=3, damage=diverge)
     assert ways["cpu"]["runs"] == 2
     assert ways["cpu"]["failed_runs"] == [{"round": 1, "state": "failed", "reason": "diverged: the loss is no number"}]
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("ways", 7), ("ways", [7, {}, {"name": []}]), ("order", "01"), ("order", [[0], None]), ("order", [[0, []]]),
+    ("rounds", "many"), ("recipe", {"max_iters": 10**400, "eval_interval": -1}), ("cut", "short"), ("created", {}),
+    ("ways", [{"name": "mps", "lever": "x"}]), ("ways", [{"name": "mps", "lever": {"base": []}}]),
+])  # fmt: skip
+def test_any_odd_plan_leaves_the_rest(compared, key, value):
+    def damage(folder):
+        path = folder / "plan.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    found, ways = compared([CPU, MPS], rounds=2, iters=14, damage=damage)
+    assert ways["mps"]["runs"] == ways["cpu"]["runs"] == 2
+    if "lever" in str(value):
+        assert ways["mps"]["ranked"] is False  # it was an ablation, even if nobody knows of what
+    elif key != "recipe":
+        assert any(line.startswith("plan.json: ") for line in found["warnings"])
+
+
+@pytest.mark.parametrize("damage", [{"state": None}, {"state": "fine"}, {"state": ["pass"]}, 7, None])
+def test_a_parity_that_cannot_be_read_is_no_pass(compared, damage):
+    """A wrong way whose entry is damaged must not win."""
+
+    def damaged(folder):
+        path = folder / "parity.json"
+        parity = json.loads(path.read_text())
+        if damage is None:
+            del parity["ways"]["mlx"]
+        else:
+            parity["ways"]["mlx"] = parity["ways"]["mlx"] | damage if isinstance(damage, dict) else damage
+        path.write_text(json.dumps(parity))
+
+    found, ways = compared([CPU, MLX | {"parity": "fail"}], rounds=2, iters=14, damage=damaged)
+    assert (ways["mlx"]["parity"], found["verdict"]["fastest"]) == ("error", "cpu")
+
+
+def test_a_damaged_gate_is_said_to_be(compared):
+    found, _ = compared([CPU], rounds=1, iters=14, damage=lambda folder: (folder / "parity.json").write_text("{"))
+    assert "parity.json cannot be read" in found["warnings"]
+    found, _ = compared([CPU], rounds=1, damage=lambda folder: (folder / "parity.json").write_text('{"ways": "5"}'))
+    assert "parity.json: ways cannot be read" in found["warnings"]
+
+
+def test_a_round_of_other_work_is_not_pooled(compared):
+    """A folder that was exchanged: its times are of something else."""
+
+    def exchange(folder):
+        for name in ("summary.json", "env.json"):
+            path = folder / "rounds/0-cpu" / name
+            document = json.loads(path.read_text())
+            (document["backend"] if name == "env.json" else document)["batch_size"] = 1
+            path.write_text(json.dumps(document))
+
+    _, ways = compared([CPU, MPS], rounds=3, iters=14, damage=exchange)
+    assert (ways["cpu"]["runs"], ways["cpu"]["same_work"]) == (2, True)
+    assert ways["cpu"]["failed_runs"] == [{"round": 0, "state": "other_work", "reason": "batch_size=1, not 64"}]

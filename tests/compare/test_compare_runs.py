@@ -9,7 +9,7 @@ import yaml
 from compare_fakes import LINUX, write_comparison
 
 from nanogpt_mac.compare.collect import load_run
-from nanogpt_mac.compare.runs import read, work_key
+from nanogpt_mac.compare.runs import number, parsed, read, work_key
 from nanogpt_mac.errors import InputError
 
 CPU = {"name": "cpu", "label": "CPU eager", "ms": 100.0}
@@ -91,6 +91,96 @@ def test_no_run_is_one_line(tmp_path):
         with pytest.raises(InputError, match=r"train\.py") as refused:
             load_run(folder)
         assert "\n" not in str(refused.value)
+
+
+# -- what is there and cannot be so -----------------------------------------------------------------------------------
+
+ODD = [None, True, -1, 0, 10**400, 1e308, float("nan"), float("inf"), "5", "", [], [[1]], {}, {"a": [None]}, "\ud800"]
+
+
+def leaves(document, before=()):
+    for key, value in document.items():
+        yield (*before, key)
+        if isinstance(value, dict):
+            yield from leaves(value, (*before, key))
+
+
+def test_whatever_a_field_holds_it_is_read(run_folder):
+    """Every field of every file in turn, with several odd values; ten thousand more were tried by hand."""
+    (run_folder / "outcome.json").write_text(json.dumps({"state": "done", "heat": {"after": "nominal"}, "seconds": 5}))
+    tried = 0
+    for name in ("summary.json", "env.json", "outcome.json", ".hydra/config.yaml"):
+        path = run_folder / name
+        whole = path.read_text()
+        for i, place in enumerate(leaves(yaml.safe_load(whole))):
+            for value in (ODD[i % len(ODD)], ODD[(7 * i + 3) % len(ODD)]):
+                document = yaml.safe_load(whole)
+                holder = document
+                for key in place[:-1]:
+                    holder = holder[key]
+                holder[place[-1]] = value
+                path.write_text(yaml.dump(document) if name.endswith("yaml") else json.dumps(document))
+                found = load_run(run_folder)
+                assert found["iter_ms"]["count"] == 34, (name, place, value)
+                json.dumps(found, allow_nan=False)
+                tried += 1
+        path.write_text(whole)
+    assert tried > 250
+
+
+def test_a_field_that_cannot_be_so_is_named_and_not_used(run_folder):
+    path = run_folder / "summary.json"
+    summary = json.loads(path.read_text())
+    changes = {"flops_per_iter": -1.0, "peak_memory": "5 GB", "batch_size": True, "energy": [1], "exit_state": 7}
+    path.write_text(json.dumps(summary | changes | {"mfu_denominators": {"mfu_a100": -312e12}}))
+    found = load_run(run_folder)
+    assert len(found["problems"]) == 6
+    assert "summary.json: flops_per_iter cannot be -1.0" in found["problems"]
+    assert "summary.json: mfu_denominators.mfu_a100 cannot be -312000000000000.0" in found["problems"]
+    assert (found["peak_memory"], found["energy"], found["mfu_a100"]) == (None, None, None)
+    assert found["work"]["batch_size"] == 64  # env.json has it too
+
+
+def test_a_model_without_end_takes_no_time(run_folder):
+    (run_folder / "summary.json").unlink()
+    path = run_folder / "env.json"
+    env = json.loads(path.read_text())
+    env["backend"]["model"]["n_layer"] = 10**9
+    path.write_text(json.dumps(env))
+    assert "env.json: model.n_layer cannot be 1000000000" in load_run(run_folder)["problems"]
+
+
+def test_rows_that_cannot_be_so_are_counted(run_folder):
+    path = run_folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    times = [row for row in rows if row["kind"] == "iteration"]
+    times[0]["left_out"] = True  # the first iteration must not become one that counts
+    times[10]["iter"] = float("inf")
+    times[11]["iter_ms"] = 1e308
+    times[12]["iter_ms"] = -5
+    times[13]["iter_ms"] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_run(run_folder)
+    assert found["iter_ms"]["count"] == 30
+    assert found["iter_ms"]["max"] < 200
+    assert f"metrics.jsonl: 4 of {len(rows)} lines cannot be read" in found["problems"]
+    assert "metrics.jsonl: 30 timed iterations, but summary.json counted 34" in found["problems"]
+
+
+def test_lost_rows_are_noticed(run_folder):
+    """Cut at the end of a line, every line that is left can be read."""
+    path = run_folder / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    assert any("but summary.json counted 34" in problem for problem in load_run(run_folder)["problems"])
+
+
+def test_numbers_that_are_none():
+    for value in (True, "5", None, [], 10**400, float("nan"), float("-inf")):
+        assert number(value) is None
+    assert parsed("[NaN, -Infinity, 5, 1.5, 1e400]") == [None, None, 5, 1.5, None]
+    assert parsed("1" + 5000 * "0") is None
+    with pytest.raises(ValueError, match="deeply"):
+        parsed(100_000 * "[")
 
 
 @pytest.mark.slow
