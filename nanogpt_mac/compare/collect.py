@@ -86,7 +86,7 @@ def collect(folder: Path) -> dict[str, Any]:
     complete = _complete(plan, runs, pilots)
     said = verdict.verdict(ways, ranked, complete)
     finished = [run for _, run in _finished(runs, pilots)]
-    environment = finished[0].env if finished else {}
+    environment = next((run.env for run in finished if run.env), {})
     devices = [way.get("device") for way in ways]
     if work.get("stand_in"):
         said["sentence"] += " The corpus is the stand-in: losses say nothing about Shakespeare."

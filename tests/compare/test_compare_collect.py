@@ -501,3 +501,8 @@ def test_a_round_of_other_work_is_not_pooled(compared):
     _, ways = compared([CPU, MPS], rounds=3, iters=14, damage=exchange)
     assert (ways["cpu"]["runs"], ways["cpu"]["same_work"]) == (2, True)
     assert ways["cpu"]["failed_runs"] == [{"round": 0, "state": "other_work", "reason": "batch_size=1, not 64"}]
+
+
+def test_the_machine_is_of_any_run_that_tells(compared):
+    found, _ = compared([CPU], rounds=2, iters=14, damage=lambda folder: (folder / "rounds/0-cpu/env.json").unlink())
+    assert found["machine"]["name"] == "Apple M4 Pro"
