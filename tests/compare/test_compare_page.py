@@ -8,7 +8,7 @@ import pytest
 from compare_browser import Browser, programs
 from compare_pages import EVIL, alone, collected, many, sparse, with_levers
 
-from nanogpt_mac.compare import page, report
+from nanogpt_mac.compare import evidence, page, report
 from nanogpt_mac.compare.leaderboard import Board, Entry
 
 pytestmark = pytest.mark.xdist_group("page")  # what its fixtures make is dear: one worker makes it
@@ -107,7 +107,7 @@ def test_every_section_is_present_or_says_why_not(trees):
             continue
         found = [node.attributes["id"] for node in tree.all("section")]
         assert found == SECTIONS
-        linked = [node.attributes["href"][1:] for node in tree.all("a")]
+        linked = [node.attributes["href"][1:] for node in next(tree.all("nav")).all("a")]
         assert linked == SECTIONS
         for section in tree.all("section"):
             assert list(section.all("table", "ul", "p")), section.attributes
@@ -121,13 +121,26 @@ def test_every_section_is_present_or_says_why_not(trees):
 
 def test_nothing_is_fetched_and_nothing_is_run(pages, trees):
     for name, html in pages.items():
+        html = re.sub(r'<a href="(https://[^"]+)" rel="noreferrer">\1</a>', "", html)  # to follow, by who wants to
         assert not re.search(r"https?://|url\((?!#)|@import|//cdn|<script|javascript:", html), name
         for node in trees[name].all():
             assert not any(key.startswith("on") for key in node.attributes)
-            for key in ("src", "href", "srcset", "action", "xlink:href"):
+            for key in ("src", "srcset", "action", "xlink:href", *(["href"] if node.tag != "a" else [])):
                 assert node.attributes.get(key, "#").startswith(("#", "data:,")), node.attributes
         policy = next(n for n in trees[name].all("meta") if n.attributes.get("http-equiv") == "Content-Security-Policy")
         assert policy.attributes["content"].startswith("default-src 'none'")
+
+
+def test_published_figures_lead_to_their_source(pages, trees, comparison):
+    section = next(node for node in trees["evil"].all("section") if node.attributes["id"] == "published")
+    links = [node.attributes["href"] for node in section.all("a")]
+    assert links == [row["url"] for row in comparison["published"]]
+    assert f"| <{links[0]}> |" in report.markdown(comparison)
+    for url in ("javascript:alert(1)", 'https://x"><script>|`', None):
+        odd = evidence.published_section({"published": [comparison["published"][0] | {"url": url}]})
+        html = page.render(page.Page("", "", "", [], [], [], [odd], ""))
+        assert "<script" not in html + report.markdown_page("", "", [odd], "")
+        assert 'href="javascript' not in html
 
 
 def test_what_users_wrote_is_text(pages, trees):
