@@ -29,7 +29,7 @@ def against_fastest(way: dict[str, Any], comparison: Any) -> str:
     """1.231 [1.225, 1.238], with the word tie where the interval contains 1."""
     found = way.get("ratio")
     if mark(way, comparison) == "fastest":
-        return "fastest"
+        return "tie" if get(comparison, "verdict", "ties") else "fastest"
     value = ratio(get(found, "value"))
     if value == DASH:
         return DASH
@@ -58,7 +58,9 @@ def ways_section(comparison: Any) -> Section:
         lambda way: _rounds(way),
     )
     said = work_facts(get(comparison, "work"))
-    notes = [f"Every way trained the same: {said}." if said else "What was trained is not recorded."]
+    other = [label(way) for way in ways if way.get("same_work") is False and not way.get("lever")]
+    every = f"Every way but {', '.join(other)}" if other else "Every way"
+    notes = [f"{every} trained the same: {said}." if said else "What was trained is not recorded."]
     formulas = dict.fromkeys(text(get(way, "recipe", "formula")) for way in ways if get(way, "recipe", "formula"))
     notes += [f"Full recipe: {formula}." for formula in list(formulas)[:1]]
     return Section(
@@ -191,7 +193,7 @@ def phases_section(comparison: Any) -> Section:
         lambda way: seconds(way.get("eval_s")),
         lambda way: seconds(get(way, "recipe", "seconds")),
     )
-    columns = ["way", "first iteration", "of it compiling", "one evaluation", "full recipe"]
+    columns = ["way", "first iteration", "of it compiling", "one evaluation", "full recipe, without compiling"]
     return Section(
         "phases",
         "Phases: compile, train, evaluate",

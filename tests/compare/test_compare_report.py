@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 from compare_pages import EVIL, alone, collected, many, sparse, with_levers
 
-from nanogpt_mac.compare import charts, measured, report, words
+from nanogpt_mac.compare import chart_loss, chart_times, charts, measured, report, svg, words
 from nanogpt_mac.compare.sections import Row, Table, ordered, problems, verdict
 
 pytestmark = pytest.mark.xdist_group("report")  # what its fixtures make is dear: one worker makes it
@@ -246,3 +246,65 @@ def test_figures_as_words():
 def test_columns_of_figures_are_right_aligned():
     table = Table("", ["way", "a", "b", "c"], [Row(["x", "1.2", "text", "—"]), Row(["y", "—", "3", "—"])])
     assert table.right == [False, True, False, False]
+
+
+def test_phases_are_those_of_the_projection(comparison):
+    """Ten times as many batches an evaluation in the recipe as were measured: the bar must grow with it."""
+    with svg.style():
+        chart = charts._phases(comparison)
+    for way, row in zip(charts.shown(comparison), chart.table.rows, strict=True):
+        parts = max(way["compile_s"], 0), way["recipe"]["iters"] * way["iter_ms"]["median"] / 1e3
+        evaluating = way["recipe"]["seconds"] - parts[1]
+        assert row.cells[1:] == [words.seconds(v) for v in (*parts, evaluating, sum(parts) + evaluating)]
+        assert f">{row.cells[-1]}<" in chart.svg
+    made = copy.deepcopy(comparison)
+    made["ways"] = made["ways"][:1]
+    recipe = made["ways"][0]["recipe"]
+    recipe["seconds"] += 9 * recipe["evaluations"] * made["ways"][0]["eval_s"]
+    with svg.style():
+        row = charts._phases(made).table.rows[0]
+    assert row.cells[3] == words.seconds(10 * recipe["evaluations"] * made["ways"][0]["eval_s"])
+
+
+def test_the_first_evaluation_is_drawn_at_0(comparison):
+    """It is before the first iteration, whose time, and the warm-up's, are not among the kept ones."""
+    way = next(way for way in comparison["ways"] if way["name"] == "mlx")
+    assert (way["evaluations"][0]["iter"], way["series"][0]["iter"][0] > 1) == (0, True)
+    for key in ("iter", "seconds"):
+        _, _, at, _ = chart_loss._line(way, key)
+        assert at[0] == 0
+
+
+def test_a_ratio_far_from_1_is_drawn_on_a_logarithmic_axis(comparison, monkeypatch):
+    asked = []
+    monkeypatch.setattr("nanogpt_mac.compare.chart_times.log_x", lambda _: asked.append("log"))
+    made = copy.deepcopy(comparison)
+    for value in (1.2, 40.0):  # where matplotlib's own margin would begin below 0
+        made["ways"][0]["ratio"] = {"value": value, "ci": [value, value], "tie": False, "pairs": [value]}
+        made["ways"] = [way for way in made["ways"] if way["name"] in (made["ways"][0]["name"], "mlx")]
+        with svg.style():
+            chart_times.ratios(made)
+    assert asked == ["log"]
+
+
+def test_what_ties_is_not_called_the_fastest(comparison):
+    made = copy.deepcopy(comparison)
+    made["verdict"]["ties"] = ["mps"]
+    assert "| tie |" in report.markdown(made)
+    assert "| fastest |" not in report.markdown(made)
+
+
+def test_a_way_that_did_other_work_is_excepted(comparison):
+    made = copy.deepcopy(comparison)
+    made["ways"][0]["same_work"] = False
+    assert measured.ways_section(comparison).notes[0].startswith("Every way trained the same: ")
+    assert measured.ways_section(made).notes[0].startswith("Every way but MPS eager trained the same: ")
+
+
+def test_long_words_do_not_make_a_large_page(comparison):
+    made = copy.deepcopy(comparison)
+    for way in made["ways"]:
+        way |= {"label": "x" * 10**6, "reason": "y" * 10**6, "warnings": ["z" * 10**6]}
+    assert len(report.markdown(made)) < 100_000
+    assert words.label({"label": "x" * 100, "parity": "fail"}).endswith("… (WRONG)")
+    assert words.ms(1e308) == "1e+308"
