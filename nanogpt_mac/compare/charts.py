@@ -180,12 +180,14 @@ def _levers(comparison: Any) -> Chart | None:
     found = [lever for lever in dicts(get(comparison, "levers")) if num(get(lever, "ratio", "value")) is not None]
     if not found:
         return None
-    names = {way.get("name"): label(way) for way in dicts(get(comparison, "ways")) if isinstance(way.get("name"), str)}
-    bases = [names.get(str(lever.get("base"))) or text(lever.get("base")) for lever in found]
-    labels = [
-        f"{text(lever.get('what') or lever.get('name'))}, {base}" for lever, base in zip(found, bases, strict=True)
-    ]
-    figure, axes = rows_axes([name if len(name) <= 40 else name[:39] + "…" for name in labels])
+    ways = {way.get("name"): way for way in dicts(get(comparison, "ways")) if isinstance(way.get("name"), str)}
+    labels, wrong = [], []
+    for lever in found:
+        base = ways.get(str(lever.get("base")))
+        wrong.append(state(ways.get(str(lever.get("name")), {"state": "ok"})) == "wrong")
+        said = f"{text(lever.get('what') or lever.get('name'))}, {label(base) if base else text(lever.get('base'))}"
+        labels.append((said if len(said) <= 40 else said[:39] + "…") + (" (WRONG)" if wrong[-1] else ""))
+    figure, axes = rows_axes(labels)
     rows = []
     for i, (lever, name) in enumerate(zip(found, labels, strict=True)):
         value, bounds, tie = (
@@ -193,7 +195,7 @@ def _levers(comparison: Any) -> Chart | None:
             nums(get(lever, "ratio", "ci"), 2),
             bool(get(lever, "ratio", "tie")),
         )
-        colour = COLOURS["muted" if tie else "ink"]
+        colour = COLOURS["wrong" if wrong[i] else "muted" if tie else "ink"]
         if bounds:
             axes.plot(bounds, [i + BAR] * 2, color=colour, linewidth=2.2, solid_capstyle="butt")
         axes.plot(value, i + BAR, "o", color=colour, markerfacecolor=COLOURS["page"] if tie else colour, markersize=5.5)

@@ -34,15 +34,18 @@ def load_run(folder: Path) -> dict[str, Any]:
     backend, compiled = run.fact("backend"), run.fact("compile")
     done = run.state == "done"
     recipe = figures.projected(run.config, _median(found), found["eval_s"], found["eval_iters"])
-    label = f"{str(backend).upper()} {'compiled' if compiled is True else 'eager'}" if backend else folder.name
+    checked = _own_parity(folder)
+    wrong = checked.get("state") == "fail"
+    how = {True: " compiled", False: " eager"}.get(compiled, "") if isinstance(compiled, bool) else ""
+    label = f"{str(backend).upper()}{how}" if backend else folder.name
     return {
         "name": folder.name,
         "label": label,
         "overrides": None,
         "lever": None,
-        "state": "ok" if done else "partial" if found["iter_ms"] else "failed",
-        "reason": None if done else run.reason,
-        "parity": "not run",
+        "state": "wrong" if wrong else "ok" if done else "partial" if found["iter_ms"] else "failed",
+        "reason": _failed_parity(checked) if wrong else None if done else run.reason,
+        "parity": checked.get("state") or "not run",
         "runs": int(done),
         "failed_runs": [] if done else [{"round": 0, "state": run.state, "reason": run.reason}],
         "ratio": None,
@@ -284,7 +287,7 @@ def _state(way: dict[str, Any], checked: dict[str, Any]) -> tuple[str, str | Non
     failed = way["failed_runs"]
     reason = f"{failed[0]['state'].replace('_', ' ')}: {failed[0]['reason']}" if failed else None
     if way["parity"] == "fail":
-        return "wrong", f"failed parity: {checked.get('reason') or 'no reason recorded'}"
+        return "wrong", _failed_parity(checked)
     if not way["runs"]:
         if way["parity"] == "error" and not failed:
             reason = f"parity could not be checked: {checked.get('reason')}"
@@ -292,6 +295,18 @@ def _state(way: dict[str, Any], checked: dict[str, Any]) -> tuple[str, str | Non
     if failed:
         return "partial", reason
     return "ok", f"parity could not be checked: {checked.get('reason')}" if way["parity"] == "error" else None
+
+
+def _failed_parity(checked: dict[str, Any]) -> str:
+    return f"failed parity: {checked.get('reason') or 'no reason recorded'}"
+
+
+def _own_parity(folder: Path) -> dict[str, Any]:
+    """What the gate said of a run that is a comparison's: rounds/2-mps. Empty for any other."""
+    place = folder.resolve()
+    matched = _ROUND.fullmatch(place.name) if place.parent.name == "rounds" else None
+    ways = (_parity(place.parent.parent, []) or {}).get("ways") if matched else None
+    return (ways or {}).get(matched[2], {}) if matched else {}
 
 
 def _difference(work: dict[str, Any], other: dict[str, Any]) -> str:

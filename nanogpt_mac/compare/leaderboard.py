@@ -283,7 +283,8 @@ def _group_section(number: int, group: list[Entry]) -> Section:
     machines = list(dict.fromkeys(entry.where() for entry in group))
     tables = [_by_machine(group, machines), board] if len(machines) > 1 else [board]
     corpus = text(get(group[0].work, "corpus"))
-    title = f"Work {number}: corpus {corpus}, {text(get(group[0].work, 'dtype'))}"
+    batch, block, dtype = (text(get(group[0].work, key)) for key in ("batch_size", "block_size", "dtype"))
+    title = f"Work {number}: batch {batch} x {block}, {dtype}, corpus {corpus}"
     notes = [work_facts(group[0].work) + "."]
     if any(rank is None for rank in given):
         notes.append("An entry without an interval has no rank: its comparison had too few rounds to bound its median.")
@@ -315,7 +316,7 @@ def _sources(entries: list[Entry]) -> Section:
     for folder in dict.fromkeys(entry.folder for entry in entries):
         some = [entry for entry in entries if entry.folder == folder]
         problems = some[0].way.get("problems")
-        what = f"{len(some)} ways" if _is_comparison(folder) else "one run"
+        what = _plural(len(some), "way", "ways") if _is_comparison(folder) else "one run"
         cells = [text(str(folder)), what, some[0].where(), when(some[0].created)]
         cells += [text(get(some[0].environment, "git", "commit"))[:9], text(problems)]
         rows.append(Row(cells))

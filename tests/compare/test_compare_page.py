@@ -40,7 +40,7 @@ def pages(comparison):
 def board(comparison):
     from pathlib import Path
 
-    machines = [comparison["machine"], comparison["machine"] | {"name": f"Apple M4 Max {EVIL}"}]
+    machines = [comparison["machine"], comparison["machine"] | {"name": f"Apple M4 Max {EVIL} {'long' * 60}"}]
     return Board(
         [
             Entry(way, comparison["work"], machine, comparison["environment"], Path("runs/a"), None)
@@ -275,6 +275,8 @@ return {
   outside: [...document.querySelectorAll("figure > svg text")].filter(e => {
     const a = e.getBoundingClientRect(), b = e.closest("figure").getBoundingClientRect();
     return a.left < b.left - 1 || a.right > b.right + 1; }).map(e => e.textContent),
+  spilt: [...document.querySelectorAll("td, th")].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
+    .map(e => e.textContent),
   ground: getComputedStyle(document.body).backgroundColor,
 };
 """
@@ -295,6 +297,7 @@ def test_in_a_browser(browser, pages, tmp_path, width):
         assert all(width / 3 < w <= width for w in found["charts"]), name
         assert found["smallest"] >= 8.5, name
         assert found["outside"] == [], name
+        assert found["spilt"] == [], name  # no cell's words run into the next
 
 
 def test_dark_is_dark(browser, pages, tmp_path):

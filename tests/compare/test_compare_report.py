@@ -308,3 +308,13 @@ def test_long_words_do_not_make_a_large_page(comparison):
     assert len(report.markdown(made)) < 100_000
     assert words.label({"label": "x" * 100, "parity": "fail"}).endswith("… (WRONG)")
     assert words.ms(1e308) == "1e+308"
+
+
+def test_a_wrong_lever_is_marked_in_its_chart(comparison):
+    made = with_levers(comparison)
+    made["levers"] = [lever | {"name": "mps-compile"} for lever in made["levers"][:1]]  # which is wrong
+    with svg.style():
+        chart = charts._levers(made)
+    assert chart.table.rows[0].cells[0].endswith("(WRONG)")
+    assert "(WRONG)</text>" in chart.svg
+    assert "var(--wrong)" in chart.svg

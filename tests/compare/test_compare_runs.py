@@ -86,6 +86,22 @@ def test_load_run_with_one_file_alone(run_folder, tmp_path):
     assert found["series"][0]["loss"] == [None]
 
 
+def test_a_round_of_a_wrong_way_is_wrong_by_itself_too(tmp_path):
+    folder = write_comparison(tmp_path / "c", [CPU | {"parity": "fail"}], 1, 12, 0.0, 1) / "rounds/0-cpu"
+    found = load_run(folder)
+    assert (found["state"], found["parity"]) == ("wrong", "fail")
+    assert found["reason"] == "failed parity: gradients: 0.03, allowed 0.001"
+
+
+def test_eager_is_only_said_where_it_is_known(run_folder):
+    for name in ("summary.json", "env.json"):
+        (run_folder / name).unlink()
+    assert load_run(run_folder)["label"] == "CPU eager"  # the config says compile=false
+    path = run_folder / ".hydra/config.yaml"
+    path.write_text(yaml.dump(yaml.safe_load(path.read_text()) | {"compile": "auto"}))
+    assert load_run(run_folder)["label"] == "CPU"
+
+
 def test_no_run_is_one_line(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match=r"train\.py") as refused:
