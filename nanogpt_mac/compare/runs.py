@@ -20,6 +20,7 @@ _SAFE_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten t
 WORK_KEYS = ("batch_size", "gradient_accumulation_steps", "dtype", "matmul_precision", "corpus_sha256")
 _MOST_MS = 1e9  # eleven days: no iteration, but a damaged number
 _MOST = 1e30  # of anything that is counted or measured here
+_MOST_COUNT = 10**12
 _MOST_LAYERS = 10_000  # a spec names each layer's tensors: a damaged number must not take forever
 
 # What a document's key must hold to be used; nested ones (env.json's backend, the model) have the same keys.
@@ -199,12 +200,12 @@ def _usable(found: dict[str, Any], name: str, problems: list[str]) -> dict[str, 
             return isinstance(value, dict)
         if key in _COUNTS:
             whole = isinstance(value, int) and not isinstance(value, bool)
-            return whole and (key != "n_layer" or value <= _MOST_LAYERS) and value > 0
+            return whole and 0 < value <= (_MOST_LAYERS if key == "n_layer" else _MOST_COUNT)
         if key in _AMOUNTS:
             return number(value) is not None and 0 <= value < _MOST
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return number(value) is not None
-        return isinstance(value, {"backend": str | dict, "errors": list}.get(key, object))
+        if key in ("backend", "errors"):
+            return isinstance(value, list if key == "errors" else str | dict)
+        return not isinstance(value, int | float) or isinstance(value, bool) or number(value) is not None
 
     def clean(key: str, value: Any, inside: str) -> Any:
         if value is not None and not fits(key, value):

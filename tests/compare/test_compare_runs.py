@@ -157,6 +157,22 @@ def test_a_field_that_cannot_be_so_is_named_and_not_used(run_folder):
     assert found["work"]["batch_size"] == 64  # env.json has it too
 
 
+@pytest.mark.parametrize("value", [1e308, 7, True, "text", {}])
+def test_errors_that_are_no_list(run_folder, value):
+    path = run_folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"errors": value}))
+    assert load_run(run_folder)["problems"] == [f"summary.json: errors cannot be {value!r}"]
+
+
+def test_a_size_without_end_in_the_config(run_folder):
+    for name in ("summary.json", "env.json"):
+        (run_folder / name).unlink()
+    path = run_folder / ".hydra/config.yaml"
+    config = yaml.safe_load(path.read_text())
+    path.write_text(yaml.dump(config | {"model": config["model"] | {"block_size": 10**400}}))
+    assert load_run(run_folder)["work"]["block_size"] is None
+
+
 def test_a_model_without_end_takes_no_time(run_folder):
     (run_folder / "summary.json").unlink()
     path = run_folder / "env.json"
