@@ -275,7 +275,9 @@ def _group_section(number: int, group: list[Entry]) -> Section:
             count(get(entry.machine, "gpu_cores")), size(get(entry.machine, "memory_bytes")),
             text(get(entry.machine, "os")), _framework(entry), text(get(entry.environment, "power_source")),
         ]  # fmt: skip
-        rows.append(Row(cells, "fastest" if rank == 1 else "partial" if state(way) == "partial" else ""))
+        rows.append(
+            Row(cells, "fastest" if rank == 1 and None not in given else "partial" if state(way) == "partial" else "")
+        )
     columns = ["way", "rank", "machine", "ms an iteration [95 %]", "x the fastest", "tokens/s", "MFU: chip",
                "MFU: measured", "peak memory", "J per 1000 tokens", "parity", "runs", "GPU cores", "memory", "system",
                "framework", "power"]  # fmt: skip

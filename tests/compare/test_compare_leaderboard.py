@@ -135,6 +135,7 @@ def test_the_sentence_claims_no_more_than_the_intervals():
     assert "1 on a machine not known is fastest" in ranked((1, [1, 1]), (2, [2, 2])).sentence()
     for board in (ranked((1, None), (2, [2, 2])), ranked((1, [1, 1]), (2, None))):
         assert "1 on a machine not known has the lowest median" in board.sentence()
+        assert [row.mark for row in board.sections()[0].tables[0].rows] == ["", ""]
     assert "and 1 more cannot be told apart" in ranked(*((i, [1, 9]) for i in range(2, 7))).sentence()
 
 
