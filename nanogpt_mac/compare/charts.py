@@ -185,8 +185,9 @@ def _levers(comparison: Any) -> Chart | None:
     for lever in found:
         base = ways.get(str(lever.get("base")))
         wrong.append(state(ways.get(str(lever.get("name")), {"state": "ok"})) == "wrong")
-        said = f"{text(lever.get('what') or lever.get('name'))}, {label(base) if base else text(lever.get('base'))}"
-        labels.append((said if len(said) <= 40 else said[:39] + "…") + (" (WRONG)" if wrong[-1] else ""))
+        on = short(base) if base else text(lever.get("base"), 30)
+        what = text(lever.get("what") or lever.get("name"), 40 - len(on))
+        labels.append(f"{what}, {on}" + (" (WRONG)" if wrong[-1] else ""))
     figure, axes = rows_axes(labels)
     rows = []
     for i, (lever, name) in enumerate(zip(found, labels, strict=True)):

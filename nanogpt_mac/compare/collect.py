@@ -124,6 +124,8 @@ def _plan(folder: Path, said: list[str]) -> dict[str, Any]:
         if plan.get(key) is not None and not isinstance(plan[key], kind):
             plan[key] = None
             said.append(f"plan.json: {key} cannot be read")
+    if isinstance(schema := plan.get("schema"), int) and schema > SCHEMA:
+        said.append(f"plan.json has schema {schema}, newer than this program's {SCHEMA}: something may be missing")
     for way in (ways := plan.get("ways") or []):
         if not isinstance(way, dict) or not isinstance(way.get("name"), str):
             said.append("plan.json: a way cannot be read")

@@ -60,7 +60,8 @@ def ways_section(comparison: Any) -> Section:
     said = work_facts(get(comparison, "work"))
     other = [label(way) for way in ways if way.get("same_work") is False and not way.get("lever")]
     every = f"Every way but {', '.join(other)}" if other else "Every way"
-    notes = [f"{every} trained the same: {said}." if said else "What was trained is not recorded."]
+    trained = f"{every} trained the same" if timed(comparison) else "What was to be trained"
+    notes = [f"{trained}: {said}." if said else "What was trained is not recorded."]
     formulas = dict.fromkeys(text(get(way, "recipe", "formula")) for way in ways if get(way, "recipe", "formula"))
     notes += [f"Full recipe: {formula}." for formula in list(formulas)[:1]]
     return Section(

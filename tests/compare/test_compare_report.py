@@ -299,6 +299,9 @@ def test_a_way_that_did_other_work_is_excepted(comparison):
     made["ways"][0]["same_work"] = False
     assert measured.ways_section(comparison).notes[0].startswith("Every way trained the same: ")
     assert measured.ways_section(made).notes[0].startswith("Every way but MPS eager trained the same: ")
+    for way in made["ways"]:
+        way["iter_ms"] = None
+    assert measured.ways_section(made).notes[0].startswith("What was to be trained: ")
 
 
 def test_long_words_do_not_make_a_large_page(comparison):
@@ -318,3 +321,6 @@ def test_a_wrong_lever_is_marked_in_its_chart(comparison):
     assert chart.table.rows[0].cells[0].endswith("(WRONG)")
     assert "(WRONG)</text>" in chart.svg
     assert "var(--wrong)" in chart.svg
+    made["levers"] = [made["levers"][0] | {"name": "mlx", "base": "mps-compile", "what": 90 * "w"}]
+    with svg.style():
+        assert charts._levers(made).table.rows[0].cells[0].endswith("w…, MPS compiled (WRONG)")
