@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from nanogpt_mac.train.recorder import SCHEMA
 RUN_FILES = ("summary.json", "metrics.jsonl", "env.json", "outcome.json", ".hydra/config.yaml")
 _SAFE_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
 WORK_KEYS = ("batch_size", "gradient_accumulation_steps", "dtype", "matmul_precision", "corpus_sha256")
+_MOST_YAML = 10_000  # characters; libyaml recurses, and thirty thousand brackets are the process's end
 _MOST_MS = 1e9  # eleven days: no iteration, but a damaged number
 _MOST = 1e30  # of anything that is counted or measured here
 _MOST_COUNT = 10**12
@@ -25,7 +27,7 @@ _MOST_LAYERS = 10_000  # a spec names each layer's tensors: a damaged number mus
 
 # What a document's key must hold to be used; nested ones (env.json's backend, the model) have the same keys.
 _WORDS = ("exit_state", "error", "device", "dtype", "matmul_precision", "sync", "corpus", "sha256", "state", "reason",
-          "started", "chip", "gpu", "os", "power_source")  # fmt: skip
+          "started", "chip", "gpu", "os", "power_source", "name")  # fmt: skip
 _AMOUNTS = ("parameters", "flops_per_iter", "first_iter_s", "peak_memory", "joules", "seconds", "memory_bytes", "mfu",
             "mfu_measured", "mfu_a100")  # fmt: skip
 _COUNTS = ("batch_size", "gradient_accumulation_steps", "n_layer", "n_head", "n_embd", "block_size", "vocab_size",
@@ -177,7 +179,7 @@ def document(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
     """A JSON file's object; empty, with a line in `problems`, where there is none. An absent outcome.json is usual."""
     said: str | None = None
     try:
-        found = parsed(path.read_text(encoding="utf-8"))
+        found = parsed(_content(path))
         if isinstance(found, dict):
             return found
         said = f"{path.name} is not an object"
@@ -188,6 +190,12 @@ def document(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
     if said and problems is not None:
         problems.append(said)
     return {}
+
+
+def _content(path: Path, errors: str = "strict") -> str:
+    if path.exists() and not path.is_file():
+        raise OSError("no file")  # a pipe would keep its reader waiting
+    return path.read_text(encoding="utf-8", errors=errors)
 
 
 def _usable(found: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
@@ -203,16 +211,16 @@ def _usable(found: dict[str, Any], name: str, problems: list[str]) -> dict[str, 
             return whole and 0 < value <= (_MOST_LAYERS if key == "n_layer" else _MOST_COUNT)
         if key in _AMOUNTS:
             return number(value) is not None and 0 <= value < _MOST
-        if key in ("backend", "errors"):
-            return isinstance(value, list if key == "errors" else str | dict)
+        if key in ("backend", "errors", "compile"):
+            return isinstance(value, {"backend": str | dict, "errors": list, "compile": str | bool}[key])
         return not isinstance(value, int | float) or isinstance(value, bool) or number(value) is not None
 
     def clean(key: str, value: Any, inside: str) -> Any:
         if value is not None and not fits(key, value):
-            problems.append(f"{name}: {'.'.join(filter(None, (inside, key)))} cannot be {_short(value)}")
+            problems.append(f"{name}: {'.'.join(filter(None, (inside, key)))} cannot be {reprlib.repr(value)}")
             return None
         if inside == "model" and isinstance(value, dict | list):
-            return repr(value)  # another version's; a model's sizes are compared
+            return reprlib.repr(value)  # another version's; a model's sizes are compared
         if isinstance(value, dict) and (key in _OBJECTS or key == "backend"):
             return {k: clean(k, v, key) for k, v in value.items()}
         return value
@@ -220,15 +228,13 @@ def _usable(found: dict[str, Any], name: str, problems: list[str]) -> dict[str, 
     return {key: clean(key, value, "") for key, value in found.items()}
 
 
-def _short(value: Any) -> str:
-    said = repr(value)
-    return said if len(said) <= 40 else said[:39] + "…"
-
-
 def _config(folder: Path, problems: list[str]) -> dict[str, Any]:
     path = folder / ".hydra" / "config.yaml"
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_SAFE_YAML)
+        text = _content(path)
+        if len(text) > _MOST_YAML:
+            raise ValueError("no config of ours is so long")
+        found = yaml.load(text, Loader=_SAFE_YAML)
     except FileNotFoundError:
         problems.append("config.yaml is missing")
         return {}
@@ -245,7 +251,7 @@ def _rows(path: Path, run: Run) -> None:
     kinds = {"iteration": run.iterations, "evaluation": run.evaluations, "event": run.events}
     broken = 0
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = _content(path, "replace").splitlines()
     except FileNotFoundError:
         run.problems.append("metrics.jsonl is missing")
         return

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -155,6 +156,27 @@ def test_a_field_that_cannot_be_so_is_named_and_not_used(run_folder):
     assert "summary.json: mfu_denominators.mfu_a100 cannot be -312000000000000.0" in found["problems"]
     assert (found["peak_memory"], found["energy"], found["mfu_a100"]) == (None, None, None)
     assert found["work"]["batch_size"] == 64  # env.json has it too
+
+
+@pytest.mark.parametrize(("name", "text", "said"), [
+    (".hydra/config.yaml", 100_000 * "[", "config.yaml cannot be read"),  # libyaml would end the process
+    (".hydra/config.yaml", "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join(9 * [f'*a{i}'])}]\n"
+                                                     for i in range(9)) + "compile: *a9\n", "compile cannot be"),
+    ("summary.json", 100_000 * "[", "summary.json cannot be read"),
+    ("metrics.jsonl", 100_000 * '{"a":', "1 of 1 lines cannot be read"),
+])  # fmt: skip
+def test_a_file_without_end_is_named(run_folder, name, text, said):
+    (run_folder / name).write_text(text)
+    assert said in " ".join(load_run(run_folder)["problems"])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+def test_what_is_no_file_is_not_waited_for(run_folder, make):
+    for name in ("env.json", "metrics.jsonl"):
+        (run_folder / name).unlink()
+        make(run_folder / name)
+    problems = load_run(run_folder)["problems"]
+    assert {"env.json cannot be read", "metrics.jsonl cannot be read"} <= set(problems)
 
 
 @pytest.mark.parametrize("value", [1e308, 7, True, "text", {}])
