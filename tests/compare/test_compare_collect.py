@@ -1,18 +1,15 @@
 """A comparison's folder as a document: whole, half done, damaged, of other versions."""
 
 import json
-import math
 import shutil
 
 import numpy as np
 import pytest
-import yaml
 from compare_fakes import LINUX, MAC, WAYS, write_comparison
 
 from nanogpt_mac.compare import stats
 from nanogpt_mac.compare.results import figures
-from nanogpt_mac.compare.results.collect import collect, load_run
-from nanogpt_mac.compare.results.runs import read, work_key
+from nanogpt_mac.compare.results.collect import collect
 from nanogpt_mac.errors import InputError
 
 pytestmark = pytest.mark.xdist_group("collect")  # what its fixtures make is dear: one worker makes it
@@ -440,87 +437,6 @@ def test_any_damaged_file_leaves_the_rest(compared, name, how):
     assert ways["cpu"]["iter_ms"]["count"] in (16, 19, 20, 24)
 
 
-# -- one run ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_folder(tmp_path):
-    return write_comparison(tmp_path / "c", [CPU], 1, 40, 0.0, 1, machine=LINUX, pilot=False) / "rounds/0-cpu"
-
-
-def test_load_run(run_folder):
-    (run_folder / "outcome.json").unlink()  # train.py writes none
-    found = load_run(run_folder)
-    summary = json.loads((run_folder / "summary.json").read_text())
-    assert (found["state"], found["label"], found["backend"]) == ("ok", "CPU eager", "cpu")
-    assert found["iter_ms"].pop("ci95") == summary["iter_ms"].pop("ci95")
-    assert found["iter_ms"] == pytest.approx(summary["iter_ms"])
-    assert found["tokens_per_s"] == pytest.approx(summary["tokens_per_s"])
-    assert found["mfu_a100"] == pytest.approx(summary["mfu_a100"])
-    assert found["work"]["batch_size"] == 64
-    assert found["machine"]["name"] == "AMD EPYC"
-    assert found["recipe"]["iters"] == 40
-    assert found["warnings"] == []
-    assert found["problems"] == []
-
-
-def test_load_run_without_its_summary(run_folder):
-    """A run that was killed: facts come from env.json, times from the rows."""
-    whole = load_run(run_folder)
-    for name in ("summary.json", "outcome.json"):
-        (run_folder / name).unlink()
-    found = load_run(run_folder)
-    assert (found["state"], found["problems"]) == ("partial", ["summary.json is missing"])
-    assert found["iter_ms"]["median"] == whole["iter_ms"]["median"]
-    assert found["first_iter_s"] == whole["first_iter_s"]
-    assert work_key(found["work"]) == work_key(whole["work"])
-    assert found["work"]["flops_per_iter"] == whole["work"]["flops_per_iter"]
-
-
-def test_load_run_of_other_versions(run_folder):
-    path = run_folder / "summary.json"
-    summary = json.loads(path.read_text())
-    path.write_text(json.dumps(summary | {"schema": 99, "model": {"n_layer": 3, "experts": 8}, "iter_ms": "nan"}))
-    found = load_run(run_folder)
-    assert any("schema 99" in problem for problem in found["problems"])
-    assert found["iter_ms"]["count"] == 34
-    assert found["roofline"] is None
-    old = {key: summary[key] for key in ("backend", "exit_state")}  # before there was a schema
-    path.write_text(json.dumps(old))
-    (run_folder / "env.json").unlink()
-    (run_folder / ".hydra/config.yaml").write_text(yaml.safe_dump({"batch_size": 64}))
-    found = load_run(run_folder)
-    assert found["state"] == "ok"
-    assert found["work"]["model"] is None
-    assert found["machine"]["name"] is None
-    assert found["tokens_per_s"] is None
-
-
-def test_load_run_with_one_file_alone(run_folder, tmp_path):
-    for name in ("summary.json", "metrics.jsonl", "env.json", ".hydra/config.yaml"):
-        alone = tmp_path / name.strip(".").replace("/", "-")
-        (alone / name).parent.mkdir(parents=True)
-        shutil.copy(run_folder / name, alone / name)
-        found = load_run(alone)
-        assert found["state"] in ("ok", "partial", "failed")
-        assert len(found["problems"]) >= 2
-    rows = tmp_path / "metrics.jsonl" / "metrics.jsonl"
-    rows.write_text(
-        '{"kind": "iteration", "iter": 3, "loss": "nan", "iter_ms": 5}\nnonsense\n{"kind": "dream"}\n[]\n7\n'
-    )
-    found = load_run(rows.parent)
-    assert found["iter_ms"]["median"] == 5
-    assert "metrics.jsonl: 4 of 5 lines cannot be read" in found["problems"]
-    assert found["series"][0]["loss"] == [None]
-
-
-def test_no_run_is_one_line(tmp_path):
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(InputError, match=r"train\.py") as refused:
-            load_run(folder)
-        assert "\n" not in str(refused.value)
-
-
 def test_a_diverged_run_does_not_count(compared):
     def diverge(folder):
         path = folder / "rounds/1-cpu/summary.json"
@@ -531,23 +447,63 @@ def test_a_diverged_run_does_not_count(compared):
     assert ways["cpu"]["failed_runs"] == [{"round": 1, "state": "failed", "reason": "diverged: the loss is no number"}]
 
 
-@pytest.mark.slow
-def test_a_real_run(command, tmp_path):
-    """train.py's own folder, of today's format."""
-    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question:\n" * 200)
-    how = ["backend=cpu", "data=text", "data.path=text.txt", "wandb.mode=disabled", "checkpoint=false", "run_dir=run"]
-    few = ["sample_tokens=0", "gemm_seconds=0.1"]
-    done = command("train.py", "experiment=smoke", *how, *few, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    found = load_run(tmp_path / "run")
-    assert found["iter_ms"].pop("ci95") == summary["iter_ms"].pop("ci95")
-    assert found["iter_ms"] == pytest.approx(summary["iter_ms"])
-    assert {key: found[key] for key in ("mfu_measured", "first_iter_s", "compile_s", "first_eval_s")} == pytest.approx(
-        {key: summary[key] for key in ("mfu_measured", "first_iter_s", "compile_s", "first_eval_s")}
-    )
-    assert [row["val_loss"] for row in found["evaluations"]][-1] == summary["val_loss"]
-    assert found["work"]["flops_per_iter"] == summary["flops_per_iter"]
-    assert found["work"]["stand_in"] is False
-    assert found["problems"] == []
-    assert math.isfinite(read(tmp_path / "run").seconds()[-1])
+@pytest.mark.parametrize(("key", "value"), [
+    ("ways", 7), ("ways", [7, {}, {"name": []}]), ("order", "01"), ("order", [[0], None]), ("order", [[0, []]]),
+    ("rounds", "many"), ("recipe", {"max_iters": 10**400, "eval_interval": -1}), ("cut", "short"), ("created", {}),
+    ("schema", 99), ("ways", [{"name": "mps", "lever": "x"}]), ("ways", [{"name": "mps", "lever": {"base": []}}]),
+])  # fmt: skip
+def test_any_odd_plan_leaves_the_rest(compared, key, value):
+    def damage(folder):
+        path = folder / "plan.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    found, ways = compared([CPU, MPS], rounds=2, iters=14, damage=damage)
+    assert ways["mps"]["runs"] == ways["cpu"]["runs"] == 2
+    if "lever" in str(value):
+        assert ways["mps"]["ranked"] is False  # it was an ablation, even if nobody knows of what
+    elif key != "recipe":
+        assert any(line.startswith("plan.json") for line in found["warnings"])
+
+
+@pytest.mark.parametrize("damage", [{"state": None}, {"state": "fine"}, {"state": ["pass"]}, 7, None])
+def test_a_parity_that_cannot_be_read_is_no_pass(compared, damage):
+    """A wrong way whose entry is damaged must not win."""
+
+    def damaged(folder):
+        path = folder / "parity.json"
+        parity = json.loads(path.read_text())
+        if damage is None:
+            del parity["ways"]["mlx"]
+        else:
+            parity["ways"]["mlx"] = parity["ways"]["mlx"] | damage if isinstance(damage, dict) else damage
+        path.write_text(json.dumps(parity))
+
+    found, ways = compared([CPU, MLX | {"parity": "fail"}], rounds=2, iters=14, damage=damaged)
+    assert (ways["mlx"]["parity"], found["verdict"]["fastest"]) == ("error", "cpu")
+
+
+def test_a_damaged_gate_is_said_to_be(compared):
+    found, _ = compared([CPU], rounds=1, iters=14, damage=lambda folder: (folder / "parity.json").write_text("{"))
+    assert "parity.json cannot be read" in found["warnings"]
+    found, _ = compared([CPU], rounds=1, damage=lambda folder: (folder / "parity.json").write_text('{"ways": "5"}'))
+    assert "parity.json: ways cannot be read" in found["warnings"]
+
+
+def test_a_round_of_other_work_is_not_pooled(compared):
+    """A folder that was exchanged: its times are of something else."""
+
+    def exchange(folder):
+        for name in ("summary.json", "env.json"):
+            path = folder / "rounds/0-cpu" / name
+            document = json.loads(path.read_text())
+            (document["backend"] if name == "env.json" else document)["batch_size"] = 1
+            path.write_text(json.dumps(document))
+
+    _, ways = compared([CPU, MPS], rounds=3, iters=14, damage=exchange)
+    assert (ways["cpu"]["runs"], ways["cpu"]["same_work"]) == (2, True)
+    assert ways["cpu"]["failed_runs"] == [{"round": 0, "state": "other_work", "reason": "batch_size=1, not 64"}]
+
+
+def test_the_machine_is_of_any_run_that_tells(compared):
+    found, _ = compared([CPU], rounds=2, iters=14, damage=lambda folder: (folder / "rounds/0-cpu/env.json").unlink())
+    assert found["machine"]["name"] == "Apple M4 Pro"

@@ -118,6 +118,33 @@ def test_entries_that_cannot_be_told_apart_share_a_rank():
     assert ranks(group) == [1, 1, 3, None]
 
 
+def test_a_median_and_its_interval_must_make_sense():
+    assert entry(100, [1, 2]).bounds is None  # a damaged file: it does not even hold the median
+    assert entry(100, [101, 99]).bounds is None
+    assert entry(-5, [-6, -4]).unranked() == "nothing was timed"
+
+
+def ranked(*pairs):
+    """A board of such entries, all of the same fully known work."""
+    work = dict.fromkeys(leaderboard.WORK_KEYS, 1) | {"model": dict.fromkeys(leaderboard._MODEL_KEYS, 1)}
+    return Board([Entry(entry(*pair).way | {"label": str(pair[0])}, work, {}, {}, Path(), None) for pair in pairs])
+
+
+def test_the_sentence_claims_no_more_than_the_intervals():
+    assert "1 on a machine not known is the only entry to rank" in ranked((1, [1, 1])).sentence()
+    assert "1 on a machine not known is fastest" in ranked((1, [1, 1]), (2, [2, 2])).sentence()
+    for board in (ranked((1, None), (2, [2, 2])), ranked((1, [1, 1]), (2, None))):
+        assert "1 on a machine not known has the lowest median" in board.sentence()
+        assert [row.mark for row in board.sections()[0].tables[0].rows] == ["", ""]
+    assert "and 1 more cannot be told apart" in ranked(*((i, [1, 9]) for i in range(2, 7))).sentence()
+
+
+def test_a_diverged_run_takes_no_rank(entries):
+    way = {"iter_ms": {"median": 1.0}, "state": "partial", "reason": "diverged: the loss is no number"}
+    board = Board([*entries, Entry(way, entries[0].work, {}, {}, Path(), None)])
+    assert "diverged" in {row["why"].split(":")[0] for row in rows(board.sections()[1])}
+
+
 def test_nothing_known_is_a_board_too():
     board = Board([Entry({}, {}, {}, {}, Path("x"), None)])
     assert board.sentence() == "Nothing here can be ranked."
@@ -195,3 +222,19 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "comparison.json").write_text("{}")
     with pytest.raises(InputError, match=r"^output=.*file"):
         run(ReportConfig([str(tmp_path)], output=str(tmp_path / "file" / "x")))
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match=r"cannot be read: Permission denied$"):
+        run(ReportConfig([str(tmp_path)]))
+
+
+def test_a_path_of_any_bytes_is_shown(folders, tmp_path, capsys):
+    odd = tmp_path / "a\udcff\u202e|[red]"  # not UTF-8, and written from right to left
+    shutil.copytree(folders[1], odd)
+    assert run(ReportConfig([str(odd), str(folders[0])], output=str(tmp_path / "out"))) == 0
+    assert "[red]" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

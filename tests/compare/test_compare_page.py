@@ -8,7 +8,7 @@ import pytest
 from compare_browser import Browser, programs
 from compare_pages import EVIL, alone, collected, many, sparse, with_levers
 
-from nanogpt_mac.compare.report import page, render
+from nanogpt_mac.compare.report import evidence, page, render
 from nanogpt_mac.compare.report.leaderboard import Board, Entry
 
 pytestmark = pytest.mark.xdist_group("page")  # what its fixtures make is dear: one worker makes it
@@ -40,7 +40,7 @@ def pages(comparison):
 def board(comparison):
     from pathlib import Path
 
-    machines = [comparison["machine"], comparison["machine"] | {"name": f"Apple M4 Max {EVIL}"}]
+    machines = [comparison["machine"], comparison["machine"] | {"name": f"Apple M4 Max {EVIL} {'long' * 60}"}]
     return Board(
         [
             Entry(way, comparison["work"], machine, comparison["environment"], Path("runs/a"), None)
@@ -107,7 +107,7 @@ def test_every_section_is_present_or_says_why_not(trees):
             continue
         found = [node.attributes["id"] for node in tree.all("section")]
         assert found == SECTIONS
-        linked = [node.attributes["href"][1:] for node in tree.all("a")]
+        linked = [node.attributes["href"][1:] for node in next(tree.all("nav")).all("a")]
         assert linked == SECTIONS
         for section in tree.all("section"):
             assert list(section.all("table", "ul", "p")), section.attributes
@@ -121,13 +121,26 @@ def test_every_section_is_present_or_says_why_not(trees):
 
 def test_nothing_is_fetched_and_nothing_is_run(pages, trees):
     for name, html in pages.items():
+        html = re.sub(r'<a href="(https://[^"]+)" rel="noreferrer">\1</a>', "", html)  # to follow, by who wants to
         assert not re.search(r"https?://|url\((?!#)|@import|//cdn|<script|javascript:", html), name
         for node in trees[name].all():
             assert not any(key.startswith("on") for key in node.attributes)
-            for key in ("src", "href", "srcset", "action", "xlink:href"):
+            for key in ("src", "srcset", "action", "xlink:href", *(["href"] if node.tag != "a" else [])):
                 assert node.attributes.get(key, "#").startswith(("#", "data:,")), node.attributes
         policy = next(n for n in trees[name].all("meta") if n.attributes.get("http-equiv") == "Content-Security-Policy")
         assert policy.attributes["content"].startswith("default-src 'none'")
+
+
+def test_published_figures_lead_to_their_source(pages, trees, comparison):
+    section = next(node for node in trees["evil"].all("section") if node.attributes["id"] == "published")
+    links = [node.attributes["href"] for node in section.all("a")]
+    assert links == [row["url"] for row in comparison["published"]]
+    assert f"| <{links[0]}> |" in render.markdown(comparison)
+    for url in ("javascript:alert(1)", 'https://x"><script>|`', None):
+        odd = evidence.published_section({"published": [comparison["published"][0] | {"url": url}]})
+        html = page.filled(page.Page("", "", "", [], [], [], [odd], ""))
+        assert "<script" not in html + render.markdown_page("", "", [odd], "")
+        assert 'href="javascript' not in html
 
 
 def test_what_users_wrote_is_text(pages, trees):
@@ -262,6 +275,8 @@ return {
   outside: [...document.querySelectorAll("figure > svg text")].filter(e => {
     const a = e.getBoundingClientRect(), b = e.closest("figure").getBoundingClientRect();
     return a.left < b.left - 1 || a.right > b.right + 1; }).map(e => e.textContent),
+  spilt: [...document.querySelectorAll("td, th")].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
+    .map(e => e.textContent),
   ground: getComputedStyle(document.body).backgroundColor,
 };
 """
@@ -282,6 +297,7 @@ def test_in_a_browser(browser, pages, tmp_path, width):
         assert all(width / 3 < w <= width for w in found["charts"]), name
         assert found["smallest"] >= 8.5, name
         assert found["outside"] == [], name
+        assert found["spilt"] == [], name  # no cell's words run into the next
 
 
 def test_dark_is_dark(browser, pages, tmp_path):

@@ -32,6 +32,10 @@ def test_rows_are_marked_and_complete():
         ("nanogpt-rb", "MPS", 500.0),
         ("nanogpt-rb", "CPU", 8500.0),
     }
+    assert {row["source"]: row["url"] for row in rows} == {
+        "State of training on Metal": "https://vglazer.github.io/training-on-metal",
+        "nanogpt-rb": "https://github.com/khasinski/nanogpt-rb",
+    }
     assert all(row["published"] is True and row["note"] and row["machine"] and row["work"] for row in rows)
 
 

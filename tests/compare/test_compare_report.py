@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 from compare_pages import EVIL, alone, collected, many, sparse, with_levers
 
-from nanogpt_mac.compare.report import charts, measured, render, words
+from nanogpt_mac.compare.report import chart_loss, chart_times, charts, measured, render, svg, words
 from nanogpt_mac.compare.report.sections import Row, Table, ordered, problems, verdict
 
 pytestmark = pytest.mark.xdist_group("report")  # what its fixtures make is dear: one worker makes it
@@ -246,3 +246,81 @@ def test_figures_as_words():
 def test_columns_of_figures_are_right_aligned():
     table = Table("", ["way", "a", "b", "c"], [Row(["x", "1.2", "text", "—"]), Row(["y", "—", "3", "—"])])
     assert table.right == [False, True, False, False]
+
+
+def test_phases_are_those_of_the_projection(comparison):
+    """Ten times as many batches an evaluation in the recipe as were measured: the bar must grow with it."""
+    with svg.style():
+        chart = charts._phases(comparison)
+    for way, row in zip(charts.shown(comparison), chart.table.rows, strict=True):
+        parts = max(way["compile_s"], 0), way["recipe"]["iters"] * way["iter_ms"]["median"] / 1e3
+        evaluating = way["recipe"]["seconds"] - parts[1]
+        assert row.cells[1:] == [words.seconds(v) for v in (*parts, evaluating, sum(parts) + evaluating)]
+        assert f">{row.cells[-1]}<" in chart.svg
+    made = copy.deepcopy(comparison)
+    made["ways"] = made["ways"][:1]
+    recipe = made["ways"][0]["recipe"]
+    recipe["seconds"] += 9 * recipe["evaluations"] * made["ways"][0]["eval_s"]
+    with svg.style():
+        row = charts._phases(made).table.rows[0]
+    assert row.cells[3] == words.seconds(10 * recipe["evaluations"] * made["ways"][0]["eval_s"])
+
+
+def test_the_first_evaluation_is_drawn_at_0(comparison):
+    """It is before the first iteration, whose time, and the warm-up's, are not among the kept ones."""
+    way = next(way for way in comparison["ways"] if way["name"] == "mlx")
+    assert (way["evaluations"][0]["iter"], way["series"][0]["iter"][0] > 1) == (0, True)
+    for key in ("iter", "seconds"):
+        _, _, at, _ = chart_loss._line(way, key)
+        assert at[0] == 0
+
+
+def test_a_ratio_far_from_1_is_drawn_on_a_logarithmic_axis(comparison, monkeypatch):
+    asked = []
+    monkeypatch.setattr("nanogpt_mac.compare.report.chart_times.log_x", lambda _: asked.append("log"))
+    made = copy.deepcopy(comparison)
+    for value in (1.2, 40.0):  # where matplotlib's own margin would begin below 0
+        made["ways"][0]["ratio"] = {"value": value, "ci": [value, value], "tie": False, "pairs": [value]}
+        made["ways"] = [way for way in made["ways"] if way["name"] in (made["ways"][0]["name"], "mlx")]
+        with svg.style():
+            chart_times.ratios(made)
+    assert asked == ["log"]
+
+
+def test_what_ties_is_not_called_the_fastest(comparison):
+    made = copy.deepcopy(comparison)
+    made["verdict"]["ties"] = ["mps"]
+    assert "| tie |" in render.markdown(made)
+    assert "| fastest |" not in render.markdown(made)
+
+
+def test_a_way_that_did_other_work_is_excepted(comparison):
+    made = copy.deepcopy(comparison)
+    made["ways"][0]["same_work"] = False
+    assert measured.ways_section(comparison).notes[0].startswith("Every way trained the same: ")
+    assert measured.ways_section(made).notes[0].startswith("Every way but MPS eager trained the same: ")
+    for way in made["ways"]:
+        way["iter_ms"] = None
+    assert measured.ways_section(made).notes[0].startswith("What was to be trained: ")
+
+
+def test_long_words_do_not_make_a_large_page(comparison):
+    made = copy.deepcopy(comparison)
+    for way in made["ways"]:
+        way |= {"label": "x" * 10**6, "reason": "y" * 10**6, "warnings": ["z" * 10**6]}
+    assert len(render.markdown(made)) < 100_000
+    assert words.label({"label": "x" * 100, "parity": "fail"}).endswith("… (WRONG)")
+    assert words.ms(1e308) == "1e+308"
+
+
+def test_a_wrong_lever_is_marked_in_its_chart(comparison):
+    made = with_levers(comparison)
+    made["levers"] = [lever | {"name": "mps-compile"} for lever in made["levers"][:1]]  # which is wrong
+    with svg.style():
+        chart = charts._levers(made)
+    assert chart.table.rows[0].cells[0].endswith("(WRONG)")
+    assert "(WRONG)</text>" in chart.svg
+    assert "var(--wrong)" in chart.svg
+    made["levers"] = [made["levers"][0] | {"name": "mlx", "base": "mps-compile", "what": 90 * "w"}]
+    with svg.style():
+        assert charts._levers(made).table.rows[0].cells[0].endswith("w…, MPS compiled (WRONG)")

@@ -51,8 +51,8 @@ def _line(way: dict[str, Any], key: str) -> tuple[Any, Any, Any, Any] | None:
     if not triples:
         return None
     x, y, iterations = (np.array(column) for column in zip(*triples, strict=True))
-    found = [
-        (float(np.interp(i, iterations, x)), v)
+    found = [  # the first evaluation is before the first iteration, at 0
+        (float(np.interp(i, [0, *iterations], [0, *x])), v)
         for e in dicts(way.get("evaluations"))
         if e.get("round") in (chosen.get("round"), None)
         and (i := num(e.get("iter"))) is not None

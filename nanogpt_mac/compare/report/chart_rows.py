@@ -102,7 +102,7 @@ def bar_chart(
 
 
 def shown(comparison: Any) -> list[dict[str, Any]]:
-    return [way for way in plain(comparison) if num(get(way, "iter_ms", "median")) is not None]
+    return [way for way in plain(comparison) if (num(get(way, "iter_ms", "median")) or 0) > 0]
 
 
 def log_x(axes: Any) -> None:

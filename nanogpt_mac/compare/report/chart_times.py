@@ -44,7 +44,7 @@ def ratios(comparison: Any) -> Chart | None:
     title = f"Times as long as {fastest}"
     figure, axes = rows_axes([short(way) for way in ways])
     axes.axvline(1, color=COLOURS["accent"], linewidth=1.2)
-    rows = []
+    rows, drawn = [], [1.0]
     for i, way in enumerate(ways):
         value, bounds = num(get(way, "ratio", "value")) or 1.0, nums(get(way, "ratio", "ci"), 2)
         pairs = get(way, "ratio", "pairs")
@@ -54,13 +54,13 @@ def ratios(comparison: Any) -> Chart | None:
         if bounds:
             axes.plot(bounds, [i + BAR] * 2, color=COLOURS[colour], linewidth=2.2, solid_capstyle="butt")
         axes.plot(value, i + BAR, "o", color=COLOURS[colour], markersize=5.5)
+        drawn += [value, *pairs, *(bounds or [])]
         said = (
             "1" if mark(way, comparison) == "fastest" else ratio(value) + (" tie" if get(way, "ratio", "tie") else "")
         )
         at_right(axes, i, said)
         rows.append(Row([label(way), said, interval(bounds, ratio), ", ".join(map(ratio, pairs)) or DASH]))
-    low, high = axes.get_xlim()
-    if high > 3 and low > 0:
+    if max(drawn) > 3 and min(drawn) > 0:
         log_x(axes)
     else:
         few_ticks(axes)

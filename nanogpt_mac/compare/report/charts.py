@@ -137,14 +137,14 @@ def _roofline(comparison: Any) -> Chart | None:
 
 
 def _phases(comparison: Any) -> Chart | None:
-    """The projected recipe, split. Needs only what the projection is made of."""
+    """Compiling once, then the projected recipe: what is not its iterations is its evaluations."""
     found = []
     for way in shown(comparison):
-        iterations, evaluations = num(get(way, "recipe", "iters")), num(get(way, "recipe", "evaluations"))
-        median, evaluation = num(get(way, "iter_ms", "median")), num(way.get("eval_s"))
-        if iterations is not None and median is not None:
-            compiling = max(num(way.get("compile_s")) or 0.0, 0.0)
-            found.append((way, [compiling, iterations * median / 1e3, (evaluations or 0) * (evaluation or 0)]))
+        iterations, whole = num(get(way, "recipe", "iters")), num(get(way, "recipe", "seconds"))
+        median = num(get(way, "iter_ms", "median"))
+        if iterations is not None and whole is not None and median is not None:
+            compiling, training = max(num(way.get("compile_s")) or 0.0, 0.0), iterations * median / 1e3
+            found.append((way, [compiling, training, max(whole - training, 0.0)]))
     if not found:
         return None
     figure, axes = rows_axes([short(way) for way, _ in found])
@@ -155,9 +155,8 @@ def _phases(comparison: Any) -> Chart | None:
         for part, colour in zip(parts, colours, strict=True):
             axes.barh(i + BAR, part, 0.36, left=left, color=COLOURS[colour], edgecolor=COLOURS["ink"], linewidth=0.7)
             left += part
-        total = num(get(way, "recipe", "seconds")) or left
-        axes.annotate(seconds(total), (left, i + BAR), (4, 0), textcoords="offset points", va="center", in_layout=False)
-        rows.append(Row([label(way), *map(seconds, parts), seconds(total)], "wrong" if state(way) == "wrong" else ""))
+        axes.annotate(seconds(left), (left, i + BAR), (4, 0), textcoords="offset points", va="center", in_layout=False)
+        rows.append(Row([label(way), *map(seconds, parts), seconds(left)], "wrong" if state(way) == "wrong" else ""))
     longest = max(sum(parts) for _, parts in found)
     axes.set_xlim(0, longest * 1.32 or 1)
     unit, name = next(
@@ -165,7 +164,7 @@ def _phases(comparison: Any) -> Chart | None:
     )
     few_ticks(axes, unit)
     axes.set_xlabel(f"{name}, projected from these runs")
-    title = "The full recipe, by phase"
+    title = "Compiling and the full recipe, by phase"
     description = "Stacked bars. " + "; ".join(
         f"{r.cells[0]}: compiling {r.cells[1]}, training {r.cells[2]}, evaluating {r.cells[3]}" for r in rows
     )
@@ -181,12 +180,15 @@ def _levers(comparison: Any) -> Chart | None:
     found = [lever for lever in dicts(get(comparison, "levers")) if num(get(lever, "ratio", "value")) is not None]
     if not found:
         return None
-    names = {way.get("name"): label(way) for way in dicts(get(comparison, "ways")) if isinstance(way.get("name"), str)}
-    bases = [names.get(str(lever.get("base"))) or text(lever.get("base")) for lever in found]
-    labels = [
-        f"{text(lever.get('what') or lever.get('name'))}, {base}" for lever, base in zip(found, bases, strict=True)
-    ]
-    figure, axes = rows_axes([name if len(name) <= 40 else name[:39] + "…" for name in labels])
+    ways = {way.get("name"): way for way in dicts(get(comparison, "ways")) if isinstance(way.get("name"), str)}
+    labels, wrong = [], []
+    for lever in found:
+        base = ways.get(str(lever.get("base")))
+        wrong.append(state(ways.get(str(lever.get("name")), {"state": "ok"})) == "wrong")
+        on = short(base) if base else text(lever.get("base"), 30)
+        what = text(lever.get("what") or lever.get("name"), 40 - len(on))
+        labels.append(f"{what}, {on}" + (" (WRONG)" if wrong[-1] else ""))
+    figure, axes = rows_axes(labels)
     rows = []
     for i, (lever, name) in enumerate(zip(found, labels, strict=True)):
         value, bounds, tie = (
@@ -194,7 +196,7 @@ def _levers(comparison: Any) -> Chart | None:
             nums(get(lever, "ratio", "ci"), 2),
             bool(get(lever, "ratio", "tie")),
         )
-        colour = COLOURS["muted" if tie else "ink"]
+        colour = COLOURS["wrong" if wrong[i] else "muted" if tie else "ink"]
         if bounds:
             axes.plot(bounds, [i + BAR] * 2, color=colour, linewidth=2.2, solid_capstyle="butt")
         axes.plot(value, i + BAR, "o", color=colour, markerfacecolor=COLOURS["page"] if tie else colour, markersize=5.5)

@@ -168,13 +168,14 @@ def _taken_apart(
 
 
 def published_section(comparison: Any) -> Section:
-    keys = ("machine", "way", "ms_per_iter", "work", "date", "source", "url_or_title", "note")
+    keys = ("machine", "way", "ms_per_iter", "work", "date", "source", "url", "note")
     rows = []
     for published in dicts(get(comparison, "published")):
         values = {key: text(published.get(key)) for key in keys}
         values["ms_per_iter"] = ms(published.get("ms_per_iter"))
         values["machine"] = f"published: {values['machine']}"
-        rows.append(Row(list(values.values()), "published"))
+        link = values["url"] if values["url"].startswith("https://") else ""
+        rows.append(Row(list(values.values()), "published", link))
     columns = ["machine", "way", "ms an iteration", "work", "date", "source", "where", "note"]
     return Section(
         "published", "Published elsewhere",

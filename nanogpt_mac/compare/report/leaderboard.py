@@ -6,7 +6,6 @@ intervals: entries whose intervals overlap share one.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from nanogpt_mac.compare.report.words import (
     when,
 )  # fmt: skip
 from nanogpt_mac.compare.results.collect import SCHEMA, collect, load_run
-from nanogpt_mac.compare.results.runs import RUN_FILES, WORK_KEYS, work_key
+from nanogpt_mac.compare.results.runs import RUN_FILES, WORK_KEYS, parsed, work_key
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.train.recorder import make_folder
 
@@ -53,11 +52,13 @@ class Entry:
 
     @property
     def median(self) -> float:
-        return num(get(self.way, "iter_ms", "median")) or 0.0
+        return max(num(get(self.way, "iter_ms", "median")) or 0.0, 0.0)
 
     @property
     def bounds(self) -> list[float] | None:
-        return nums(get(self.way, "iter_ms", "ci95"), 2)
+        """The median's interval; None where it is not known, or does not hold the median."""
+        found = nums(get(self.way, "iter_ms", "ci95"), 2)
+        return found if found and 0 < found[0] <= self.median <= found[1] else None
 
     def where(self) -> str:
         """The machine in a few words."""
@@ -77,6 +78,8 @@ class Entry:
             return f"WRONG: {text(self.way.get('reason') or 'failed the parity check')}"
         if not self.median:
             return text(self.way.get("reason") or "nothing was timed")
+        if str(self.way.get("reason") or "").startswith("diverged"):
+            return text(self.way["reason"])
         if self.way.get("parity") == "error":
             return "its parity could not be checked"
         if self.way.get("same_work") is False:
@@ -94,14 +97,17 @@ def run(config: ReportConfig) -> int:
     """Write report.md and report.html, show the same in the terminal; 0. InputError for a path that holds no run."""
     if not config.runs:
         raise InputError("runs=[]: name the folders to report on (python report.py runs/a runs/b)")
-    folders = _folders(config.runs)
-    if len(folders) == 1 and _is_comparison(folders[0]):
-        comparison = read(folders[0])
-        render.show(comparison)
-        made = render.markdown(comparison), render.html(comparison)
+    try:
+        folders = _folders(config.runs)
+        single = read(folders[0]) if len(folders) == 1 and _is_comparison(folders[0]) else None
+        board = Board([] if single else [entry for folder in folders for entry in entries(folder)])
+    except OSError as error:  # a folder that may not be looked into
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    if single:
+        render.show(single)
+        made = render.markdown(single), render.html(single)
         output = config.output or str(folders[0])
     else:
-        board = Board([entry for folder in folders for entry in entries(folder)])
         render.show_page(board.sentence(), board.facts(), [], board.sections())
         made = board.markdown(), board.html()
         output = config.output or "runs/{date}/{time}-report"
@@ -144,9 +150,9 @@ def read(folder: Path) -> dict[str, Any]:
     if (folder / "rounds").is_dir() or not (folder / "comparison.json").is_file():
         return collect(folder)
     try:
-        found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{folder / 'comparison.json'}: cannot be read ({error})") from error
+        found = parsed((folder / "comparison.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'comparison.json'}: cannot be read ({text(str(error))})") from error
     if not isinstance(found, dict):
         raise InputError(f"{folder / 'comparison.json'}: holds no comparison")
     schema = found.get("schema")
@@ -189,16 +195,18 @@ class Board:
         first = []
         for group in self.groups:
             best = group[0]
-            leaders = [entry for entry, rank in zip(group, ranks(group), strict=True) if rank == 1]
-            if not leaders:
-                where = text(get(best.machine, "name") or "a machine not known")
-                first.append(f"{label(best.way)} on {where} has the lowest median: {ms(best.median)} ms an iteration")
+            given = ranks(group)
+            leaders = [entry for entry, rank in zip(group, given, strict=True) if rank == 1]
+            if len(group) == 1:
+                first.append(f"{_on(best)} is the only entry to rank: {ms(best.median)} ms an iteration")
+            elif None in given:  # the times of an entry without an interval may be anything
+                first.append(f"{_on(best)} has the lowest median: {ms(best.median)} ms an iteration")
             elif len(leaders) > 1:
-                names = " and ".join(f"{label(e.way)} on {text(get(e.machine, 'name'))}" for e in leaders[:4])
-                first.append(f"{names} cannot be told apart ({ms(best.median)} ms an iteration)")
+                names = [_on(entry) for entry in leaders[:4]]
+                names += [f"{len(leaders) - 4} more"] if len(leaders) > 4 else []
+                first.append(f"{' and '.join(names)} cannot be told apart ({ms(best.median)} ms an iteration)")
             else:
-                where = text(get(best.machine, "name") or "a machine not known")
-                first.append(f"{label(best.way)} on {where} is fastest: {ms(best.median)} ms an iteration")
+                first.append(f"{_on(best)} is fastest: {ms(best.median)} ms an iteration")
         if len(first) == 1:
             return f"{first[0]}."
         return f"{len(first)} kinds of work, ranked apart. " + " ".join(f"{i}: {s}." for i, s in enumerate(first, 1))
@@ -213,7 +221,8 @@ class Board:
     def sections(self) -> list[Section]:
         made = [_group_section(i, group) for i, group in enumerate(self.groups, 1)]
         rows = [
-            Row([label(entry.way), entry.where(), ms(entry.median or None), entry.unranked() or "", str(entry.folder)],
+            Row([label(entry.way), entry.where(), ms(entry.median or None), entry.unranked() or "",
+                 text(str(entry.folder))],
                 state(entry.way) if state(entry.way) != "ok" else "")
             for entry in self.rest
         ]  # fmt: skip
@@ -235,6 +244,10 @@ class Board:
             page.Page("Leaderboard", "Leaderboard", self.sentence(), self._facts(), [], [], self.sections(),
                       nanogpt_mac.__version__, drawn)
         )  # fmt: skip
+
+
+def _on(entry: Entry) -> str:
+    return f"{label(entry.way)} on {text(get(entry.machine, 'name') or 'a machine not known')}"
 
 
 def ranks(group: list[Entry]) -> list[int | None]:
@@ -262,7 +275,9 @@ def _group_section(number: int, group: list[Entry]) -> Section:
             count(get(entry.machine, "gpu_cores")), size(get(entry.machine, "memory_bytes")),
             text(get(entry.machine, "os")), _framework(entry), text(get(entry.environment, "power_source")),
         ]  # fmt: skip
-        rows.append(Row(cells, "fastest" if rank == 1 else "partial" if state(way) == "partial" else ""))
+        rows.append(
+            Row(cells, "fastest" if rank == 1 and None not in given else "partial" if state(way) == "partial" else "")
+        )
     columns = ["way", "rank", "machine", "ms an iteration [95 %]", "x the fastest", "tokens/s", "MFU: chip",
                "MFU: measured", "peak memory", "J per 1000 tokens", "parity", "runs", "GPU cores", "memory", "system",
                "framework", "power"]  # fmt: skip
@@ -270,10 +285,13 @@ def _group_section(number: int, group: list[Entry]) -> Section:
     machines = list(dict.fromkeys(entry.where() for entry in group))
     tables = [_by_machine(group, machines), board] if len(machines) > 1 else [board]
     corpus = text(get(group[0].work, "corpus"))
-    title = f"Work {number}: corpus {corpus}, {text(get(group[0].work, 'dtype'))}"
+    batch, block, dtype = (text(get(group[0].work, key)) for key in ("batch_size", "block_size", "dtype"))
+    title = f"Work {number}: batch {batch} x {block}, {dtype}, corpus {corpus}"
     notes = [work_facts(group[0].work) + "."]
     if any(rank is None for rank in given):
         notes.append("An entry without an interval has no rank: its comparison had too few rounds to bound its median.")
+    if any("problems" in entry.way for entry in group):  # a single run
+        notes.append("A single run's interval is that of its own iterations: how runs differ is not in it.")
     return Section(f"work-{number}", title, notes, tables)
 
 
@@ -300,8 +318,8 @@ def _sources(entries: list[Entry]) -> Section:
     for folder in dict.fromkeys(entry.folder for entry in entries):
         some = [entry for entry in entries if entry.folder == folder]
         problems = some[0].way.get("problems")
-        what = f"{len(some)} ways" if _is_comparison(folder) else "one run"
-        cells = [str(folder), what, some[0].where(), when(some[0].created)]
+        what = _plural(len(some), "way", "ways") if _is_comparison(folder) else "one run"
+        cells = [text(str(folder)), what, some[0].where(), when(some[0].created)]
         cells += [text(get(some[0].environment, "git", "commit"))[:9], text(problems)]
         rows.append(Row(cells))
     columns = ["folder", "what", "machine", "created", "commit", "what could not be read"]

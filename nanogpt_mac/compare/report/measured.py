@@ -29,7 +29,7 @@ def against_fastest(way: dict[str, Any], comparison: Any) -> str:
     """1.231 [1.225, 1.238], with the word tie where the interval contains 1."""
     found = way.get("ratio")
     if mark(way, comparison) == "fastest":
-        return "fastest"
+        return "tie" if get(comparison, "verdict", "ties") else "fastest"
     value = ratio(get(found, "value"))
     if value == DASH:
         return DASH
@@ -58,7 +58,10 @@ def ways_section(comparison: Any) -> Section:
         lambda way: _rounds(way),
     )
     said = work_facts(get(comparison, "work"))
-    notes = [f"Every way trained the same: {said}." if said else "What was trained is not recorded."]
+    other = [label(way) for way in ways if way.get("same_work") is False and not way.get("lever")]
+    every = f"Every way but {', '.join(other)}" if other else "Every way"
+    trained = f"{every} trained the same" if timed(comparison) else "What was to be trained"
+    notes = [f"{trained}: {said}." if said else "What was trained is not recorded."]
     formulas = dict.fromkeys(text(get(way, "recipe", "formula")) for way in ways if get(way, "recipe", "formula"))
     notes += [f"Full recipe: {formula}." for formula in list(formulas)[:1]]
     return Section(
@@ -195,7 +198,10 @@ def phases_section(comparison: Any) -> Section:
     return Section(
         "phases",
         "Phases: compile, train, evaluate",
-        ["Compiling is an estimate: the first iteration less the median. No iteration time above contains it."]
+        [
+            "Compiling is an estimate: the first iteration less the median. Neither the iteration times nor the full "
+            "recipe's contain it; the chart adds it."
+        ]
         if rows
         else [],
         [Table("First iteration, compiling and evaluation apart from training", columns, rows)],

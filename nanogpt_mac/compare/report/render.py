@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nanogpt_mac.compare.report import evidence, measured
-from nanogpt_mac.compare.report.sections import Section, Table, headline, problems, verdict
+from nanogpt_mac.compare.report.sections import Row, Section, Table, headline, problems, verdict
 from nanogpt_mac.compare.report.words import DASH, get, text
 
 _FOLDED = (
@@ -67,10 +67,15 @@ def markdown_table(table: Table) -> str:
     """A table in GitHub's markdown, without columns in which nothing is known."""
     known = [i for i in range(len(table.columns)) if i == 0 or any(row.cells[i] != DASH for row in table.rows)]
     rule = ["---:" if table.right[i] else "---" for i in known]
-    rows = [[("**" if row.mark == "fastest" and i == 0 else "") + escape(row.cells[i])
-             + ("**" if row.mark == "fastest" and i == 0 else "") for i in known] for row in table.rows]  # fmt: skip
+    rows = [[_cell(row, i) for i in known] for row in table.rows]
     lines = ([escape(table.columns[i]) for i in known], rule, *rows)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _cell(row: Row, i: int) -> str:
+    if row.cells[i] == row.link:
+        return f"<{row.link}>" if row.link.isascii() and not set(row.link) & set("<>| ") else escape(row.link)
+    return f"**{escape(row.cells[i])}**" if row.mark == "fastest" and i == 0 else escape(row.cells[i])
 
 
 def markdown(comparison: Any) -> str:

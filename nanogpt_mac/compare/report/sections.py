@@ -17,10 +17,14 @@ _ORDER = {"ok": 0, "partial": 0, "wrong": 1, "failed": 2}
 
 @dataclass(frozen=True)
 class Row:
-    """Cells of one table row; the first is its heading. `mark`: fastest, wrong, failed, partial or nothing."""
+    """Cells of one table row; the first is its heading. `mark`: fastest, wrong, failed, partial, published or nothing.
+
+    `link`: the address that one of the cells is, which a reader can follow.
+    """
 
     cells: list[str]
     mark: str = ""
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Section:
 
 
 def _figure(cell: str) -> bool:
-    return cell in ("fastest", "0") or cell[0].isdigit() or (cell[0] in "[+-" and any(c.isdigit() for c in cell))
+    return cell in ("fastest", "tie", "0") or cell[0].isdigit() or (cell[0] in "[+-" and any(c.isdigit() for c in cell))
 
 
 def ordered(comparison: Any) -> list[dict[str, Any]]:
@@ -153,7 +157,7 @@ def problems(comparison: Any) -> list[str]:
 
 
 def timed(comparison: Any) -> list[dict[str, Any]]:
-    return [way for way in ordered(comparison) if num(get(way, "iter_ms", "median")) is not None]
+    return [way for way in ordered(comparison) if (num(get(way, "iter_ms", "median")) or 0) > 0]
 
 
 def rows_of(comparison: Any, ways: Sequence[dict[str, Any]], *cells: Any) -> list[Row]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from nanogpt_mac.compare.results import runs
+
 DASH = "—"
 MARKS = {"wrong": "WRONG", "failed": "FAILED", "partial": "partial"}  # what follows a way's label everywhere
 
@@ -28,9 +30,7 @@ def dicts(value: Any) -> list[dict[str, Any]]:
 
 def num(value: Any) -> float | None:
     """A finite number, or None: records carry NaN and infinity by name."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
+    return runs.number(value)
 
 
 def nums(value: Any, count: int) -> list[float] | None:
@@ -41,8 +41,8 @@ def nums(value: Any, count: int) -> list[float] | None:
     return [v for v in found if v is not None] if None not in found else None
 
 
-def text(value: Any) -> str:
-    """One line without control characters; a record's own words never move a terminal's cursor."""
+def text(value: Any, most: int = 2000) -> str:
+    """One line of at most `most` characters, none a control: a record's own words never move a terminal's cursor."""
     if value is None or value == "":
         return DASH
     if isinstance(value, bool):
@@ -53,13 +53,17 @@ def text(value: Any) -> str:
         return ", ".join(f"{text(k)}: {text(v)}" for k, v in value.items()) or DASH
     if isinstance(value, list | tuple):
         return ", ".join(map(text, value)) or DASH
-    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split()) or DASH
+    said = str(value)
+    line = " ".join("".join(c if c.isprintable() else " " for c in said[: 2 * most]).split()) or DASH
+    return line if len(line) <= most and len(said) <= 2 * most else f"{line[: most - 1]}…"
 
 
 def _fixed(value: float, digits: int = 4) -> str:
-    """`digits` significant digits, never as a power of ten."""
+    """`digits` significant digits, not as a power of ten."""
     if value == 0:
         return "0"
+    if abs(value) >= 1e12:
+        return f"{value:.{digits}g}"  # no time that was measured
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{min(decimals, 6)}f}"
 
@@ -72,7 +76,7 @@ def ms(value: Any) -> str:
 
 def count(value: Any) -> str:
     number = num(value)
-    return DASH if number is None else f"{number:,.0f}"
+    return DASH if number is None else f"{number:,.0f}" if abs(number) < 1e15 else f"{number:.4g}"
 
 
 def loss(value: Any) -> str:
@@ -140,7 +144,7 @@ def when(value: Any) -> str:
 
 def label(way: Any) -> str:
     """A way's name for people, with what is to be said against it: MPS compiled (WRONG)."""
-    name = text(get(way, "label") or get(way, "name"))
+    name = text(get(way, "label") or get(way, "name"), 80)
     mark = MARKS.get(state(way))
     return f"{name} ({mark})" if mark else name
 

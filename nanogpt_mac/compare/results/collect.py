@@ -10,6 +10,7 @@ from typing import Any
 
 import nanogpt_mac
 from nanogpt_mac.compare import stats
+from nanogpt_mac.compare.report.words import text
 from nanogpt_mac.compare.results import figures, published, verdict
 from nanogpt_mac.compare.results.runs import Run, document, read, work_key
 from nanogpt_mac.errors import InputError
@@ -34,15 +35,18 @@ def load_run(folder: Path) -> dict[str, Any]:
     backend, compiled = run.fact("backend"), run.fact("compile")
     done = run.state == "done"
     recipe = figures.projected(run.config, _median(found), found["eval_s"], found["eval_iters"])
-    label = f"{str(backend).upper()} {'compiled' if compiled is True else 'eager'}" if backend else folder.name
+    checked = _own_parity(folder)
+    wrong = checked.get("state") == "fail"
+    how = {True: " compiled", False: " eager"}.get(compiled, "") if isinstance(compiled, bool) else ""
+    label = f"{str(backend).upper()}{how}" if backend else folder.name
     return {
         "name": folder.name,
         "label": label,
         "overrides": None,
         "lever": None,
-        "state": "ok" if done else "partial" if found["iter_ms"] else "failed",
-        "reason": None if done else run.reason,
-        "parity": "not run",
+        "state": "wrong" if wrong else "ok" if done else "partial" if found["iter_ms"] else "failed",
+        "reason": _failed_parity(checked) if wrong else None if done else run.reason,
+        "parity": checked.get("state") or "not run",
         "runs": int(done),
         "failed_runs": [] if done else [{"round": 0, "state": run.state, "reason": run.reason}],
         "ratio": None,
@@ -63,12 +67,13 @@ def load_run(folder: Path) -> dict[str, Any]:
 def collect(folder: Path) -> dict[str, Any]:
     """comparison.json of a comparison's folder, which may still be at work. InputError for any other folder."""
     folder = Path(folder)
-    plan = document(folder / "plan.json")
+    said_of_files: list[str] = []
+    plan = _plan(folder, said_of_files)
     runs, pilots = _runs(folder)
     if not plan and not runs and not pilots:
         what = "holds no comparison" if folder.is_dir() else "is no folder"
         raise InputError(f"{folder}: {what}; allowed is a folder that compare.py wrote, with plan.json and rounds/")
-    parity = document(folder / "parity.json") or None
+    parity = _parity(folder, said_of_files)
     planned = _planned_ways(plan, runs, pilots)
     work = _common_work([way for way in planned if not way["lever"]] or planned, runs, pilots)
     recipe = _recipe(plan)
@@ -85,7 +90,7 @@ def collect(folder: Path) -> dict[str, Any]:
     complete = _complete(plan, runs, pilots)
     said = verdict.verdict(ways, ranked, complete)
     finished = [run for _, run in _finished(runs, pilots)]
-    environment = finished[0].env if finished else {}
+    environment = next((run.env for run in finished if run.env), {})
     devices = [way.get("device") for way in ways]
     if work.get("stand_in"):
         said["sentence"] += " The corpus is the stand-in: losses say nothing about Shakespeare."
@@ -100,7 +105,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "environment": environment or None,
         "plan": _plan_facts(plan, runs, pilots, complete),
         "verdict": said,
-        "warnings": _warnings(plan, ways, work, parity, finished),
+        "warnings": said_of_files + _warnings(plan, ways, work, parity, finished),
         "parity": parity,
         "levers": verdict.lever_table(ways) if any(way["lever"] for way in ways) else None,
         "published": published.beside(work),
@@ -109,6 +114,47 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 # -- what is in the folder --------------------------------------------------------------------------------------------
+
+
+def _plan(folder: Path, said: list[str]) -> dict[str, Any]:
+    """plan.json without what cannot be what its key says, which goes into `said`."""
+    plan = document(folder / "plan.json", said)
+    kinds: dict[str, Any] = {"ways": list, "order": list, "rounds": int, "iters": dict, "recipe": dict, "cut": dict,
+                             "created": str, "version": str, "experiment": str}  # fmt: skip
+    for key, kind in kinds.items():
+        if plan.get(key) is not None and not isinstance(plan[key], kind):
+            plan[key] = None
+            said.append(f"plan.json: {key} cannot be read")
+    if isinstance(schema := plan.get("schema"), int) and schema > SCHEMA:
+        said.append(f"plan.json has schema {schema}, newer than this program's {SCHEMA}: something may be missing")
+    for way in (ways := plan.get("ways") or []):
+        if not isinstance(way, dict) or not isinstance(way.get("name"), str):
+            said.append("plan.json: a way cannot be read")
+    plan["ways"] = [way for way in ways if isinstance(way, dict) and isinstance(way.get("name"), str)]
+    if not all(_is_place(place) for place in plan.get("order") or []):
+        plan["order"] = None
+        said.append("plan.json: order cannot be read")
+    return plan if plan["ways"] or len(plan) > 1 else {}
+
+
+def _is_place(place: Any) -> bool:
+    """Whether it is [round, name of a way]."""
+    return isinstance(place, list) and len(place) == 2 and isinstance(place[0], int) and isinstance(place[1], str)
+
+
+def _parity(folder: Path, said: list[str]) -> dict[str, Any] | None:
+    """parity.json; None where there is none. What it cannot mean is an error of that way's check, never a pass."""
+    if not (folder / "parity.json").exists():
+        return None
+    parity = document(folder / "parity.json", said)
+    ways = parity.get("ways")
+    if parity and not isinstance(ways, dict):
+        said.append("parity.json: ways cannot be read")
+        ways = parity["ways"] = {}
+    for name, found in (ways or {}).items():
+        if not isinstance(found, dict) or found.get("state") not in ("pass", "fail", "error"):
+            parity["ways"][name] = {"state": "error", "reason": "parity.json does not say how it ended"}
+    return parity or None
 
 
 def _runs(folder: Path) -> tuple[dict[str, dict[int, Run]], dict[str, Run]]:
@@ -132,19 +178,27 @@ def _runs(folder: Path) -> tuple[dict[str, dict[int, Run]], dict[str, Run]]:
 
 def _planned_ways(plan: dict[str, Any], *found: dict[str, Any]) -> list[dict[str, Any]]:
     """The plan's ways, then any that only a folder tells of."""
-    planned = [way for way in plan.get("ways") or [] if isinstance(way, dict) and way.get("name")]
+    planned = list(plan.get("ways") or [])
     names = {way["name"] for way in planned}
     for name in sorted({name for runs in found for name in runs} - names):
         planned.append({"name": name})
     return [
         {
             "name": way["name"],
-            "label": way.get("label") or way["name"],
+            "label": text(way.get("label") or way["name"], 80),
             "overrides": way.get("overrides"),
-            "lever": way.get("lever"),
+            "lever": _lever(way.get("lever")),
         }
         for way in planned
     ]
+
+
+def _lever(told: Any) -> dict[str, Any] | None:
+    """A plan's lever; one that cannot be read is still no way of its own."""
+    if not told:
+        return None
+    lever = told if isinstance(told, dict) else {}
+    return lever | {"base": lever["base"] if isinstance(lever.get("base"), str) else None}
 
 
 def _finished(runs: dict[str, dict[int, Run]], pilots: dict[str, Run]) -> list[tuple[str, Run]]:
@@ -157,13 +211,11 @@ def _finished(runs: dict[str, dict[int, Run]], pilots: dict[str, Run]) -> list[t
 def _common_work(
     planned: list[dict[str, Any]], runs: dict[str, dict[int, Run]], pilots: dict[str, Run]
 ) -> dict[str, Any]:
-    """The work that most of these ways did; the first planned decides where as many did one as another."""
+    """The work that most of these ways' runs did; the first planned decides where as many did one as another."""
     works = []
-    for way in planned:
-        name = way["name"]
-        run = next((run for n, run in _finished({name: runs.get(name, {})}, {})), None) or pilots.get(name)
-        if run:
-            works.append(run.work())
+    for name in (way["name"] for way in planned):
+        some = [run.work() for _, run in _finished({name: runs.get(name, {})}, {})]
+        works += some or ([pilots[name].work()] if name in pilots else [])
     if not works:
         return {}
     most = Counter(work_key(work) for work in works).most_common(1)[0][0]
@@ -197,14 +249,22 @@ def _way(
     folder: Path,
 ) -> dict[str, Any]:
     ended = {r: run for r, run in runs.items() if run.state == "done"}
-    done = {r: run for r, run in ended.items() if len(run.kept)}
+    timed = {r: run for r, run in ended.items() if len(run.kept)}
+    keys = {r: work_key(run.work()) for r, run in timed.items()}
+    own = work_key(work) if work_key(work) in keys.values() else next(iter(keys.values()), None)
+    done = {r: run for r, run in timed.items() if keys[r] == own}
     failed = [(r, run.state, run.reason) for r, run in sorted(runs.items()) if run.state not in ("done", "unfinished")]
     failed += [
-        (r, "unreadable", "; ".join(ended[r].problems) or "no timed iteration") for r in sorted(ended.keys() - done)
+        (r, "unreadable", "; ".join(ended[r].problems) or "no timed iteration") for r in sorted(ended.keys() - timed)
+    ]
+    failed += [
+        (r, "other_work", _difference(timed[r].work(), next(iter(done.values())).work()) or "not fully recorded")
+        for r in sorted(timed.keys() - done)
     ]
     if pilot and pilot.state not in ("done", "unfinished"):
         failed.insert(0, (None, pilot.state, pilot.reason))  # type: ignore[arg-type]
-    checked = ((parity or {}).get("ways") or {}).get(way["name"]) or {}
+    gate = (parity or {}).get("ways")
+    checked = gate.get(way["name"], {"state": "error", "reason": "parity.json does not name it"}) if gate else {}
     found = figures.of_way(done, pilot, recipe, planned)
     told = next(iter(done.values()), pilot)
     same_work = told is not None and work_key(told.work()) == work_key(work)
@@ -230,7 +290,7 @@ def _state(way: dict[str, Any], checked: dict[str, Any]) -> tuple[str, str | Non
     failed = way["failed_runs"]
     reason = f"{failed[0]['state'].replace('_', ' ')}: {failed[0]['reason']}" if failed else None
     if way["parity"] == "fail":
-        return "wrong", f"failed parity: {checked.get('reason') or 'no reason recorded'}"
+        return "wrong", _failed_parity(checked)
     if not way["runs"]:
         if way["parity"] == "error" and not failed:
             reason = f"parity could not be checked: {checked.get('reason')}"
@@ -238,6 +298,18 @@ def _state(way: dict[str, Any], checked: dict[str, Any]) -> tuple[str, str | Non
     if failed:
         return "partial", reason
     return "ok", f"parity could not be checked: {checked.get('reason')}" if way["parity"] == "error" else None
+
+
+def _failed_parity(checked: dict[str, Any]) -> str:
+    return f"failed parity: {checked.get('reason') or 'no reason recorded'}"
+
+
+def _own_parity(folder: Path) -> dict[str, Any]:
+    """What the gate said of a run that is a comparison's: rounds/2-mps. Empty for any other."""
+    place = folder.resolve()
+    matched = _ROUND.fullmatch(place.name) if place.parent.name == "rounds" else None
+    ways = (_parity(place.parent.parent, []) or {}).get("ways") if matched else None
+    return (ways or {}).get(matched[2], {}) if matched else {}
 
 
 def _difference(work: dict[str, Any], other: dict[str, Any]) -> str:
@@ -257,7 +329,7 @@ def _complete(plan: dict[str, Any], runs: dict[str, dict[int, Run]], pilots: dic
     """Whether every planned run has ended, well or not."""
     order = plan.get("order")
     if not order:  # nothing to time: complete when every way's pilot has failed
-        names = [way.get("name") for way in plan.get("ways") or []]
+        names = [way["name"] for way in plan.get("ways") or []]
         return order == [] and all(name in pilots for name in names)
     ended = {(r, name) for name, some in runs.items() for r, run in some.items() if run.state != "unfinished"}
     return all((r, name) in ended for r, name in order)
@@ -310,7 +382,7 @@ def _warnings(
         said.append("Low Power Mode is on: the chip is held back")
     heat = {str(event.get("thermal_state")) for run in finished for event in run.events}
     for run in finished:
-        heat |= {str(run.outcome["heat"].get(when)) for when in ("at_start", "after") if run.outcome.get("heat")}
+        heat |= {str((run.outcome.get("heat") or {}).get(when)) for when in ("at_start", "after")}
     if hot := heat & {"moderate", "heavy", "trapping", "sleeping"}:
         said.append(f"thermal pressure was {' and '.join(sorted(hot))} at times: the chip was held back")
     throttled = [way["label"] for way in ways if (way.get("drift") or {}).get("throttled")]

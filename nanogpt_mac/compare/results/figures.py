@@ -95,7 +95,7 @@ def projected(
         return None
     iters = number(recipe.get("max_iters") or recipe.get("iters"))
     interval, batches = number(recipe.get("eval_interval")), number(recipe.get("eval_iters"))
-    if not iters:
+    if not iters or iters < 0 or (interval or 0) < 0 or (batches or 0) < 0:
         return None
     count = math.ceil(iters / interval) + 1 if interval else 0
     seconds = iters * median_ms / 1e3

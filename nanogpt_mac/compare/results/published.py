@@ -19,7 +19,9 @@ FULL_RECIPE = {
 WORK = "nanoGPT shakespeare_char: 6 layers x 6 heads x 384, batch 64 x block 256, dropout 0.2, float32"
 
 _STATE = "State of training on Metal"
+_STATE_URL = "https://vglazer.github.io/training-on-metal"
 _RB = "nanogpt-rb"
+_RB_URL = "https://github.com/khasinski/nanogpt-rb"
 _MACBOOK = "MacBook, chip not stated"
 
 
@@ -28,7 +30,7 @@ class Row:
     """One published figure. `note`: what is unknown about it, or wrong with it."""
 
     source: str
-    url_or_title: str
+    url: str
     date: str | None
     machine: str
     way: str
@@ -40,7 +42,7 @@ class Row:
 ROWS = (
     Row(
         _STATE,
-        "page title: State of training on Metal",
+        _STATE_URL,
         "2025-09",
         _MACBOOK,
         "MPS eager",
@@ -50,7 +52,7 @@ ROWS = (
     ),
     Row(
         _STATE,
-        "page title: State of training on Metal",
+        _STATE_URL,
         "2025-09",
         _MACBOOK,
         "MPS compiled",
@@ -60,7 +62,7 @@ ROWS = (
     ),
     Row(
         _STATE,
-        "page title: State of training on Metal",
+        _STATE_URL,
         "2025-09",
         _MACBOOK,
         "CPU",
@@ -69,7 +71,7 @@ ROWS = (
     ),
     Row(
         _RB,
-        "project: nanogpt-rb",
+        _RB_URL,
         None,
         "M1 Max",
         "MPS",
@@ -78,7 +80,7 @@ ROWS = (
     ),
     Row(
         _RB,
-        "project: nanogpt-rb",
+        _RB_URL,
         None,
         "M1 Max",
         "CPU",

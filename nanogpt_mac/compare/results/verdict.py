@@ -84,7 +84,7 @@ def verdict(ways: Sequence[Way], ranked: Sequence[Way], complete: bool) -> dict[
         sentences.append(_nobody(ways))
     else:
         sentences.append(_winner(fastest, ranked, ties))
-        sentences += _other_ties(ranked[1 + len(ties) :], confidence(ways))
+        sentences += _other_ties([way for way in ranked[1:] if way not in ties], confidence(ways))
         sentences += _better_levers(ways, fastest)
     sentences += _reservations(ways)
     return {
