@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,17 @@ def check(
     }
     write_json(folder / "parity.json", parity)
     return parity
+
+
+def read(folder: Path, ways: Iterable[str]) -> dict[str, Any] | None:
+    """parity.json of `folder` where it says of each of `ways` how it ended; None where it must be made (again)."""
+    try:
+        parity: dict[str, Any] = json.loads((folder / "parity.json").read_text())
+        said = [(parity["ways"][name]["state"], parity["ways"][name]["reason"]) for name in ways]
+        whole = parity["seconds"] >= 0 and all(state in ("pass", "fail", "error") for state, _ in said)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return parity if whole else None
 
 
 def _ended(result: dict[str, Any]) -> dict[str, Any]:
