@@ -132,9 +132,8 @@ def _read(folder: Path) -> dict[str, Any]:
     if lacking:
         raise InputError(f"run={folder}: its plan.json has no {', '.join(lacking)}")
     if damaged := plans.damaged(plan):
-        raise InputError(
-            f"run={folder}: its plan.json is damaged: {damaged}={str(plan.get(damaged))[:80]}; allowed is what compare.py wrote"
-        )
+        value = str(plan.get(damaged))[:80]
+        raise InputError(f"run={folder}: its plan.json is damaged: {damaged}={value}; allowed is what compare.py wrote")
     if not Path(plan["cwd"]).is_dir():
         raise InputError(f"run={folder}: was started in {plan['cwd']}, which is not there any more")
     return plan

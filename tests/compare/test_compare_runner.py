@@ -476,7 +476,7 @@ def test_only_a_comparison_that_can_be_read_goes_on(plan, tmp_path):
 def test_a_new_comparison_takes_no_folder_that_another_has(plan, monkeypatch):
     runner = plan(rounds=1, a="works")
     monkeypatch.setattr(plans, "make", lambda config: ({"made": "anew"}, {}))
-    with pytest.raises(InputError, match="run_dir=.*: is not empty; allowed is a new or an empty folder"):
+    with pytest.raises(InputError, match=r"run_dir=.*: is not empty; allowed is a new or an empty folder"):
         command.run(CompareConfig(run_dir=str(runner.folder)))
     assert json.loads((runner.folder / "plan.json").read_text()) == runner.plan
 
