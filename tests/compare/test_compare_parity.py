@@ -15,7 +15,7 @@ from parity_mutants import MUTANTS
 
 from nanogpt_mac.cli import compose
 from nanogpt_mac.compare import parity, reference, tolerances
-from nanogpt_mac.compare.parity_child import LOSS_SCALE, config_from_json, drawn_weights
+from nanogpt_mac.compare.parity_child import LOSS_SCALE, check_way, config_from_json, drawn_weights, make_reference
 from nanogpt_mac.gpt.pretrained import TRANSPOSED
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.simulator import VARIABLE
@@ -182,12 +182,29 @@ def survivors(found):
 def test_faults_of_torch_and_mlx_are_caught(way, tmp_path):
     """A few of the table, those that are hardest to see; the whole table is below."""
     for backend, names in {
-        "cpu": ["other gelu", "decay on vectors", "AdamW eps 1e-6", "clip 1 % off", "label smoothing"],
+        "cpu": [
+            "other gelu",
+            "decay on vectors",
+            "AdamW eps 1e-6",
+            "clip 1 % off",
+            "label smoothing",
+            "evaluates in training mode",
+            "attention dropout in evaluation",
+        ],
         "mlx": ["no causal mask with dropout", "always scaled to the clip", "update 0.1 % off", "no decay"],
     }.items():
         planted = [f"{'torch' if backend == 'cpu' else backend}: {name}" for name in names]
         config = way(f"backend={backend}", "model.dropout=0.1", "batch_size=2")
         assert survivors(mutants(config, tmp_path / "x", ["clean", *planted])) == set()
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_the_shortest_windows_pass(way, tmp_path, block_size):
+    config = way("backend=cpu", f"model.block_size={block_size}", "model.n_layer=1")
+    make_reference(config, tmp_path)
+    checks = check_way(config, tmp_path)["checks"]
+    assert [c["quantity"] for c in checks if not c["pass"]] == []
+    assert ("causality" in [c["quantity"] for c in checks]) == (block_size > 1)
 
 
 def test_config_survives_the_way_to_a_child(way):
