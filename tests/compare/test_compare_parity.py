@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,37 @@ def test_ways_pass_fail_or_end_each_as_a_row(way, tmp_path):
         assert title
         assert rows
         assert all(len(row) == len(headings) and all(isinstance(cell, str) for cell in row) for row in rows)
+
+
+@pytest.mark.parametrize("cores", [2, 8])
+def test_back_ends_are_checked_side_by_side_where_there_are_cores(way, tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    program = "import json, sys, time; task = json.load(sys.stdin); begun = time.time(); time.sleep(0.3)"
+    program += "; json.dump({'shape': None, 'span': [begun, time.time()]}, open(task['result'], 'w'))"
+    spans = {}
+    monkeypatch.setattr(parity, "_ended", lambda result: spans.update({len(spans): result["span"]}))
+    configs = {name: way(f"backend={name.split('-')[0]}") for name in ("mlx", "mlx-eager", "cpu")}
+    parity.check(configs, tmp_path, child=(sys.executable, "-c", program))
+    mlx, eager, cpu = spans.values()
+    assert mlx[1] <= eager[0]
+    assert (cpu[0] < mlx[1]) == (cores == 8)
+
+
+def test_a_gate_that_is_stopped_leaves_no_process(way, tmp_path, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def stopping(*args, **kwargs):
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", stopping)
+    job = ("a", task(way(), tmp_path), tmp_path / "a.log")
+    with pytest.raises(KeyboardInterrupt):
+        parity._run_all((sys.executable, "-c", "import time; time.sleep(60)"), [[job]] * 3, 60.0)
+    assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
 
 
 def test_a_hang_ends_and_a_reference_that_cannot_be_made_says_why(way, tmp_path):
