@@ -62,6 +62,12 @@ def validate(config: CompareConfig) -> None:
         )
     if config.levers and config.ways is not None:
         raise InputError(f"ways={config.ways}: levers=true chooses its own; allowed beside it is backend=NAME")
+    if config.levers and config.compile != "auto":
+        raise InputError(
+            f"compile={str(config.compile).lower()}: levers=true tries both; allowed beside it is backend=NAME"
+        )
+    if config.chip is not None and not chips(config):
+        raise InputError(f"chip={config.chip}: allowed is a name such as m4-max, a list of names, or all")
     if config.time_wrong and not config.parity:
         raise InputError("time_wrong=true: parity=false does not look for ways that are wrong; allowed is one of them")
     for key in ("rounds", "iters"):

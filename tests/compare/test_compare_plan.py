@@ -118,6 +118,8 @@ def test_names_are_unique_whatever_is_written():
         (["cooldown_seconds=-1"], "cooldown_seconds=-1.0: must be at least 0"),
         (["stall_seconds=0"], "stall_seconds=0.0: must be at least 1"),
         (["levers=true", "ways=[cpu]"], r"ways=\['cpu'\]: levers=true chooses its own"),
+        (["levers=true", "compile=true"], "compile=true: levers=true tries both; allowed beside it is backend=NAME"),
+        (["chip=[]"], r"chip=\[\]: allowed is a name such as m4-max"),
         (["parity=false", "time_wrong=true"], "time_wrong=true: parity=false does not look"),
         (["ronds=3"], "ronds=3: there is no such key; did you mean rounds"),
         (["batch_size=0"], "batch_size=0: must be at least 1"),
