@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import psutil
 
 POLL_S = 0.1  # seldom enough to leave the cores alone
 GRACE_S = 60.0  # for a run that was asked to end to finish its iteration
+ROOM = 64 * 1024  # bytes; less is a full disk
 FEWEST_PILOT = 4  # iterations, before a pilot run is asked to end
 
 # The line of a log that says why, by the state that it means; the first that is found, from the end of the log.
@@ -171,6 +173,12 @@ def _why(code: int, log: str) -> tuple[str, str]:
 def _shortened(line: str, most: int = 240) -> str:
     line = re.sub(r"^(train\.py): ", "", " ".join(line.split()))
     return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def require_room(folder: Path) -> None:
+    """After a failure: OSError where the disk is full, which is nobody's fault and would fail everything to come."""
+    if shutil.disk_usage(folder).free < ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def outcome(folder: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_mac.compare import tolerances
+from nanogpt_mac.compare.child import require_room
 from nanogpt_mac.config import Config
 from nanogpt_mac.train.recorder import write_json
 
@@ -73,6 +74,8 @@ def check(
             queue = config.backend.name if (os.cpu_count() or 1) >= MANY_CORES else ""
             queues.setdefault(queue, []).append((name, task, folder / f"parity-{name}.log"))
         found |= _run_all(child, queues.values(), timeout_s)
+        if any("error" in result for result in found.values()):
+            require_room(folder)
     precisions = dict.fromkeys(tolerances.precision(c.dtype, c.matmul_precision) for c in configs.values())
     parity = {
         "schema": SCHEMA,

@@ -320,6 +320,8 @@ class Runner:
         argv = [sys.executable, script, *merged(self.plan["overrides"], way.overrides, overrides, fixed)]
         started = datetime.now().astimezone().isoformat(timespec="milliseconds")
         ending = child.run(argv, folder, self._environment(way), limits)
+        if ending.state != "done":
+            child.require_room(folder)
         if heat is not None:
             heat["after"] = probe.thermal_state()
         return self._record(number, way.name, dataclasses.asdict(ending) | {"started": started, "heat": heat})

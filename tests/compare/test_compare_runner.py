@@ -493,3 +493,14 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(plan, monkeypatch, capsy
     said = capsys.readouterr().err
     assert said.startswith(f"{runner.folder / 'outcome.json'}: No space left on device; make room, then go on with: ")
     assert said.count("\n") == 1
+
+
+def test_a_run_that_a_full_disk_has_failed_is_none_of_the_ways_failures(plan, monkeypatch):
+    runner = plan(rounds=1, a="raises")
+    monkeypatch.setattr(child, "ROOM", sys.maxsize)
+    with pytest.raises(OSError, match="No space left on device"):
+        runner.carry_out()
+    assert outcomes(runner) == {}
+    monkeypatch.undo()
+    plan.again(runner.folder).carry_out()
+    assert outcomes(runner)["pilot-a"] == ("failed", "RuntimeError: the first line")
