@@ -74,10 +74,11 @@ def validate(config: CompareConfig) -> None:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise InputError(f"{key}={value}: must be at least 1")
-    if config.iters is not None and config.iters < config.timing_warmup + 3:
+    fewest = max(config.timing_warmup, 1) + 3  # the second is not counted either: it finds a GPU's queue empty
+    if config.iters is not None and config.iters < fewest:
         raise InputError(
-            f"iters={config.iters}: must be at least {config.timing_warmup + 3}: the first, timing_warmup="
-            f"{config.timing_warmup} more and the last are not counted"
+            f"iters={config.iters}: must be at least {fewest}: the first, timing_warmup={config.timing_warmup} more "
+            "(or one) and the last are not counted"
         )
     if config.budget_minutes is not None and not 0 < config.budget_minutes < math.inf:
         raise InputError(f"budget_minutes={config.budget_minutes}: must be more than 0")

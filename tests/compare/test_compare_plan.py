@@ -115,6 +115,7 @@ def test_names_are_unique_whatever_is_written():
         (["iters=7"], "iters=7: must be at least 8"),
         (["budget_minutes=0"], "budget_minutes=0.0: must be more than 0"),
         (["budget_minutes=nan"], "budget_minutes=nan: must be more than 0"),
+        (["iters=3", "timing_warmup=0"], "iters=3: must be at least 4"),
         (["cooldown_seconds=-1"], "cooldown_seconds=-1.0: must be at least 0"),
         (["stall_seconds=0"], "stall_seconds=0.0: must be at least 1"),
         (["levers=true", "ways=[cpu]"], r"ways=\['cpu'\]: levers=true chooses its own"),
