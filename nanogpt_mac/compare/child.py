@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +21,7 @@ import psutil
 
 POLL_S = 0.1  # seldom enough to leave the cores alone
 GRACE_S = 60.0  # for a run that was asked to end to finish its iteration
+ROOM = 64 * 1024  # bytes; less is a full disk
 FEWEST_PILOT = 4  # iterations, before a pilot run is asked to end
 
 # The line of a log that says why, by the state that it means; the first that is found, from the end of the log.
@@ -64,10 +67,9 @@ def run(argv: Sequence[str], folder: Path, environment: Mapping[str, str], limit
             env=environment,
             start_new_session=True,  # Ctrl-C is ours to pass on, and helpers of the run end with it
         )
-    _note(process.pid, folder)
-    overdue = None
-    asked = False
+    overdue, asked = None, False
     try:
+        _note(process.pid, argv, folder)
         overdue, asked = _watch(process, folder, limits, begun)
     finally:
         _end(process.pid)
@@ -88,7 +90,8 @@ def clear(folder: Path) -> None:
     """Remove what a run that was cut off left behind, its process included, where that outlived us."""
     with suppress(OSError, ValueError, KeyError, TypeError, psutil.Error):
         noted = json.loads((folder / "process.json").read_text())
-        if abs(psutil.Process(noted["pid"]).create_time() - noted["created"]) < 0.1:  # not one that got its number
+        # Not one that got its number. By its arguments, which name this folder: its age changes when the clock is set.
+        if noted["arguments"] and psutil.Process(noted["pid"]).cmdline()[1:] == noted["arguments"]:
             _end(noted["pid"])
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -138,11 +141,9 @@ def _after(iterations: int) -> str:
     return f"after {iterations} recorded iterations" if iterations else "before the first iteration was recorded"
 
 
-def _note(pid: int, folder: Path) -> None:
+def _note(pid: int, argv: Sequence[str], folder: Path) -> None:
     """Who is running, for the next comparison, should this one be killed."""
-    with suppress(psutil.Error):
-        noted = {"pid": pid, "created": psutil.Process(pid).create_time()}
-        (folder / "process.json").write_text(json.dumps(noted))
+    (folder / "process.json").write_text(json.dumps({"pid": pid, "arguments": list(argv[1:])}))
 
 
 def _end(pid: int) -> None:
@@ -174,6 +175,12 @@ def _shortened(line: str, most: int = 240) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
+def require_room(folder: Path) -> None:
+    """After a failure: OSError where the disk is full, which is nobody's fault and would fail everything to come."""
+    if shutil.disk_usage(folder).free < ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
 def outcome(folder: Path) -> dict[str, Any] | None:
     """outcome.json of a run's folder, or None where the run has not ended."""
     try:
@@ -181,3 +188,21 @@ def outcome(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def whole(folder: Path) -> bool:
+    """Whether the records of a run that has ended hold all that is read from them again."""
+    found = outcome(folder)
+    try:
+        if found is None or not 0 <= found["seconds"] < math.inf or not isinstance(found["state"], str):
+            return False
+        if found["state"] != "done":
+            return isinstance(found["reason"], str)
+        summary = json.loads((folder / "summary.json").read_text())
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        times = [row["iter_ms"] for row in rows if row["kind"] == "iteration" and not row.get("left_out")]
+        timing = summary["iter_ms"]
+        figures = [summary["first_iter_s"], *([timing["median"], timing["min"], *times] if times else [])]
+        return len(times) == timing.get("count", len(times)) and all(figure > 0 for figure in figures)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -62,16 +62,23 @@ def validate(config: CompareConfig) -> None:
         )
     if config.levers and config.ways is not None:
         raise InputError(f"ways={config.ways}: levers=true chooses its own; allowed beside it is backend=NAME")
+    if config.levers and config.compile != "auto":
+        raise InputError(
+            f"compile={str(config.compile).lower()}: levers=true tries both; allowed beside it is backend=NAME"
+        )
+    if config.chip is not None and not chips(config):
+        raise InputError(f"chip={config.chip}: allowed is a name such as m4-max, a list of names, or all")
     if config.time_wrong and not config.parity:
         raise InputError("time_wrong=true: parity=false does not look for ways that are wrong; allowed is one of them")
     for key in ("rounds", "iters"):
         value = getattr(config, key)
         if value is not None and value < 1:
             raise InputError(f"{key}={value}: must be at least 1")
-    if config.iters is not None and config.iters < config.timing_warmup + 3:
+    fewest = max(config.timing_warmup, 1) + 3  # the second is not counted either: it finds a GPU's queue empty
+    if config.iters is not None and config.iters < fewest:
         raise InputError(
-            f"iters={config.iters}: must be at least {config.timing_warmup + 3}: the first, timing_warmup="
-            f"{config.timing_warmup} more and the last are not counted"
+            f"iters={config.iters}: must be at least {fewest}: the first, timing_warmup={config.timing_warmup} more "
+            "(or one) and the last are not counted"
         )
     if config.budget_minutes is not None and not 0 < config.budget_minutes < math.inf:
         raise InputError(f"budget_minutes={config.budget_minutes}: must be more than 0")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -82,6 +83,57 @@ def make(config: CompareConfig) -> tuple[dict[str, Any], dict[str, Config]]:
         "cwd": str(Path.cwd()),
     }
     return plan, configs
+
+
+def damaged(plan: dict[str, Any]) -> str | None:
+    """The first key of a plan read back that does not hold what `make` and the pilot runs write; None if all do."""
+
+    def count(value: Any) -> bool:
+        return isinstance(value, int) and value > 0
+
+    def seconds(value: Any) -> bool:
+        return isinstance(value, int | float) and 0 <= value < math.inf
+
+    def ways(value: Any) -> bool:
+        try:
+            names = [Way.from_json(way).name for way in value]
+        except (KeyError, TypeError):
+            return False
+        return len(names) == len(set(names)) > 0 and all(isinstance(name, str) for name in names)
+
+    def order(value: Any) -> bool:
+        names = {way.name for way in ways_of(plan)}
+        return value is None or all(
+            isinstance(e, list) and len(e) == 2 and type(e[0]) is int and e[1] in names for e in value
+        )
+
+    def of_ways(number: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        """A number for each way in the order."""
+        return lambda value: not plan["order"] or all(number((value or {}).get(name)) for _, name in plan["order"])
+
+    checks: dict[str, Callable[[Any], bool]] = {
+        "ways": ways,
+        "asked": lambda value: all(value[key] is None or count(value[key]) for key in ("rounds", "iters")),
+        "overrides": lambda value: isinstance(value, list) and all(isinstance(o, str) for o in value),
+        "gate": lambda value: all(isinstance(value[key], bool) for key in ("parity", "time_wrong")),
+        "recipe": lambda value: value is None or isinstance(value, dict),
+        "missing": lambda value: isinstance(value, dict),
+        "cwd": lambda value: isinstance(value, str),
+        "seed": lambda value: isinstance(value, int),
+        **dict.fromkeys(("budget_minutes", "cooldown_seconds", "heat_wait_seconds", "stall_seconds"), seconds),
+        "order": order,
+        "rounds": lambda value: plan["order"] is None or isinstance(value, int),
+        "iters": of_ways(count),
+        "warmup": of_ways(lambda value: isinstance(value, int)),
+        "share": of_ways(seconds),
+    }
+    for key, holds in checks.items():
+        try:
+            if not holds(plan.get(key)):
+                return key
+        except (KeyError, TypeError, AttributeError):
+            return key
+    return None
 
 
 def configs_of(plan: dict[str, Any]) -> dict[str, Config]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import signal
@@ -21,6 +22,8 @@ from nanogpt_mac.errors import InputError
 from nanogpt_mac.machine import probe
 from nanogpt_mac.train.display import say
 from nanogpt_mac.train.recorder import make_folder, write_json
+
+LOCK = ".lock"
 
 
 class Stopped(BaseException):
@@ -45,6 +48,7 @@ def run(config: CompareConfig) -> int:
             plan, configs = plans.make(config)
             folder = make_folder(config.run_dir, "compare").resolve()
             stack.enter_context(_alone(folder))
+            _refuse_taken(folder, config.run_dir)
             plans.write(folder, plan)
         else:
             folder = _find(config.run)
@@ -61,6 +65,12 @@ def run(config: CompareConfig) -> int:
             name = signal.Signals(stopped.signum).name
             print(f"\n{name}: stopped; go on with: {again}", file=sys.stderr, flush=True)
             return 128 + stopped.signum
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = error.filename or folder
+            print(f"{where}: {error.strerror}; make room, then go on with: {again}", file=sys.stderr, flush=True)
+            return 1
 
 
 def _compare(folder: Path, plan: dict[str, Any], configs: dict[str, Config]) -> int:
@@ -116,15 +126,26 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
         schema, lacking = plan["schema"], sorted(plans.KEYS - plan.keys())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"run={folder}: its plan.json cannot be read ({' '.join(str(error).split())})") from error
     if schema != plans.SCHEMA:
         raise InputError(f"run={folder}: its plan has schema {schema}; allowed is {plans.SCHEMA}")
     if lacking:
         raise InputError(f"run={folder}: its plan.json has no {', '.join(lacking)}")
+    if damaged := plans.damaged(plan):
+        value = str(plan.get(damaged))[:80]
+        raise InputError(f"run={folder}: its plan.json is damaged: {damaged}={value}; allowed is what compare.py wrote")
     if not Path(plan["cwd"]).is_dir():
         raise InputError(f"run={folder}: was started in {plan['cwd']}, which is not there any more")
     return plan
+
+
+def _refuse_taken(folder: Path, named: str) -> None:
+    """What lies in a folder counts as done, so a new comparison must not find another one's runs there."""
+    if any(path.name != LOCK for path in folder.iterdir()):
+        raise InputError(
+            f"run_dir={named}: is not empty; allowed is a new or an empty folder (run=... goes on with one)"
+        )
 
 
 def _again(folder: Path) -> str:
@@ -136,7 +157,7 @@ def _again(folder: Path) -> str:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process a comparison: a second would end the first one's runs. The lock ends with its process."""
-    with (folder / ".lock").open("w") as lock:
+    with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

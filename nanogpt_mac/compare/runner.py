@@ -54,6 +54,7 @@ class Runner:
 
     def carry_out(self) -> None:
         """Everything that has not been done yet. What a way cannot do is an outcome; this only raises when stopped."""
+        self._forget_damaged()
         barred = self._gate()
         self._detect_fallbacks()
         self._pilots(barred)
@@ -63,18 +64,23 @@ class Runner:
         for leftover in (self.folder / "cache", *self.folder.glob(".parity-*")):
             shutil.rmtree(leftover, ignore_errors=True)
 
+    def _forget_damaged(self) -> None:
+        """What an earlier session left but cannot be read any more is done again."""
+        for path in sorted(self.folder.glob("rounds/*/outcome.json")):
+            if not child.whole(path.parent):
+                self.say(f"{path.parent.relative_to(self.folder)}: its records are damaged; it is run again")
+                child.clear(path.parent)
+
     # -- before any timing --------------------------------------------------------------------------------------------
 
     def _gate(self) -> dict[str, str]:
         """Why ways may not be timed: they do not compute what the reference does, or that could not be found out."""
         if not self.plan["gate"]["parity"]:
             return {}
-        path = self.folder / "parity.json"
-        if path.exists():
-            parity = json.loads(path.read_text())
-        else:
-            from nanogpt_mac.compare.parity import gate
+        from nanogpt_mac.compare.parity import gate
 
+        parity = gate.read(self.folder, self.ways)
+        if parity is None:
             self.say(f"parity: {len(self.configs)} ways against float64 torch on the CPU")
             parity = gate.check(self.configs, self.folder)
         wrong = {name: found for name, found in parity["ways"].items() if found["state"] != "pass"}
@@ -116,7 +122,7 @@ class Runner:
             if name in barred:
                 self._skip(PILOT, name, barred[name])
                 continue
-            found = self._run(PILOT, way, self._pilot_overrides(), self._pilot_limits())
+            found = self._run_pilot(way)
             if found["state"] == "done":
                 summary = self._summary(PILOT, name)
                 first = f"first {summary['first_iter_s']:.1f} s"
@@ -124,9 +130,19 @@ class Runner:
             else:
                 self.say(f"pilot, {way.label}: {found['state'].upper()}: {found['reason']}; not timed")
 
+    def _run_pilot(self, way: Way) -> dict[str, Any]:
+        """Twice where nothing could be counted: the machine slept, or its clock was set."""
+        for _ in range(2):
+            found = self._run(PILOT, way, self._pilot_overrides(), self._pilot_limits())
+            if found["state"] != "done" or self._summary(PILOT, way.name)["iter_ms"]["median"]:
+                return found
+        return self._record(
+            PILOT, way.name, found | {"state": "failed", "reason": "none of its iterations could be counted"}
+        )
+
     def _pilot_overrides(self) -> list[str]:
         given = self.plan["asked"]["iters"]
-        iters = min(PILOT_ITERS, given) if given else PILOT_ITERS
+        iters = max(child.FEWEST_PILOT, min(PILOT_ITERS, given)) if given else PILOT_ITERS
         gemm = [] if self._names("gemm_seconds") else [f"gemm_seconds={GEMM_S}"]
         return [f"max_iters={iters}", "eval_interval=0", "timing_warmup=1", *gemm]
 
@@ -304,6 +320,8 @@ class Runner:
         argv = [sys.executable, script, *merged(self.plan["overrides"], way.overrides, overrides, fixed)]
         started = datetime.now().astimezone().isoformat(timespec="milliseconds")
         ending = child.run(argv, folder, self._environment(way), limits)
+        if ending.state != "done":
+            child.require_room(folder)
         if heat is not None:
             heat["after"] = probe.thermal_state()
         return self._record(number, way.name, dataclasses.asdict(ending) | {"started": started, "heat": heat})

@@ -234,7 +234,7 @@ def outliers(rounds: Sequence[Times]) -> dict[str, Any] | None:
         "count": len(beyond),
         "share": len(beyond) / total,
         "worst_ms": float(max(r.max() for r in filled)),
-        "definition": f"above the round's median + {OUTLIER_MADS:g} MAD",
+        "definition": f"above the round's median + {OUTLIER_MADS:g} MAD (scaled to a standard deviation) and 1 %",
     }
 
 

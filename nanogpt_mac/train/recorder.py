@@ -260,5 +260,9 @@ def _finite(value: Any) -> Any:
 def write_json(path: Path, document: Any) -> None:
     """Write JSON so that a reader sees the old file or the new, never half of one."""
     aside = path.with_name(f".{path.name}-{os.getpid()}")
-    aside.write_text(json.dumps(_finite(document), indent=1) + "\n")
-    aside.replace(path)
+    try:
+        aside.write_text(json.dumps(_finite(document), indent=1) + "\n")
+        aside.replace(path)
+    except OSError:  # a full disk
+        aside.unlink(missing_ok=True)
+        raise

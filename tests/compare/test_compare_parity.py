@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from parity_mutants import MUTANTS
 from nanogpt_mac.cli import compose
 from nanogpt_mac.compare.parity import gate as parity
 from nanogpt_mac.compare.parity import reference, tolerances
-from nanogpt_mac.compare.parity.child import LOSS_SCALE, config_from_json, drawn_weights
+from nanogpt_mac.compare.parity.child import LOSS_SCALE, check_way, config_from_json, drawn_weights, make_reference
 from nanogpt_mac.gpt.pretrained import TRANSPOSED
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.simulator import VARIABLE
@@ -142,6 +143,37 @@ def test_ways_pass_fail_or_end_each_as_a_row(way, tmp_path):
         assert all(len(row) == len(headings) and all(isinstance(cell, str) for cell in row) for row in rows)
 
 
+@pytest.mark.parametrize("cores", [2, 8])
+def test_back_ends_are_checked_side_by_side_where_there_are_cores(way, tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    program = "import json, sys, time; task = json.load(sys.stdin); begun = time.time(); time.sleep(0.3)"
+    program += "; json.dump({'shape': None, 'span': [begun, time.time()]}, open(task['result'], 'w'))"
+    spans = {}
+    monkeypatch.setattr(parity, "_ended", lambda result: spans.update({len(spans): result["span"]}))
+    configs = {name: way(f"backend={name.split('-')[0]}") for name in ("mlx", "mlx-eager", "cpu")}
+    parity.check(configs, tmp_path, child=(sys.executable, "-c", program))
+    mlx, eager, cpu = spans.values()
+    assert mlx[1] <= eager[0]
+    assert (cpu[0] < mlx[1]) == (cores == 8)
+
+
+def test_a_gate_that_is_stopped_leaves_no_process(way, tmp_path, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def stopping(*args, **kwargs):
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        started.append(popen(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", stopping)
+    job = ("a", task(way(), tmp_path), tmp_path / "a.log")
+    with pytest.raises(KeyboardInterrupt):
+        parity._run_all((sys.executable, "-c", "import time; time.sleep(60)"), [[job]] * 3, 60.0)
+    assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
+
+
 def test_a_hang_ends_and_a_reference_that_cannot_be_made_says_why(way, tmp_path):
     hung = parity._run(PLANTING, task(way(plant="hang"), tmp_path), 3.0, tmp_path / "log")
     assert hung["error"] == "no answer within 3 s"
@@ -183,12 +215,29 @@ def survivors(found):
 def test_faults_of_torch_and_mlx_are_caught(way, tmp_path):
     """A few of the table, those that are hardest to see; the whole table is below."""
     for backend, names in {
-        "cpu": ["other gelu", "decay on vectors", "AdamW eps 1e-6", "clip 1 % off", "label smoothing"],
+        "cpu": [
+            "other gelu",
+            "decay on vectors",
+            "AdamW eps 1e-6",
+            "clip 1 % off",
+            "label smoothing",
+            "evaluates in training mode",
+            "attention dropout in evaluation",
+        ],
         "mlx": ["no causal mask with dropout", "always scaled to the clip", "update 0.1 % off", "no decay"],
     }.items():
         planted = [f"{'torch' if backend == 'cpu' else backend}: {name}" for name in names]
         config = way(f"backend={backend}", "model.dropout=0.1", "batch_size=2")
         assert survivors(mutants(config, tmp_path / "x", ["clean", *planted])) == set()
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_the_shortest_windows_pass(way, tmp_path, block_size):
+    config = way("backend=cpu", f"model.block_size={block_size}", "model.n_layer=1")
+    make_reference(config, tmp_path)
+    checks = check_way(config, tmp_path)["checks"]
+    assert [c["quantity"] for c in checks if not c["pass"]] == []
+    assert ("causality" in [c["quantity"] for c in checks]) == (block_size > 1)
 
 
 def test_config_survives_the_way_to_a_child(way):

@@ -1,5 +1,6 @@
 """Carrying a plan out, on fake runs that take milliseconds: every failure is a row, and nothing is done twice."""
 
+import errno
 import json
 import os
 import re
@@ -320,9 +321,65 @@ def test_a_stopped_comparison_says_how_to_go_on(in_a_process, signum):
 def test_an_orphans_number_that_another_process_has_is_left_alone(tmp_path):
     folder = tmp_path / "0-a"
     folder.mkdir()
-    (folder / "process.json").write_text(json.dumps({"pid": os.getpid(), "created": 1.0}))
+    (folder / "process.json").write_text(json.dumps({"pid": os.getpid(), "arguments": ["train.py"]}))
     child.clear(folder)  # would have ended this test
     assert not folder.exists()
+
+
+def test_an_orphan_is_ended_though_the_clock_has_been_set(tmp_path, monkeypatch):
+    argv = [sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path)]
+    with subprocess.Popen(argv, start_new_session=True) as orphan:
+        child._note(orphan.pid, argv, tmp_path)
+        created = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 3600)
+        child.clear(tmp_path)
+        assert orphan.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("outcome.json", "{"),
+        ("outcome.json", "{}"),
+        ("outcome.json", '{"state": "done", "seconds": "1"}'),
+        ("summary.json", None),
+        ("summary.json", '{"iter_ms": 1}'),
+        ("metrics.jsonl", "{\n1"),
+        ("metrics.jsonl", None),
+    ],
+)
+def test_a_run_whose_records_are_damaged_is_run_again(plan, file, text):
+    runner = plan(rounds=1, a="works", b="works")
+    runner.carry_out()
+    before = started(runner)
+    for run in ("pilot-a", "0-b"):
+        path = runner.folder / "rounds" / run / file
+        path.unlink() if text is None else path.write_text(text)
+    plan.again(runner.folder).carry_out()
+    assert sorted(started(runner)[len(before) :]) == ["0-b", "pilot-a"]
+    assert set(outcomes(runner).values()) == {("done", None)}
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"seconds": 1}', '{"seconds": 1, "ways": {}}', '{"seconds": 1, "ways": {"a": {}}}']
+)
+def test_a_gate_that_cannot_be_read_or_lacks_a_way_is_passed_again(plan, monkeypatch, text):
+    runner = plan(rounds=1, parity=True, a="works")
+    (runner.folder / "parity.json").write_text(text)
+    failed = {"seconds": 1.0, "ways": {"a": {"state": "fail", "reason": "logits"}}}
+    monkeypatch.setattr("nanogpt_mac.compare.parity.gate.check", lambda *_: failed)
+    runner.carry_out()
+    assert outcomes(runner) == {"pilot-a": ("skipped", "failed the parity gate: logits")}
+
+
+def test_a_pilot_in_which_nothing_could_be_counted_is_run_twice_and_then_a_row(plan, tmp_path):
+    runner = plan(rounds=1, a="works", b="works")
+    script = tmp_path / "a.py"
+    script.write_text(script.read_text().replace('"median": 10.0, "min": 10.0', '"median": None, "min": None'))
+    runner.carry_out()
+    assert outcomes(runner)["pilot-a"] == ("failed", "none of its iterations could be counted")
+    assert outcomes(runner)["0-b"] == ("done", None)
+    assert started(runner) == ["pilot-a", "pilot-a", "pilot-b", "0-b"]
 
 
 def test_time_that_is_up_cuts_whole_rounds_off(plan, monkeypatch):
@@ -403,6 +460,47 @@ def test_only_a_comparison_that_can_be_read_goes_on(plan, tmp_path):
         (json.dumps(whole | {"schema": 99}), "its plan has schema 99; allowed is 1"),
         (json.dumps({k: v for k, v in whole.items() if k != "ways"}), "its plan.json has no ways"),
         (json.dumps(whole | {"cwd": str(tmp_path / "gone")}), "which is not there any more"),
+        (json.dumps(whole | {"cwd": 5}), "is damaged: cwd=5; allowed is what compare.py wrote"),
+        (json.dumps(whole | {"ways": []}), "is damaged: ways=[]"),
+        (json.dumps(whole | {"ways": [{"name": "a"}]}), "is damaged: ways="),
+        (json.dumps(whole | {"asked": None}), "is damaged: asked=None"),
+        (json.dumps(whole | {"overrides": 5}), "is damaged: overrides=5"),
+        (json.dumps(whole | {"budget_minutes": "x"}), "is damaged: budget_minutes=x"),
+        (json.dumps(whole | {"order": [[0, "b"]], "rounds": 1}), "is damaged: order=[[0, 'b']]"),
+        (json.dumps(whole | {"order": [[0, "a"]], "rounds": 1}), "is damaged: iters=None"),
     ):
         path.write_text(broken)
         assert words in go_on(runner.folder)
+
+
+def test_a_new_comparison_takes_no_folder_that_another_has(plan, monkeypatch):
+    runner = plan(rounds=1, a="works")
+    monkeypatch.setattr(plans, "make", lambda config: ({"made": "anew"}, {}))
+    with pytest.raises(InputError, match=r"run_dir=.*: is not empty; allowed is a new or an empty folder"):
+        command.run(CompareConfig(run_dir=str(runner.folder)))
+    assert json.loads((runner.folder / "plan.json").read_text()) == runner.plan
+
+
+def test_a_full_disk_is_one_line_that_says_how_to_go_on(plan, monkeypatch, capsys):
+    runner = plan(rounds=1, a="works")
+    monkeypatch.setattr(plans, "configs_of", lambda document: {"a": Config()})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(runner.folder / "outcome.json"))
+
+    monkeypatch.setattr("nanogpt_mac.compare.runner.write_json", full)
+    assert command.run(CompareConfig(run=str(runner.folder))) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"{runner.folder / 'outcome.json'}: No space left on device; make room, then go on with: ")
+    assert said.count("\n") == 1
+
+
+def test_a_run_that_a_full_disk_has_failed_is_none_of_the_ways_failures(plan, monkeypatch):
+    runner = plan(rounds=1, a="raises")
+    monkeypatch.setattr(child, "ROOM", sys.maxsize)
+    with pytest.raises(OSError, match="No space left on device"):
+        runner.carry_out()
+    assert outcomes(runner) == {}
+    monkeypatch.undo()
+    plan.again(runner.folder).carry_out()
+    assert outcomes(runner)["pilot-a"] == ("failed", "RuntimeError: the first line")

@@ -1,13 +1,15 @@
 """Records: rows, summary, MFU and its denominators."""
 
+import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.train.clock import Completion
-from nanogpt_mac.train.recorder import Recorder, Work, make_folder
+from nanogpt_mac.train.recorder import Recorder, Work, make_folder, write_json
 
 WORK = Work(flops=2e9, tokens=1000, peaks={"mfu": None, "mfu_measured": 1e12, "mfu_a100": 312e12})
 MEMORY = {"current": 5, "peak": 9}
@@ -97,3 +99,13 @@ def test_folders_are_named_by_the_pattern_and_never_shared(tmp_path):
     (named / "metrics.jsonl").touch()
     with pytest.raises(InputError, match="already holds a run"):
         make_folder(f"{tmp_path}/mine", "cpu")
+
+
+def test_a_document_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(tmp_path / "a.json", {})
+    assert not list(tmp_path.iterdir())

@@ -15,21 +15,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanogpt_mac.compare.child import require_room
 from nanogpt_mac.compare.parity import tolerances
 from nanogpt_mac.config import Config
 from nanogpt_mac.train.recorder import write_json
 
 SCHEMA = 1
 REFERENCE = "torch float64, CPU"
+POLL_S = 0.05
+MANY_CORES = 4  # fewer are busy with one way's compilers
 CHILD = (sys.executable, "-m", "nanogpt_mac.compare.parity.child")
 ROOT = Path(__file__).resolve().parents[3]
 # What a reference depends on: ways that agree in these share one.
 WORK = ("model", "data", "path", "data_dir", "seed", "init_from", "run", "batch_size")
 HYPERPARAMETERS = ("weight_decay", "beta1", "beta2", "grad_clip")
+Job = tuple[str, dict[str, Any], Path]  # a way's name, its task, its log
 
 
 def check(
@@ -48,7 +53,8 @@ def check(
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     references: dict[str, dict[str, Any]] = {}
-    ways: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    queues: dict[str, list[Job]] = {}
     with tempfile.TemporaryDirectory(prefix=".parity-", dir=folder) as work:
         for name, config in configs.items():
             document = dataclasses.asdict(config)
@@ -60,10 +66,16 @@ def check(
                 references[key] = {"folder": str(place)} | _run(child, task, timeout_s, folder / "parity-reference.log")
             reference = references[key]
             if "error" in reference:
-                ways[name] = _ended({"error": f"no reference: {reference['error']}", "seconds": 0.0})
+                found[name] = {"error": f"no reference: {reference['error']}", "seconds": 0.0}
                 continue
             task = {"role": "way", "config": document, "folder": reference["folder"]}
-            ways[name] = _ended(_run(child, task, timeout_s, folder / f"parity-{name}.log"))
+            # Nothing is timed here and much of it is compiling, so back ends are checked side by side: three take as
+            # much memory as the reference did. Not ways of one back end, which may write the same compiled kernel.
+            queue = config.backend.name if (os.cpu_count() or 1) >= MANY_CORES else ""
+            queues.setdefault(queue, []).append((name, task, folder / f"parity-{name}.log"))
+        found |= _run_all(child, queues.values(), timeout_s)
+        if any("error" in result for result in found.values()):
+            require_room(folder)
     precisions = dict.fromkeys(tolerances.precision(c.dtype, c.matmul_precision) for c in configs.values())
     parity = {
         "schema": SCHEMA,
@@ -71,10 +83,21 @@ def check(
         "shape": next((r["shape"] for r in references.values() if "shape" in r), None),
         "seconds": time.monotonic() - began,
         "tolerances": tolerances.rows(precisions),
-        "ways": ways,
+        "ways": {name: _ended(found[name]) for name in configs},
     }
     write_json(folder / "parity.json", parity)
     return parity
+
+
+def read(folder: Path, ways: Iterable[str]) -> dict[str, Any] | None:
+    """parity.json of `folder` where it says of each of `ways` how it ended; None where it must be made (again)."""
+    try:
+        parity: dict[str, Any] = json.loads((folder / "parity.json").read_text())
+        said = [(parity["ways"][name]["state"], parity["ways"][name]["reason"]) for name in ways]
+        whole = parity["seconds"] >= 0 and all(state in ("pass", "fail", "error") for state, _ in said)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return parity if whole else None
 
 
 def _ended(result: dict[str, Any]) -> dict[str, Any]:
@@ -102,46 +125,85 @@ def _sentence(check: Mapping[str, Any]) -> str:
     )
 
 
-def _run(child: Sequence[str], task: dict[str, Any], timeout_s: float, log: Path) -> dict[str, Any]:
-    """One child's result, or {"error": one line}; `seconds` either way. Its output is kept where it failed."""
-    began = time.monotonic()
-    result = Path(task["folder"]) / "result.json"
-    result.unlink(missing_ok=True)
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            child,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            text=True,
-            start_new_session=True,  # a compiler that the child has started ends with it
-        )
-        hung = False
+@dataclass
+class _Child:
+    """One child process under way. Its output is kept where it failed."""
+
+    task: dict[str, Any]
+    log: Path
+    timeout_s: float
+    command: Sequence[str]
+    hung = False
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+        asked, self.answer = (Path(self.task["folder"]) / f"{self.log.stem}-{end}.json" for end in ("task", "result"))
+        asked.write_text(json.dumps(self.task | {"result": str(self.answer)}))
+        self.answer.unlink(missing_ok=True)
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with asked.open() as stdin, self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=stdin,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                start_new_session=True,  # a compiler that the child has started ends with it
+            )
+
+    def over(self) -> bool:
+        """Whether it has ended, if need be by us."""
+        self.hung = time.monotonic() - self.began > self.timeout_s
+        if self.process.poll() is None and not self.hung:
+            return False
+        self.end()
+        return True
+
+    def end(self) -> None:
+        """The child and whatever it has started."""
         try:
-            process.communicate(json.dumps(task | {"result": str(result)}), timeout_s)
-        except subprocess.TimeoutExpired:
-            hung = True
-        finally:
-            _end(process)
-    seconds = {"seconds": time.monotonic() - began}
-    found = json.loads(result.read_text()) if result.exists() else {}
-    if process.returncode == 0 and "error" not in found and found and not hung:
-        log.unlink()
-        return found | seconds
-    return {"error": _reason(process.returncode, found, log, timeout_s if hung else None)} | seconds
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # all gone already
+        except PermissionError:
+            self.process.kill()  # macOS refuses the group of a child that has ended but not been waited for
+        self.process.wait()
+
+    def result(self) -> dict[str, Any]:
+        """What it answered, or {"error": one line}; `seconds` either way."""
+        seconds = {"seconds": time.monotonic() - self.began}
+        found = json.loads(self.answer.read_text()) if self.answer.exists() else {}
+        if self.process.returncode == 0 and "error" not in found and found and not self.hung:
+            self.log.unlink()
+            return found | seconds
+        timeout_s = self.timeout_s if self.hung else None
+        return {"error": _reason(self.process.returncode, found, self.log, timeout_s)} | seconds
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """The child and whatever it has started."""
+def _run(child: Sequence[str], task: dict[str, Any], timeout_s: float, log: Path) -> dict[str, Any]:
+    return _run_all(child, [[("", task, log)]], timeout_s)[""]
+
+
+def _run_all(child: Sequence[str], queues: Iterable[Sequence[Job]], timeout_s: float) -> dict[str, dict[str, Any]]:
+    """Results by name: the queues side by side, what is in one of them in its order."""
+    waiting = [list(queue) for queue in queues]
+    running: dict[int, tuple[str, _Child]] = {}
+    results = {}
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # all gone already
-    except PermissionError:
-        process.kill()  # macOS refuses the group of a child that has ended but not been waited for
-    process.wait()
+        while any(waiting) or running:
+            for number, queue in enumerate(waiting):
+                if queue and number not in running:
+                    name, task, log = queue.pop(0)
+                    running[number] = name, _Child(task, log, timeout_s, child)
+            time.sleep(POLL_S)
+            for number, (name, one) in list(running.items()):
+                if one.over():
+                    results[name] = one.result()
+                    del running[number]
+    finally:
+        for _, one in running.values():
+            one.end()
+    return results
 
 
 def _reason(code: int, found: Mapping[str, Any], log: Path, timeout_s: float | None) -> str:
