@@ -282,7 +282,7 @@ class Runner:
 
     def _tell(self, position: int, found: dict[str, Any]) -> None:
         order, label = self.plan["order"], self.ways[found["way"]].label
-        title = f"[{position + 1}/{len(order)}] round {found['round'] + 1}, {label}"
+        title = f"[{position + 1}/{len(order)}] round {found['round']}, {label}"
         left = self._left(position + 1)
         if found["state"] == "done":
             timing = self._summary(found["round"], found["way"])["iter_ms"]

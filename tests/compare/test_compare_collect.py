@@ -392,6 +392,9 @@ def test_every_state_of_completion(tmp_path):
         assert found["complete"] is (stop >= 8)
         assert (found["verdict"]["fastest"] is None) is (stop == 0)
         assert ("not complete" in found["verdict"]["sentence"]) is (stop < 8)
+        timed = {name for _, name in json.loads((folder / "plan.json").read_text())["order"][:stop]}
+        assert {way["name"] for way in found["ways"] if way["state"] == "waiting"} == {"cpu", "mlx"} - timed
+        assert "did not run" not in found["verdict"]["sentence"]  # it may yet
 
 
 def test_a_plan_alone(tmp_path):
@@ -400,8 +403,11 @@ def test_a_plan_alone(tmp_path):
     )
     found = collect(tmp_path)
     assert found["complete"] is False
-    assert [way["state"] for way in found["ways"]] == ["failed"]
+    assert [way["state"] for way in found["ways"]] == ["waiting"]
     assert found["ways"][0]["iter_ms"] is None
+    assert found["verdict"]["sentence"].startswith(
+        "The comparison is not complete; so far: Nothing has been timed yet."
+    )
 
 
 def test_no_comparison_is_one_line(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 from nanogpt_mac.compare.report.sections import Row, Section, Table, mark, ordered, rows_of, timed, work_facts
 from nanogpt_mac.compare.report.words import (
     DASH,
+    MARKS,
     count,
     dicts,
     get,
@@ -250,6 +251,11 @@ def energy_section(comparison: Any) -> Section:
     )
 
 
+def _override(value: Any) -> str:
+    """As the command line has it."""
+    return str(value).lower() if isinstance(value, bool) else text(value)
+
+
 def levers_section(comparison: Any) -> Section:
     known = {way.get("name"): way for way in dicts(get(comparison, "ways")) if isinstance(way.get("name"), str)}
     rows = []
@@ -258,11 +264,11 @@ def levers_section(comparison: Any) -> Section:
         way = known.get(name, {}) if isinstance(name, str) else {}
         base = known.get(str(lever.get("base")))
         worth = num(lever.get("worth_percent"))
-        marked = f" ({state(way)})" if way and state(way) != "ok" else ""
+        marked = f" ({MARKS[state(way)]})" if way and state(way) != "ok" else ""
         cells = [
-            text(lever.get("what") or name) + marked.replace("wrong", "WRONG").replace("failed", "FAILED"),
+            text(lever.get("what") or name) + marked,
             label(base) if base else text(lever.get("base")),
-            f"{text(lever.get('key'))}={text(lever.get('value'))}",
+            f"{text(lever.get('key'))}={_override(lever.get('value'))}",
             _with(ratio(get(lever, "ratio", "value")), interval(get(lever, "ratio", "ci"), ratio))
             + (" tie" if get(lever, "ratio", "tie") else ""),
             DASH if worth is None else f"{worth:+.1f} %",

@@ -12,7 +12,7 @@ from typing import Any
 
 from nanogpt_mac.compare.report.words import DASH, count, dicts, get, label, num, rate, size, state, text, when
 
-_ORDER = {"ok": 0, "partial": 0, "wrong": 1, "failed": 2}
+_ORDER = {"ok": 0, "partial": 0, "wrong": 1, "waiting": 2, "failed": 3}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def plain(comparison: Any) -> list[dict[str, Any]]:
 
 
 def mark(way: dict[str, Any], comparison: Any) -> str:
-    """How a way's row is set off: fastest, wrong, failed, partial or nothing. Its label says the latter three too."""
+    """How a way's row is set off: fastest, a state that is not ok, or nothing. Its label says the state too."""
     found = state(way)
     if found in ("ok", "partial") and way.get("name") and way["name"] == get(comparison, "verdict", "fastest"):
         return "fastest"

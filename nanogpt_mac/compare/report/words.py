@@ -8,7 +8,8 @@ from typing import Any
 from nanogpt_mac.compare.results import runs
 
 DASH = "—"
-MARKS = {"wrong": "WRONG", "failed": "FAILED", "partial": "partial"}  # what follows a way's label everywhere
+# What follows a way's label everywhere.
+MARKS = {"wrong": "WRONG", "failed": "FAILED", "partial": "partial", "waiting": "not timed yet"}
 
 
 def get(document: Any, *path: str | int) -> Any:
@@ -150,7 +151,7 @@ def label(way: Any) -> str:
 
 
 def state(way: Any) -> str:
-    """ok, wrong, partial or failed. A failed parity check is wrong, whatever else happened to the way."""
+    """ok, wrong, partial, waiting or failed. A failed parity check is wrong, whatever else happened to the way."""
     if get(way, "parity") == "fail":
         return "wrong"
     known = get(way, "state")

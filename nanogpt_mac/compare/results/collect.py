@@ -78,8 +78,9 @@ def collect(folder: Path) -> dict[str, Any]:
     work = _common_work([way for way in planned if not way["lever"]] or planned, runs, pilots)
     recipe = _recipe(plan)
     count = len({r for r, _ in plan.get("order") or []}) or plan.get("rounds")
+    complete = _complete(plan, runs, pilots)
     ways = [
-        _way(way, runs.get(way["name"], {}), pilots.get(way["name"]), parity, recipe, count, work, folder)
+        _way(way, runs.get(way["name"], {}), pilots.get(way["name"]), parity, recipe, count, work, folder, complete)
         for way in planned
     ]
     ranked = verdict.rank(ways)
@@ -87,7 +88,6 @@ def collect(folder: Path) -> dict[str, Any]:
     for way in ways:
         others = ranked and way is not ranked[0] and way["same_work"] and not verdict.is_simulated(way)
         way["ratio"] = verdict.ratio(way, ranked[0], sure) if others else None
-    complete = _complete(plan, runs, pilots)
     said = verdict.verdict(ways, ranked, complete)
     finished = [run for _, run in _finished(runs, pilots)]
     environment = next((run.env for run in finished if run.env), {})
@@ -247,6 +247,7 @@ def _way(
     planned: int | None,
     work: dict[str, Any],
     folder: Path,
+    complete: bool,
 ) -> dict[str, Any]:
     ended = {r: run for r, run in runs.items() if run.state == "done"}
     timed = {r: run for r, run in ended.items() if len(run.kept)}
@@ -280,13 +281,13 @@ def _way(
         "fallbacks": document(folder / "fallbacks" / f"{way['name']}.json") or None,
     }
     way["compile_report"] = (way["fallbacks"] or {}).get("compile_report")
-    way["state"], way["reason"] = _state(way, checked)
+    way["state"], way["reason"] = _state(way, checked, complete)
     if done and not same_work and not way["lever"]:
         way["warnings"].append(f"not ranked: it does other work ({_difference(told.work(), work)})")  # type: ignore[union-attr]
     return way
 
 
-def _state(way: dict[str, Any], checked: dict[str, Any]) -> tuple[str, str | None]:
+def _state(way: dict[str, Any], checked: dict[str, Any], complete: bool) -> tuple[str, str | None]:
     failed = way["failed_runs"]
     reason = f"{failed[0]['state'].replace('_', ' ')}: {failed[0]['reason']}" if failed else None
     if way["parity"] == "fail":
@@ -294,6 +295,8 @@ def _state(way: dict[str, Any], checked: dict[str, Any]) -> tuple[str, str | Non
     if not way["runs"]:
         if way["parity"] == "error" and not failed:
             reason = f"parity could not be checked: {checked.get('reason')}"
+        if not complete and not reason:
+            return "waiting", None
         return "failed", reason or "no run has finished"
     if failed:
         return "partial", reason

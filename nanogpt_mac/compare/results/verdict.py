@@ -104,7 +104,7 @@ def _nobody(ways: Sequence[Way]) -> str:
         return "No way is called fastest."
     if timed:
         return "No way is called fastest: none that was timed is known to compute the right thing."
-    return "Nothing was timed."
+    return "Nothing has been timed yet." if any(way["state"] == "waiting" for way in ways) else "Nothing was timed."
 
 
 def _winner(fastest: Way, ranked: Sequence[Way], ties: Sequence[Way]) -> str:
@@ -178,6 +178,9 @@ def _reservations(ways: Sequence[Way]) -> list[str]:
     said += [
         f"{way['label']} is not ranked, its parity check failed to run." for way in ways if way["parity"] == "error"
     ]
+    waiting = [way["label"] for way in ways if way["state"] == "waiting"]
+    if waiting and len(waiting) < len(ways):
+        said.append(f"{_and(waiting)} {'has' if len(waiting) == 1 else 'have'} not been timed yet.")
     failed = [way for way in ways if way["state"] == "failed"]
     said += [f"{way['label']} did not run: {_cause(way)}." for way in failed]
     for way in (way for way in ways if way["state"] == "partial" and way["failed_runs"]):
