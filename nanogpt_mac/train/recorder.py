@@ -225,16 +225,20 @@ def _wandb_figures(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _statistics(iter_ms: list[float]) -> dict[str, Any]:
-    """Median with its 95 % confidence interval from order statistics (scipy's quantile_test), mean and spread."""
+    """Median with its 95 % confidence interval from order statistics, mean and spread.
+
+    The interval leaves out as many values on either side as a fair coin's heads fall short of in 2.5 % of cases: what
+    scipy.stats.quantile_test gives, without the second that importing scipy.stats takes at the end of every run.
+    """
     if not iter_ms:
         return dict.fromkeys(("median", "ci95", "mean", "min", "p10", "p90", "max")) | {"count": 0}
     values = np.array(iter_ms)
     interval = None
     if len(values) > 5:  # fewer than six cannot bound a median at 95 %
-        from scipy.stats import quantile_test
+        from scipy.special import bdtrik
 
-        bounds = quantile_test(values, q=float(np.median(values)), p=0.5).confidence_interval(0.95)
-        interval = [float(bounds.low), float(bounds.high)]
+        outside = int(bdtrik(0.025, len(values), 0.5))
+        interval = [float(np.sort(values)[i]) for i in (outside, len(values) - 1 - outside)]
     p10, median, p90 = (float(p) for p in np.percentile(values, [10, 50, 90]))
     return {
         "median": median,

@@ -72,7 +72,7 @@ def test_a_state_crosses_between_frameworks(make, spec, starts):
 @frameworks
 @pytest.mark.parametrize("compiled", [False, True])
 def test_dropout_differs_by_iteration_and_is_off_in_evaluation(make, dropout_spec, starts, name, compiled):
-    backend = make(name, spec=dropout_spec, compile=compiled)
+    backend = make(name, spec=dataclasses.replace(dropout_spec, n_layer=1), compile=compiled)  # half to compile
     same_batch = [backend.wait(backend.step(starts(0), 0.0))[0] for _ in range(4)]  # lr 0: only the mask differs
     assert len(set(same_batch)) == 4
     val = np.arange(8).reshape(2, 4)

@@ -248,7 +248,8 @@ def test_nothing_that_has_been_done_is_done_again(plan):
 
 
 PROGRAM = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, a shell ignores it
 from pathlib import Path
 from nanogpt_mac.compare import plan, run
 from nanogpt_mac.compare.config import CompareConfig

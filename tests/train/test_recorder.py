@@ -69,6 +69,15 @@ def test_the_confidence_interval_covers_the_median_as_often_as_it_says(tmp_path)
     assert 180 <= covered <= 200
 
 
+@pytest.mark.parametrize("count", [6, 7, 8, 9, 25, 100, 101, 999])
+def test_the_confidence_interval_is_scipys(tmp_path, count):
+    from scipy.stats import quantile_test
+
+    times = np.random.default_rng(count).lognormal(size=count)
+    expected = quantile_test(times, q=1.0, p=0.5).confidence_interval(0.95)
+    assert summarise(record(tmp_path, list(times)))["iter_ms"]["ci95"] == [expected.low, expected.high]
+
+
 def test_a_run_without_iterations_has_a_summary(tmp_path):
     summary = summarise(record(tmp_path, []), {"exit_state": "failed"})
     assert summary["iter_ms"] == {**dict.fromkeys(("median", "ci95", "mean", "min", "p10", "p90", "max")), "count": 0}
