@@ -300,3 +300,15 @@ def _parity(folder: Path, ways: list[dict]) -> None:
 def _json(path: Path, document: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def outcomes(runner):
+    """Folder of a run -> (state, reason), of a comparison under way."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in runner.folder.glob("rounds/*/outcome.json")}
+    return {name: (o["state"], o["reason"]) for name, o in found.items()}
+
+
+def started(runner):
+    """The runs that the fake scripts were started for, in order."""
+    file = runner.folder.parent / "starts.txt"
+    return [line.split()[0] for line in file.read_text().splitlines()] if file.exists() else []
