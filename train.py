@@ -6,7 +6,7 @@ from nanogpt_mac.cli import main
 
 
 def train(config):  # imported late: `--help` needs no framework
-    from nanogpt_mac.train.run import run
+    from nanogpt_mac.train.session import run
 
     return run(config)
 

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.overrides import key_of, quoted
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that command's turn
@@ -168,20 +169,6 @@ def _listed(arguments: list[str]) -> list[str]:
     paths = [a for a in arguments if not a.startswith("-") and ("=" not in a or Path(a).exists())]
     listed = ",".join(quoted("", path)[1:] for path in paths)
     return [*(a for a in arguments if a not in paths), *([f"runs=[{listed}]"] if paths else [])]
-
-
-def quoted(key: str, value: str) -> str:
-    """`key=value` with any value, in Hydra's grammar; one that is quoted already stays as it is."""
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        return f"{key}={value}"
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
-    trailing = len(escaped) - len(escaped.rstrip("\\"))
-    return f"{key}='{escaped}{chr(92) * trailing}'"
-
-
-def key_of(override: str) -> str:
-    """The key, or the group, that an override names."""
-    return override.lstrip("+~").split("=")[0].split("@")[0]
 
 
 def _refuse_new_keys(command: str, overrides: Sequence[str]) -> None:

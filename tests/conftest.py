@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from support import ROOT
+from fakes.support import ROOT
 
 from nanogpt_mac.backends import detect
 from nanogpt_mac.backends.base import BackendOptions, Tokens

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT
+from fakes.support import ROOT
 
 from nanogpt_mac import cli
 from nanogpt_mac.config import Config, validate
@@ -127,7 +127,7 @@ def test_a_mistake_is_one_line_with_the_key_the_value_and_what_is_allowed(compos
 
 @pytest.mark.parametrize(("overrides", "line"), VALUES)
 def test_an_impossible_value_is_one_line_and_leaves_no_run(compose, tmp_path, overrides, line):
-    from nanogpt_mac.train.run import run
+    from nanogpt_mac.train.session import run
 
     (tmp_path / "data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 44 + "0123456789" * 2)
     code, _, err = compose(
@@ -139,7 +139,7 @@ def test_an_impossible_value_is_one_line_and_leaves_no_run(compose, tmp_path, ov
 
 
 def test_an_absent_back_end_names_those_that_are_there(compose, tmp_path, monkeypatch):
-    from nanogpt_mac.train.run import run
+    from nanogpt_mac.train.session import run
 
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     code, _, err = compose("backend=mps", task=run)

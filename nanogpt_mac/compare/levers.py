@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanogpt_mac.backends.base import DTYPES
-from nanogpt_mac.compare.ways import Machine, Way, known, merged, slug
+from nanogpt_mac.compare.variants import Machine, Way, known
 from nanogpt_mac.config import Config
+from nanogpt_mac.overrides import merged, slug
 
 
 def ways(machine: Machine, backends: Sequence[str], compose: Callable[[Way], Config]) -> list[Way]:

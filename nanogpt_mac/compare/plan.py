@@ -17,14 +17,13 @@ from nanogpt_mac import cli
 from nanogpt_mac.backends import detect
 from nanogpt_mac.compare import levers
 from nanogpt_mac.compare.config import BUDGET_MINUTES, LEVER_MINUTES, CompareConfig, entries
-from nanogpt_mac.compare.ways import (
+from nanogpt_mac.compare.variants import (
     BACKENDS,
     KNOWN,
     NARROWING,
     Machine,
     Way,
     look_around,
-    merged,
     parse,
     setting,
     unique,
@@ -32,6 +31,7 @@ from nanogpt_mac.compare.ways import (
 from nanogpt_mac.config import Config
 from nanogpt_mac.config import validate as validate_run
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.overrides import key_of, merged
 from nanogpt_mac.train.recorder import write_json
 
 SCHEMA = 1
@@ -45,7 +45,7 @@ SAME_WORK = ("batch_size", "gradient_accumulation_steps", "seed", "init_from", "
 def make(config: CompareConfig) -> tuple[dict[str, Any], dict[str, Config]]:
     """plan.json, but for what only the pilot runs can tell, and every way's config; InputError for bad input."""
     machine = look_around()
-    if any(cli.key_of(override) == "backend.blas" for override in config.given):
+    if any(key_of(override) == "backend.blas" for override in config.given):
         machine = dataclasses.replace(machine, lends_blas=False)
     common, experiment = _common(config, machine)
     if config.levers:
@@ -70,7 +70,7 @@ def make(config: CompareConfig) -> tuple[dict[str, Any], dict[str, Config]]:
         "asked": {"rounds": config.rounds, "iters": config.iters},
         "overrides": common,
         "experiment": experiment,
-        "quick_by_default": experiment == "quick" and not any(cli.key_of(o) == "experiment" for o in config.given),
+        "quick_by_default": experiment == "quick" and not any(key_of(o) == "experiment" for o in config.given),
         "recipe": {key: getattr(recipe, key) for key in ("max_iters", "eval_interval", "eval_iters")},
         "seed": config.seed,
         "budget_minutes": config.budget_minutes or BUDGET_MINUTES + extra,
@@ -181,7 +181,7 @@ def _ways(config: CompareConfig, machine: Machine) -> list[Way]:
     if config.compile != "auto":
         ways = [way for way in ways if setting(way, "compile") == str(config.compile).lower()]
     if not ways:
-        narrowing = [o for o in config.given if cli.key_of(o) in NARROWING]
+        narrowing = [o for o in config.given if key_of(o) in NARROWING]
         raise InputError(f"{' '.join(narrowing)}: leaves none of the ways {', '.join(texts)}")
     return ways
 
@@ -191,12 +191,12 @@ def _ways(config: CompareConfig, machine: Machine) -> list[Way]:
 
 def _common(config: CompareConfig, machine: Machine) -> tuple[list[str], str | None]:
     """What every run is told, and the experiment's name: the full recipe needs an accelerator to be done in minutes."""
-    common = [override for override in config.given if cli.key_of(override) not in NOT_PASSED_ON]
-    keys = {cli.key_of(override) for override in common}
+    common = [override for override in config.given if key_of(override) not in NOT_PASSED_ON]
+    keys = {key_of(override) for override in common}
     if not keys & {"experiment", "model"} and not machine.accelerated:
         common.insert(0, "experiment=quick")
     common = merged(common)
-    experiment = next((o.partition("=")[2] for o in common if cli.key_of(o) == "experiment"), None)
+    experiment = next((o.partition("=")[2] for o in common if key_of(o) == "experiment"), None)
     return common, None if experiment in (None, "full") else experiment
 
 
@@ -213,7 +213,7 @@ def _composed(overrides: tuple[str, ...]) -> Config:
 
 def _checked(way: Way, common: Sequence[str]) -> Config:
     config = _compose(way, common)
-    config.given = [cli.key_of(override) for override in common]  # of the work: the same for all
+    config.given = [key_of(override) for override in common]  # of the work: the same for all
     validate_run(config)
     return config
 
@@ -230,7 +230,7 @@ def _settle_corpus(config: Config, common: list[str]) -> list[str]:
     open_source(config, corpus)
     if not corpus.stand_in or config.data.name == "stand_in":
         return common
-    kept = [o for o in common if not cli.key_of(o).startswith("data.") or cli.key_of(o) == "data.dir"]
+    kept = [o for o in common if not key_of(o).startswith("data.") or key_of(o) == "data.dir"]
     return merged(kept, ["data=stand_in"])
 
 
@@ -245,7 +245,7 @@ def _refuse_other_work(ways: Sequence[Way], configs: dict[str, Config], common: 
     for way in ways:
         for key, value in work(configs[way.name]).items():
             if value != expected[key]:
-                said = next((o for o in way.overrides if cli.key_of(o).startswith(key)), f"{key}={value}")
+                said = next((o for o in way.overrides if key_of(o).startswith(key)), f"{key}={value}")
                 raise InputError(
                     f"ways=[{way.label}]: {said}: all ways do the same work; allowed is {said} for all of them"
                 )

@@ -17,13 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nanogpt_mac import cli
-from nanogpt_mac.compare import child
+from nanogpt_mac import child, cli
 from nanogpt_mac.compare import plan as plans
-from nanogpt_mac.compare.schedule import MANY, Cost, schedule
-from nanogpt_mac.compare.ways import Way, merged, setting
+from nanogpt_mac.compare.variants import Way, setting
 from nanogpt_mac.config import Config
 from nanogpt_mac.machine import probe
+from nanogpt_mac.measure.rounds import MANY, Cost, schedule
+from nanogpt_mac.overrides import key_of, merged, quoted
 from nanogpt_mac.train import display
 from nanogpt_mac.train.recorder import write_json
 
@@ -77,7 +77,7 @@ class Runner:
         """Why ways may not be timed: they do not compute what the reference does, or that could not be found out."""
         if not self.plan["gate"]["parity"]:
             return {}
-        from nanogpt_mac.compare.parity import gate
+        from nanogpt_mac.parity import gate
 
         parity = gate.read(self.folder, self.ways)
         if parity is None:
@@ -101,7 +101,7 @@ class Runner:
             if path.exists():
                 continue
             from nanogpt_mac.corpus import prepare
-            from nanogpt_mac.coverage import runtime
+            from nanogpt_mac.fallbacks import detect as runtime
             from nanogpt_mac.train.source import open_source
 
             path.parent.mkdir(exist_ok=True)
@@ -313,7 +313,7 @@ class Runner:
         folder = self._run_folder(number, way.name)
         child.clear(folder)
         folder.mkdir(parents=True)
-        fixed = ["checkpoint=false", "sample_tokens=0", "wandb.mode=disabled", cli.quoted("run_dir", str(folder))]
+        fixed = ["checkpoint=false", "sample_tokens=0", "wandb.mode=disabled", quoted("run_dir", str(folder))]
         if any(f.name == "fallbacks" for f in dataclasses.fields(Config)):
             fixed.append("fallbacks=off")
         script = way.script or str(cli.ROOT / "train.py")
@@ -360,7 +360,7 @@ class Runner:
 
     def _names(self, key: str) -> bool:
         """Whether the command line has named a key of train.py."""
-        return any(cli.key_of(override) == key for override in self.plan["overrides"])
+        return any(key_of(override) == key for override in self.plan["overrides"])
 
     def _elapsed(self) -> float:
         return time.monotonic() - self.begun

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from nanogpt_mac.coverage import wheel
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.operators import wheel
 from nanogpt_mac.simulator.build import build_once
 
 # What torch needs beside the CUDA libraries that its Linux wheels ask for; nothing here computes on CUDA.

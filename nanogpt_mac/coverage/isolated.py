@@ -7,11 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from nanogpt_mac.backends.base import BackendOptions
-from nanogpt_mac.coverage import environments, runtime
+from nanogpt_mac.coverage import environments
 from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.coverage.device import environment
 from nanogpt_mac.coverage.render import CANNOT_TELL, LOST, OK, Page, Section, some
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.fallbacks import detect as runtime
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 
 SCHEMA = 1

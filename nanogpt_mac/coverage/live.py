@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from nanogpt_mac.coverage.detector.profiled import DEVICE, MARK, name_of, parents_of, tensors_of, walk
-from nanogpt_mac.coverage.detector.signs import short
-from nanogpt_mac.coverage.phases import Phased
+from nanogpt_mac.fallbacks.phases import Phased
+from nanogpt_mac.fallbacks.profiled import DEVICE, MARK, name_of, parents_of, tensors_of, walk
+from nanogpt_mac.fallbacks.signs import short
 
 
 class Phases(Phased):

@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from nanogpt_mac.coverage import expected, wheel
+from nanogpt_mac.coverage import expected
 from nanogpt_mac.coverage.device import environment
 from nanogpt_mac.coverage.render import CANNOT_TELL, LOST, OK, Page, Section, some
-from nanogpt_mac.coverage.table import HAND_LIST, Kind
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.operators import wheel
+from nanogpt_mac.operators.table import HAND_LIST, Kind
 
 SCHEMA = 1
 STATUSES = ("works", "falls back", "missing", "dtype limit", "wrong value", "error", "crashed", "skipped")

@@ -17,8 +17,8 @@ import warnings
 from typing import Any
 
 from nanogpt_mac import simulator
-from nanogpt_mac.coverage.detector.signs import ADMITS, FALLS_BACK
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.fallbacks.signs import ADMITS, FALLS_BACK
 from nanogpt_mac.simulator.samples import arguments, database, difference, full_name, line, run, tensors
 
 # What torch's own tests for MPS run, in their order; float64 and complex128 do not exist there.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from nanogpt_mac.coverage.diff import ABSENT, Diff, compare
 from nanogpt_mac.coverage.render import CANNOT_TELL, LOST, OK, Page, Section, some
-from nanogpt_mac.coverage.table import RUNS, Entry, Facts, Kind, Table
 from nanogpt_mac.coverage.trace import Trace
+from nanogpt_mac.operators.diff import ABSENT, Diff, compare
+from nanogpt_mac.operators.table import RUNS, Entry, Facts, Kind, Table
 
 SCHEMA = 1
 _GROUPS = ("lost", "gained", "moved", "unclear", "removed")

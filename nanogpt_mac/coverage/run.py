@@ -7,9 +7,9 @@ import traceback
 
 from nanogpt_mac.coverage import render, report
 from nanogpt_mac.coverage.config import CoverageConfig, operators, validate
-from nanogpt_mac.coverage.table import RUNS, Kind, Table, load
 from nanogpt_mac.coverage.trace import NoTrace, trace_model
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.operators.table import RUNS, Kind, Table, load
 
 
 def run(config: CoverageConfig) -> int:
@@ -49,7 +49,7 @@ def _page(config: CoverageConfig) -> render.Page:
 
 def _compiled(config: CoverageConfig) -> render.Page:
     """The compile report. Exit code 1 where generated code calls an operator that leaves the GPU, 2 where unknown."""
-    from nanogpt_mac.coverage import compiled
+    from nanogpt_mac.compile_report import check as compiled
 
     made = compiled.check(config.model, config.dtype, config.batch_size)
     training = made["iterations"].get("training", {})

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_mac import simulator
-from nanogpt_mac.coverage import wheel
-from nanogpt_mac.coverage.phases import Phased
-from nanogpt_mac.coverage.table import IN_COMPOSITE, Kind, Table, load
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.fallbacks.phases import Phased
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
+from nanogpt_mac.operators import wheel
+from nanogpt_mac.operators.table import IN_COMPOSITE, Kind, Table, load
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _REGISTERED = (Kind.NATIVE, Kind.DELEGATE, Kind.PYTHON)
@@ -128,8 +128,14 @@ def _digest(task: str) -> str:
     digest = hashlib.sha256(f"{installed_version('torch')} {sys.version} {platform.platform()} {task}".encode())
     folders = (PACKAGE / name for name in ("gpt", "backends", "simulator"))
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    names = ("trace.py", "live.py", "phases.py", "detector/profiled.py", "detector/signs.py")
-    files += [Path(__file__).parent / name for name in names]
+    names = (
+        "coverage/trace.py",
+        "coverage/live.py",
+        "fallbacks/phases.py",
+        "fallbacks/profiled.py",
+        "fallbacks/signs.py",
+    )
+    files += [PACKAGE / name for name in names]
     for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]

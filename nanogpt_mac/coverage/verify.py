@@ -20,13 +20,15 @@ from typing import Any
 
 from packaging.version import Version
 
-from nanogpt_mac.coverage import compiled, isolated, runtime
+from nanogpt_mac.compile_report import check as compiled
+from nanogpt_mac.coverage import isolated
 from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.coverage.device import environment
 from nanogpt_mac.coverage.render import CANNOT_TELL, LOST, OK, Page, Section, some
-from nanogpt_mac.coverage.table import HAND_LIST, IN_COMPOSITE, Entry, Kind, Table, load
 from nanogpt_mac.coverage.trace import NoTrace, trace_model
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.fallbacks import detect as runtime
+from nanogpt_mac.operators.table import HAND_LIST, IN_COMPOSITE, Entry, Kind, Table, load
 
 SCHEMA = 1
 PREDICTIONS = Path(__file__).with_name("predictions")

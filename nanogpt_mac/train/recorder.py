@@ -130,7 +130,7 @@ class Recorder:
         if self.wandb is not None:
             import wandb
 
-            from nanogpt_mac.coverage.detector.report import COLUMNS, rows
+            from nanogpt_mac.fallbacks.report import COLUMNS, rows
 
             table = wandb.Table(columns=list(COLUMNS), data=rows(document))
             figures = {"fallbacks/findings": len(document["findings"]), "fallbacks/complete": document["complete"]}

@@ -7,10 +7,10 @@ import pytest
 
 from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.compare.runner import Runner
-from nanogpt_mac.compare.ways import Way
+from nanogpt_mac.compare.variants import Way
 from nanogpt_mac.config import Config
 
-FAKE = Path(__file__).with_name("compare_fake_train.py")
+FAKE = Path(__file__).parents[1] / "fakes" / "fake_train.py"
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_mac.compare.report import svg
-from nanogpt_mac.compare.report.sections import Row, Table, mark, plain
-from nanogpt_mac.compare.report.svg import COLOURS
-from nanogpt_mac.compare.report.words import get, label, num, state
+from nanogpt_mac.compare.report.sections import mark, plain
+from nanogpt_mac.report import svg
+from nanogpt_mac.report.svg import COLOURS
+from nanogpt_mac.report.table import Row, Table
+from nanogpt_mac.report.words import get, label, num, state
 
 _LABEL = 30  # characters of a way's label that fit a chart
 _ROW_PT = 38  # a way's label and its bar

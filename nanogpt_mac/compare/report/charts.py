@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanogpt_mac.compare.report import chart_loss, chart_times, svg
+from nanogpt_mac.compare.report import chart_loss, chart_times
 from nanogpt_mac.compare.report.chart_rows import (
     BAR,
     Chart,
@@ -17,9 +17,10 @@ from nanogpt_mac.compare.report.chart_rows import (
     short,
     shown,
 )
-from nanogpt_mac.compare.report.sections import Row, Table
-from nanogpt_mac.compare.report.svg import COLOURS
-from nanogpt_mac.compare.report.words import (
+from nanogpt_mac.report import svg
+from nanogpt_mac.report.svg import COLOURS
+from nanogpt_mac.report.table import Row, Table
+from nanogpt_mac.report.words import (
     DASH,
     dicts,
     get,

@@ -14,8 +14,13 @@ import nanogpt_mac
 from nanogpt_mac import simulator
 from nanogpt_mac.compare.report import render
 from nanogpt_mac.compare.report.config import ReportConfig
-from nanogpt_mac.compare.report.sections import Row, Section, Table, plain, work_facts
-from nanogpt_mac.compare.report.words import (
+from nanogpt_mac.compare.report.sections import plain, work_facts
+from nanogpt_mac.compare.results.collect import SCHEMA, collect, load_run
+from nanogpt_mac.compare.results.runs import RUN_FILES, WORK_KEYS, parsed, work_key
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.report import show
+from nanogpt_mac.report.table import Row, Section, Table
+from nanogpt_mac.report.words import (
     DASH,
     count,
     get,
@@ -31,9 +36,6 @@ from nanogpt_mac.compare.report.words import (
     text,
     when,
 )  # fmt: skip
-from nanogpt_mac.compare.results.collect import SCHEMA, collect, load_run
-from nanogpt_mac.compare.results.runs import RUN_FILES, WORK_KEYS, parsed, work_key
-from nanogpt_mac.errors import InputError
 from nanogpt_mac.train.recorder import make_folder
 
 _MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout")
@@ -108,7 +110,7 @@ def run(config: ReportConfig) -> int:
         made = render.markdown(single), render.html(single)
         output = config.output or str(folders[0])
     else:
-        render.show_page(board.sentence(), board.facts(), [], board.sections())
+        show.show_page(board.sentence(), board.facts(), [], board.sections())
         made = board.markdown(), board.html()
         output = config.output or "runs/{date}/{time}-report"
     try:
@@ -233,7 +235,7 @@ class Board:
 
     def markdown(self) -> str:
         heading = "Leaderboard: " + self.facts()
-        return render.markdown_page(heading, self.sentence(), self.sections(), nanogpt_mac.__version__)
+        return show.markdown_page(heading, self.sentence(), self.sections(), nanogpt_mac.__version__)
 
     def html(self) -> str:
         """The page, with a chart of each group."""

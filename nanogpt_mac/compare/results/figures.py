@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from nanogpt_mac import simulator
-from nanogpt_mac.compare import roofline, stats
+from nanogpt_mac.compare import roofline
 from nanogpt_mac.compare.results.runs import Run, number
 from nanogpt_mac.machine import chips
+from nanogpt_mac.measure import stats
 
 ON_GPU = ("mps", "cuda", "metal")  # device names of back ends that compute on the GPU
 MOST_POINTS = 400  # of one round's series

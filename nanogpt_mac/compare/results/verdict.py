@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_mac import simulator
-from nanogpt_mac.compare import stats
+from nanogpt_mac.measure import stats
 
 Way = dict[str, Any]
 TELLS_LITTLE = 1.2  # an interval that reaches from 1 to this times as much does not show that ways are alike

@@ -1,1 +1,0 @@
-"""The parity gate: every way is held against float64 before any is timed."""

@@ -1,0 +1,150 @@
+"""The compile report: what torch.compile makes of this model's training iteration and of its evaluation on MPS.
+
+    with compiled.watch() as seen:  # before the first compilation in this process
+        with seen.phase("training"):
+            step()
+        with seen.iteration("training"):  # one steady iteration, whose launches are reported
+            step()
+    seen.report()  # JSON-able
+
+`check` does that with the project's own back end in a process and a compiler cache of their own: on a Mac live, off it
+as a dry run on the simulated device, which records kernels and does not run them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nanogpt_mac import simulator
+from nanogpt_mac.compile_report.seen import Seen, watch
+from nanogpt_mac.compile_report.text import lines, sections
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
+
+__all__ = ["Seen", "check", "lines", "sections", "watch"]
+
+PACKAGE = Path(__file__).resolve().parents[1]
+_SYMBOLS = 65  # of the default corpus
+_TIMED_ITERATIONS = 10
+_DROPPED = ("PYTORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TORCH_LOGS")  # what changes the outcome
+
+
+def check(model: ModelConfig, dtype: str, batch_size: int, warm: bool = True) -> dict[str, Any]:
+    """Compiles this model for MPS in a fresh process with an empty cache, and reports what came of it.
+
+    Adds to the report: `label` (live on a Mac, otherwise dry run), `model`, and `warm`, what a second process with
+    the first one's cache spent on compiling (None without `warm`).
+
+    Raises:
+        InputError: there is neither a Mac's GPU nor a machine for the simulated one, or the model cannot be compiled.
+    """
+    _spec(model)
+    task = json.dumps({"model": asdict(model), "dtype": dtype, "batch_size": batch_size})
+    with tempfile.TemporaryDirectory(prefix="nanogpt-mac-compile-") as cache:
+        report = _run_child(task, cache)
+        second = _run_child(task, cache) if warm else None
+    report["warm"] = second and {"compile": second["compile"], "cache": second["cache"]}
+    _add_kinds(report)
+    return report
+
+
+def _spec(m: ModelConfig) -> GPTSpec:
+    symbols = m.vocab_size or _SYMBOLS
+    return GPTSpec(m.n_layer, m.n_head, m.n_embd, m.block_size, symbols, m.dropout, m.bias, m.gelu)
+
+
+def _run_child(task: str, cache: str) -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_DROPPED)}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = cache
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
+    if sys.platform != "darwin":
+        environment[simulator.VARIABLE] = "1"
+    argv = [sys.executable, "-W", "ignore", "-m", "nanogpt_mac.compile_report.check"]
+    child = subprocess.run(argv, input=task, capture_output=True, text=True, env=environment, check=False)
+    if child.returncode:
+        words = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+        raise InputError(f"compiled=true: compiling this model for MPS failed: {words[-1]}")
+    made: dict[str, Any] = json.loads(child.stdout)
+    return made
+
+
+def _add_kinds(report: dict[str, Any]) -> None:
+    """Where MPS runs the ATen operators that generated code calls, by the operator table of the installed torch."""
+    from nanogpt_mac.operators.table import load
+
+    rows = [row for it in report["iterations"].values() for row in it["aten"] or []]
+    if not rows:
+        return
+    try:
+        table = load("installed")
+    except InputError as error:
+        report["unknown"].append(f"kinds of ATen operators: {error}")
+        table = None
+    for row in rows:
+        op = row["name"].removeprefix("aten.")
+        entry = table.entries.get(op) if table and row["name"].startswith("aten.") else None
+        row["kind"] = entry.kind.value if entry else None
+
+
+def _child(task: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    from nanogpt_mac.backends import detect
+    from nanogpt_mac.backends.base import BackendOptions, Tokens
+
+    if reason := detect.missing("mps"):
+        raise InputError(reason)
+    live = not simulator.active()
+    execute = task.get("execute", live)
+    if not live:
+        simulator.set_max_memory(1 << 50)  # a dry run touches little of what it allocates
+    spec, batch_size = _spec(ModelConfig(**task["model"])), task["batch_size"]
+    text = np.random.default_rng(0).integers(0, spec.vocab_size, batch_size + spec.block_size + 1).astype(np.uint16)
+    tokens = Tokens({"train": text, "val": text}, spec.block_size)
+    starts = np.arange(batch_size)[None]
+    with watch(execute) as seen:
+        backend: Any = detect.create(spec, BackendOptions("mps", compile=True, dtype=task["dtype"]), tokens)
+        backend.load(spec.init_weights(0))
+        with seen.phase("training"):
+            for _ in range(2):
+                backend.wait(backend.step(starts, 1e-3))
+        with seen.iteration("training"):
+            handle = backend.step(starts, 1e-3)
+        backend.wait(handle)
+        with seen.phase("evaluation"):
+            backend.evaluate("val", starts)
+        with seen.iteration("evaluation"):
+            backend.evaluate("val", starts)
+        if execute:
+            seen.iterations["training"].ms = _iteration_ms(backend, starts)
+            with seen.timing():
+                backend.wait(backend.step(starts, 1e-3))
+        report = seen.report()
+    about = {"label": "live" if live else "dry run", "model": {**task["model"], "vocab_size": spec.vocab_size}}
+    return {**about, "dtype": task["dtype"], "batch_size": batch_size, **report}
+
+
+def _iteration_ms(backend: Any, starts: Any) -> float:
+    """Milliseconds of a steady iteration, recorders included; the next is enqueued before one is waited for."""
+    began, handle = time.perf_counter(), backend.step(starts, 1e-3)
+    for _ in range(_TIMED_ITERATIONS - 1):
+        following = backend.step(starts, 1e-3)
+        backend.wait(handle)
+        handle = following
+    backend.wait(handle)
+    return (time.perf_counter() - began) / _TIMED_ITERATIONS * 1e3
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(_child(json.load(sys.stdin))))
+    except InputError as error:
+        sys.exit(str(error))

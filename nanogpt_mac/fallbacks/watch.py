@@ -1,0 +1,369 @@
+"""The fallback detector's child: every phase of a model on MPS, run with all fallbacks made visible.
+
+`python -m nanogpt_mac.fallbacks.watch` reads a task (runtime.py makes it) as JSON and writes what it saw as
+JSON. It needs torch and numpy and nothing else, so it runs under any interpreter with any torch.
+PYTORCH_ENABLE_MPS_FALLBACK=1 must be in its environment, since torch reads it when it is loaded.
+
+Two passes over the same work: torch's own warnings, each of them, and a profile. Neither is a timed run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanogpt_mac import simulator
+from nanogpt_mac.backends import base, detect
+from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.fallbacks import profiled, signs
+from nanogpt_mac.fallbacks.phases import Phased
+from nanogpt_mac.fallbacks.refusals import Lines, Located, Locator, located_in_profile
+from nanogpt_mac.fallbacks.signs import ADMITS, COMPILED_PHASES, CONTROL, FALLS_BACK, PHASES, Frame, short
+from nanogpt_mac.gpt.spec import GPTSpec
+
+_OVERFLOWS = 30  # float16 iterations until the loss scale fits, at most
+_PROMPT = 4  # tokens
+
+
+class Phases(Phased):
+    """Knows which phase is under way, and marks it for the profiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached: set[str] = set()
+        self.failed: str | None = None  # the innermost phase that an exception left
+        self.around: dict[str, Callable[[], Any]] = {}  # phase to a context to run it in
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        before, self.current = self.current, name
+        self.reached.add(name)
+        try:
+            with torch.profiler.record_function(profiled.MARK + name), self.around.get(name, nullcontext)():
+                yield
+        except BaseException:
+            self.failed = self.failed or name
+            raise
+        finally:
+            self.current = before
+
+
+class Warned:
+    """The first pass: what torch warns of while the context lasts, each time it does, and where."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
+        self.fallbacks: list[dict[str, Any]] = []
+        self.admitted: list[dict[str, Any]] = []  # native kernels that say that they use the CPU
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        always = torch.is_warn_always_enabled()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = self._show
+            torch.set_warn_always(True)
+            try:
+                yield
+            finally:
+                torch.set_warn_always(always)
+
+    def _show(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        text = str(message)
+        # Those of the backward pass are all given at its end: its lines are not theirs.
+        frames = [] if self.phases.current == "backward" else _stack(sys._getframe(1))
+        generated = next((f for f in frames if signs.is_generated(f, _generated())), None)
+        row = {"phase": self.phases.current, "where": None if generated else signs.place(frames)}
+        if found := FALLS_BACK.search(text):
+            self.fallbacks.append({"op": short(found[1]), **row})
+        elif ADMITS.search(text):
+            self.admitted.append({"text": text.partition(" (Triggered")[0], **row})
+
+
+def _stack(frame: FrameType | None) -> list[Frame]:
+    frames = []
+    while frame is not None:
+        frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
+    return frames
+
+
+def _generated() -> str:
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+
+
+class Session:
+    """The back end of a run, made once, and the units of work that hold its phases."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.task, self.phases = task, Phases()
+        options = BackendOptions(**task["options"])
+        spec = GPTSpec(**task["spec"])
+        text = (np.arange(20 * (spec.block_size + 1)) % spec.vocab_size).astype(np.uint16)
+        tokens = Tokens({"train": text, "val": text}, spec.block_size)
+        if not task["resident"]:
+            base.RESIDENT_TOKENS = 0
+        backend: Any = detect.create(spec, options, tokens)
+        backend.load(spec.init_weights(0))
+        self.backend, self.compiled = backend, options.compile
+        shape = (task["gradient_accumulation_steps"], task["batch_size"])
+        self.starts = np.arange(math.prod(shape)).reshape(shape) % (10 * spec.block_size)
+        self.prompt = text[: min(_PROMPT, spec.block_size)], text[:1]
+        self.long_enough = spec.block_size > _PROMPT
+        self.units = {"train": self._train, "evaluation": self._evaluation, "sampling": self._sampling}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """The phases inside an iteration are recognised while the context lasts."""
+        during, b = self.phases.during, self.backend
+        places = [(torch.Tensor, "backward", "backward"), (torch.nn.utils, "clip_grad_norm_", "clip")]
+        places += [(b.optimizer, "step", "optimizer"), (b, "_handle", "result")]
+        places += [(b.scaler, "unscale_", "clip"), (b.scaler, "step", "optimizer"), (b.scaler, "update", "optimizer")]
+        before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
+        for owner, name, phase in places:
+            setattr(owner, name, during(phase, getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for owner, name, function in before:
+                if function is None:  # it was its class's
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, function)
+
+    def _train(self) -> None:
+        with self.phases.phase("forward"):
+            handle = self.backend.step(self.starts, 1e-4)
+        with self.phases.phase("result"):
+            self.norm = self.backend.wait(handle)[1]
+
+    def _evaluation(self) -> None:
+        with self.phases.phase("evaluation"):
+            self.backend.evaluate("val", self.starts[:1])
+
+    def _sampling(self) -> None:
+        """A prompt, and one token after it."""
+        prompt, token = self.prompt
+        with self.phases.phase("sampling"):
+            decode = self.backend.decode()
+            decode(prompt)
+            if self.long_enough:
+                decode(token)
+
+    def run(self, units: list[str] | None = None) -> dict[str, Exception]:
+        """Runs every unit; those that raised, with what they raised. `phases.failed` has where the last did."""
+        raised: dict[str, Exception] = {}
+        for name in units or list(self.units):
+            self.phases.failed = None
+            try:
+                self.units[name]()
+            except Exception as error:  # whatever it is: it is reported
+                raised[name] = error
+                self.failed = self.phases.failed or name
+                self.backend.optimizer.zero_grad(set_to_none=True)
+                self.backend.sources.clear()
+        return raised
+
+    def warm_up(self) -> None:
+        """Compiles, and makes what later iterations find. Under float16 until the loss scale fits."""
+        for _ in range(_OVERFLOWS if self.task["options"]["dtype"] == "float16" else 1):
+            if "train" in self.run() or math.isfinite(self.norm):
+                break
+
+
+def _dispatch(op: str) -> str:
+    """How the dispatcher's table has an operator for MPS: `fallback`, `explicit`, `kernel` or `unknown`."""
+    table = torch._C._dispatch_dump_table(op if "::" in op else f"aten::{op}")
+    line = next((line for line in table.splitlines() if line.startswith("MPS: ")), "")
+    if "[backend fallback]" in line:
+        return "fallback"
+    return "explicit" if "MPSFallback" in line else "kernel" if line else "unknown"
+
+
+# -- trying the detector ----------------------------------------------------------------------------------------------
+
+
+def _controls() -> dict[str, Callable[[], Any]]:
+    """Operators that some torch's MPS has left to the CPU, each with a call."""
+    x = torch.ones(3, 4, device=profiled.DEVICE)
+    index = torch.zeros(1, dtype=torch.int64, device=profiled.DEVICE)
+    return {
+        "embedding_renorm_": lambda: torch.embedding_renorm_(x.clone(), index, 0.5, 2.0),
+        "mode": lambda: torch.mode(x),
+        "_pdist_forward": lambda: torch.pdist(x),
+        "geqrf": lambda: torch.geqrf(x),
+    }
+
+
+def _control() -> tuple[str | None, Callable[[], Any]]:
+    """An operator that is known to fall back, to see whether both passes see it; None where none does."""
+    for name, call in _controls().items():
+        if _dispatch(name) in ("fallback", "explicit"):
+            return name, call
+    return None, lambda: None
+
+
+# -- the passes -------------------------------------------------------------------------------------------------------
+
+
+def examine(session: Session) -> dict[str, Any]:
+    """Both passes over a session that is warm; runtime.py makes findings of it. JSON-able."""
+    phases, (control, call) = session.phases, _control()
+    phases.reached.clear()
+    warned = Warned(phases)
+    with session.hooked():
+        with warned.listening():
+            with phases.phase(CONTROL):
+                call()
+            session.run()
+        profiler, overloads = profiled.profiler()
+        failed: dict[str, str] = {}
+        raised: dict[str, Exception] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with profiler:
+                with phases.phase(CONTROL):
+                    call()
+                for unit in session.units:
+                    if error := session.run([unit]):
+                        raised |= error
+                        failed[unit] = session.failed
+            seen = profiled.read(profiler, overloads, _generated())
+            located = [_locate(session, unit, failed[unit], error, seen) for unit, error in raised.items()]
+            _exact_lines(session, seen)
+    rows = [r for r in seen.records if r.phase != CONTROL]
+    told = [w for w in warned.fallbacks if w["phase"] != CONTROL]
+    ops = {r.op for r in rows} | {w["op"] for w in told}
+    return {
+        "reached": [p for p in PHASES if p in phases.reached],
+        "warnings": {
+            "fallbacks": told,
+            "admitted": warned.admitted,
+            "control": None if control is None else any(w["phase"] == CONTROL for w in warned.fallbacks),
+        },
+        "profiler": {
+            "records": [{"sign": r.sign, **r.json()} for r in rows],
+            "meant": seen.meant,
+            "operators": seen.operators,
+            "overloads": seen.overloads,
+            "control": None if control is None else any(r.phase == CONTROL for r in seen.records),
+        },
+        "control": control,
+        "refused": [location.json() for location in located],
+        "dispatch": {op: _dispatch(op) for op in sorted(ops)},
+    }
+
+
+def _locate(session: Session, unit: str, phase: str, error: Exception, seen: profiled.Profile) -> Located:
+    """Which operator raised: asked again with every operator of the phase looked at, else read from the profile."""
+    last = seen.last.get(phase)
+    if session.compiled and phase in COMPILED_PHASES:
+        return located_in_profile(phase, error, last)
+    locator = Locator()
+    _look_at(session, [unit], [phase], locator)
+    found = locator.located(phase, error)
+    if phase == "backward" and last is not None:  # on autograd's own thread: the profile knows the forward call
+        found.where, found.evidence = last.where, list(last.evidence)
+    return found
+
+
+def _exact_lines(session: Session, seen: profiled.Profile) -> None:
+    """Fills in lines that a profile cannot know, from a third run with every operator looked at."""
+    vague = [r for r in seen.records if r.line_of is not None and r.phase != CONTROL]
+    phases = {"forward" if r.phase == "backward" else r.phase for r in vague}
+    if session.compiled:
+        phases -= set(COMPILED_PHASES)
+    if not phases:
+        return
+    lines = Lines()
+    _look_at(session, list(session.units), sorted(phases), lines)
+    for record in vague:
+        _, file, first = record.line_of or ("", "", 0)
+        known = [f"{file}:{line}" for line in (lines.lines.get(record.line_of, []) if record.line_of else [])]
+        if known and record.where == f"{file}:{first}":
+            record.where, *others = known
+            record.evidence += [f"or at {other}" for other in others]
+        elif known:
+            rough = f"called in {file}:{first}"
+            record.evidence = [f"called in {known[0]}" if text == rough else text for text in record.evidence]
+
+
+def _look_at(session: Session, units: list[str], phases: list[str], mode: Locator | Lines) -> None:
+    """Runs units with a dispatch mode in phases that are not compiled: it would switch the compiler off."""
+    session.phases.around = {phase: lambda: mode for phase in phases}
+    try:
+        session.run(units)
+    finally:
+        session.phases.around = {}
+
+
+def watch(task: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the child reports of a task."""
+    begin = time.perf_counter()
+    session = Session(task)
+    compiler = _compile_report() if session.compiled else nullcontext()
+    with compiler as compiled:
+        session.warm_up()
+        if compiled is not None:
+            with compiled.iteration():
+                session.run(["train"])
+            with compiled.iteration("evaluation"):
+                session.run(["evaluation"])
+    seen = examine(session)
+    return {
+        "schema": 1,
+        "torch": torch.__version__,
+        "python": sys.version.partition(" ")[0],
+        "device": session.backend.device_name,
+        **seen,
+        "compile_report": compiled.report() if compiled is not None else None,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _compile_report() -> Any:
+    """What watches the compiler. It enters before the first compilation."""
+    from nanogpt_mac.compile_report import check as compiled
+
+    return compiled.watch()
+
+
+def _end_with_parent(scratch: str) -> None:
+    """A parent that was killed has nobody to tell, and does not remove the `scratch` folder that it made."""
+    parent = os.getppid()
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        shutil.rmtree(scratch, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> None:
+    """The child process: stdout holds the document and nothing else."""
+    document = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever torch or its libraries print goes to stderr
+    task = json.load(sys.stdin)
+    _end_with_parent(task["scratch"])
+    simulator.install_if_asked()
+    json.dump(watch(task), document)
+    document.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The parity gate: every variant must compute what float64 computes before it is timed."""

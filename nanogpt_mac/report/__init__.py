@@ -1,0 +1,1 @@
+"""What every report is made of: words, tables, terminal, markdown, HTML page, figures."""

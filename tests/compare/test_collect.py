@@ -1,0 +1,515 @@
+"""A comparison's folder as a document: whole, half done, damaged, of other versions."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from fakes.comparisons import LINUX, MAC, WAYS, write_comparison
+
+from nanogpt_mac.compare.results import figures
+from nanogpt_mac.compare.results.collect import collect
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.measure import stats
+
+pytestmark = pytest.mark.xdist_group("collect")  # what its fixtures make is dear: one worker makes it
+
+CPU = {"name": "cpu", "label": "CPU eager", "ms": 100.0}
+MLX = {"name": "mlx", "label": "MLX compiled", "compile": True, "ms": 80.0}
+MPS = {"name": "mps", "label": "MPS eager", "ms": 90.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_resamples():
+    """The interval itself is tests/measure/test_stats.py's business."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "RESAMPLES", 100)
+        yield
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """write_comparison and collect, with small defaults; the document's ways also by name."""
+
+    def build(ways, rounds=6, iters=30, noise=0.004, seed=1, damage=None, **options):
+        folder = tmp_path / f"compare-{len(list(tmp_path.iterdir()))}"
+        write_comparison(folder, ways, rounds, iters, noise, seed, **options)
+        if damage:
+            damage(folder)
+        found = collect(folder)
+        json.dumps(found, allow_nan=False)  # what it is for
+        return found, {way["name"]: way for way in found["ways"]}
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = write_comparison(tmp_path_factory.mktemp("whole") / "compare", WAYS, 6, 30, 0.004, 1)
+    return folder, collect(folder)
+
+
+# -- a whole comparison -----------------------------------------------------------------------------------------------
+
+
+def test_times_are_recomputed_from_the_rows(whole):
+    """Read again here, line by line: kept iterations of the rounds, and no others."""
+    folder, found = whole
+    for way in found["ways"]:
+        rounds = {}
+        for path in sorted((folder / "rounds").glob(f"[0-9]-{way['name']}")):
+            rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+            rows = [row for row in rows if row["kind"] == "iteration" and "left_out" not in row]
+            rounds[int(path.name.split("-")[0])] = [row["iter_ms"] for row in rows]
+        pooled = np.concatenate(list(rounds.values()))
+        assert way["iter_ms"]["count"] == len(pooled) == 6 * 24
+        assert way["iter_ms"]["median"] == pytest.approx(np.median(pooled))
+        low, high = way["iter_ms"]["ci95"]
+        assert low < way["iter_ms"]["median"] < high
+        assert {r["round"]: r["median"] for r in way["rounds"]} == {r: np.median(t) for r, t in rounds.items()}
+        assert way["left_out"] == {"first": 6, "warmup": 30}
+        tokens = 16384
+        assert way["tokens_per_s"] == pytest.approx(tokens / way["iter_ms"]["median"] * 1e3)
+
+
+def test_verdict_and_ratios(whole):
+    _, found = whole
+    ways = {way["name"]: way for way in found["ways"]}
+    assert found["complete"] is True
+    assert found["verdict"]["fastest"] == "mlx"
+    assert found["verdict"]["ties"] == []
+    ratio = ways["mps"]["ratio"]
+    pairs = [
+        slow["median"] / fast["median"] for slow, fast in zip(ways["mps"]["rounds"], ways["mlx"]["rounds"], strict=True)
+    ]
+    assert ratio["pairs"] == pytest.approx(pairs)
+    assert (ratio["to"], ratio["tie"], ratio["confidence"]) == ("mlx", False, 0.99)
+    assert ratio["ci"][0] < 260 / 190 < ratio["ci"][1]
+    assert ways["mlx"]["ratio"] is None
+    low, high = ratio["ci"]
+    assert found["verdict"]["sentence"] == (
+        f"MLX compiled is the fastest way here: {ratio['value']:.3g} x as fast as MPS eager "
+        f"(99 % interval {low:.3g} to {high:.3g}, 6 rounds)."
+    )
+
+
+def test_utilisation_has_the_pilots_peak(whole):
+    folder, found = whole
+    for way in found["ways"]:
+        measured = json.loads((folder / "rounds" / f"pilot-{way['name']}" / "summary.json").read_text())
+        rate = found["work"]["flops_per_iter"] / (way["iter_ms"]["median"] / 1e3)
+        assert way["mfu_measured"] == pytest.approx(rate / measured["mfu_denominators"]["mfu_measured"])
+        assert way["mfu_a100"] == pytest.approx(rate / 312e12)
+        assert way["mfu"] == (None if way["device"] == "cpu" else pytest.approx(rate / 8.08e12))
+        assert way["mfu_denominators"].keys() == {"mfu", "mfu_measured", "mfu_a100"}
+        roof = way["roofline"]
+        assert roof["share"] == pytest.approx(roof["floor_ms"] / way["iter_ms"]["median"])
+        assert roof["peak_source"] == (
+            "best matmul measured here" if way["device"] == "cpu" else "Apple M4 Pro's peak, disputed"
+        )
+
+
+def test_phases_and_recipe(whole):
+    _, found = whole
+    way = next(way for way in found["ways"] if way["name"] == "mlx")
+    median_s = way["iter_ms"]["median"] / 1e3
+    assert (way["first_iter_s"], way["first_iter_warm_s"]) == (4.0, 1.5)  # the pilot's is cold
+    assert way["compile_s"] == pytest.approx(4.0 - median_s)
+    assert way["compile_warm_s"] == pytest.approx(1.5 - median_s)
+    assert way["eval_s"] == 0.8  # not the first of each process, which compiles
+    assert way["first_eval_s"] == pytest.approx(1.4 * 0.8)
+    assert way["recipe"]["evaluations"] == 21
+    assert way["recipe"]["seconds"] == pytest.approx(5000 * median_s + 21 * 0.8)
+    assert way["peak_memory"] == 1_500_000_000
+
+
+@pytest.mark.parametrize(
+    ("recipe", "eval_iters", "seconds", "evaluations"),
+    [
+        ({"max_iters": 5000, "eval_interval": 250, "eval_iters": 200}, 200, 5000 * 0.1 + 21 * 2, 21),
+        ({"max_iters": 5000, "eval_interval": 250, "eval_iters": 200}, 5, 5000 * 0.1 + 21 * 2 * 40, 21),
+        ({"iters": 2000, "eval_interval": 300, "eval_iters": 20}, 20, 2000 * 0.1 + 8 * 2, 8),  # 0, 300 .. 1800, 2000
+        ({"max_iters": 20, "eval_interval": 0, "eval_iters": 20}, None, 2.0, 0),
+    ],
+)
+def test_recipe_by_hand(recipe, eval_iters, seconds, evaluations):
+    found = figures.projected(recipe, 100.0, 2.0 if eval_iters else None, eval_iters)
+    assert found["seconds"] == pytest.approx(seconds)
+    assert found["evaluations"] == evaluations
+
+
+def test_recipe_without_its_parts():
+    recipe = {"max_iters": 5000, "eval_interval": 250, "eval_iters": 200}
+    assert figures.projected(recipe, None, 2.0, 200) is None
+    assert figures.projected(recipe, 100.0, None, None) is None
+    assert figures.projected(None, 100.0, 2.0, 200) is None
+
+
+def test_recipe_of_an_older_plan_is_its_experiments(compared):
+    _, ways = compared([CPU], rounds=1, recipe=None, experiment="quick", config={"eval_iters": 20})
+    assert (ways["cpu"]["recipe"]["iters"], ways["cpu"]["recipe"]["evaluations"]) == (2000, 9)
+    _, ways = compared([CPU], rounds=1, recipe=None, experiment="of_the_future")
+    assert ways["cpu"]["recipe"] is None
+
+
+def test_machine_environment_and_published(whole):
+    _, found = whole
+    assert found["machine"]["name"] == "Apple M4 Pro"
+    assert found["machine"]["os"] == "macOS 15.6"
+    assert found["machine"]["simulated"] is False
+    assert found["environment"]["versions"] == MAC["versions"]
+    assert found["work"]["tokens_per_iter"] == 16384
+    assert found["work"]["flops_per_iter"] == pytest.approx(1162.6e9, rel=1e-4)
+    assert {row["ms_per_iter"] for row in found["published"]} == {221, 306, 1986, 500, 8500}
+    assert found["warnings"] == []
+    assert found["levers"] is None
+    assert found["ways"][0]["fallbacks"] == {"schema": 1, "fallbacks": [], "exit_state": "ok"}
+
+
+def test_series_and_histogram(whole):
+    _, found = whole
+    for way in found["ways"]:
+        assert [part["round"] for part in way["series"]] == list(range(6))
+        for part in way["series"]:
+            assert part["iter"] == list(range(6, 30))
+            assert all(b > a for a, b in zip(part["seconds"], part["seconds"][1:], strict=False))
+        edges, counts = way["histogram"]["edges"], way["histogram"]["counts"]
+        assert len(edges) == len(counts) + 1
+        assert sum(counts) + way["histogram"]["above"] == way["iter_ms"]["count"]
+
+
+def test_long_series_keep_their_outliers_and_count_evaluations(compared):
+    _, ways = compared([CPU | {"outliers": 0.01, "eval_s": 7.0}], rounds=1, iters=2000, evaluations=5)
+    part = ways["cpu"]["series"][0]
+    assert 200 <= len(part["iter"]) <= 400
+    assert max(part["iter_ms"]) == pytest.approx(ways["cpu"]["outliers"]["worst_ms"], rel=1e-5)
+    assert part["iter"] == sorted(part["iter"])
+    ends = dict(zip(part["iter"], part["seconds"], strict=True))
+    before, after = max(i for i in ends if i < 500), min(i for i in ends if i >= 500)
+    assert ends[after] - ends[before] == pytest.approx(7.0, abs=2.5)  # the evaluation at 500
+    rows = ways["cpu"]["evaluations"]
+    assert [row["iter"] for row in rows] == [0, 500, 1000, 1500, 2000]
+    assert ways["cpu"]["outliers"]["count"] >= 5
+
+
+# -- the verdict in other cases ---------------------------------------------------------------------------------------
+
+
+def test_the_same_way_twice_ties(compared):
+    found, ways = compared([CPU, CPU | {"name": "cpu-2", "label": "CPU eager (2)"}], machine=LINUX)
+    assert {found["verdict"]["fastest"], *found["verdict"]["ties"]} == {"cpu", "cpu-2"}
+    assert "tie as the fastest ways here (99 % interval" in found["verdict"]["sentence"]
+    assert [way["ratio"]["tie"] for way in ways.values() if way["ratio"]] == [True]
+    assert found["machine"]["name"] == "AMD EPYC"
+
+
+def test_an_interval_that_tells_little_is_no_likeness(compared):
+    found, _ = compared([CPU, CPU | {"name": "cpu-2", "label": "CPU eager (2)"}], rounds=3, noise=0.1)
+    assert "cannot be told apart (99 % interval" in found["verdict"]["sentence"]
+
+
+def test_a_pilot_stopped_in_time_is_done(compared):
+    def stop(folder):
+        path = folder / "rounds/pilot-cpu/summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"exit_state": "stopped", "signal": "SIGTERM"}))
+
+    _, ways = compared([CPU], damage=stop)
+    assert (ways["cpu"]["state"], ways["cpu"]["failed_runs"]) == ("ok", [])
+
+
+def test_ties_behind_the_fastest(compared):
+    found, _ = compared([CPU, CPU | {"name": "cpu-compile", "label": "CPU compiled"}, MLX])
+    sentence = found["verdict"]["sentence"]
+    assert sentence.startswith("MLX compiled is the fastest way here: 1.2")
+    assert "CPU compiled tie." in sentence or "CPU eager tie." in sentence
+
+
+def test_a_wrong_way_never_wins(compared):
+    found, ways = compared([CPU, MLX | {"parity": "fail"}, MPS])
+    assert found["verdict"]["fastest"] == "mps"
+    assert (ways["mlx"]["state"], ways["mlx"]["parity"]) == ("wrong", "fail")
+    assert "MLX compiled is WRONG: failed parity: gradients: 0.03, allowed 0.001." in found["verdict"]["sentence"]
+    assert ways["mlx"]["ratio"]["value"] < 1  # shown all the same
+    found, ways = compared([CPU | {"parity": "fail"}], rounds=2)
+    assert found["verdict"]["fastest"] is None
+    assert found["verdict"]["sentence"].startswith("No way is called fastest")
+
+
+def test_a_way_that_could_not_be_checked_never_wins(compared):
+    found, ways = compared([CPU, MLX | {"parity": "error"}], rounds=5)
+    assert found["verdict"]["fastest"] == "cpu"
+    assert "MLX compiled is not ranked" in found["verdict"]["sentence"]
+    assert "could not be checked" in ways["mlx"]["reason"]
+    found, _ = compared([CPU, MLX], rounds=5, gate=False, damage=lambda folder: (folder / "parity.json").unlink(True))
+    assert found["verdict"]["fastest"] == "mlx"
+    assert "was not checked" in found["verdict"]["sentence"]
+
+
+def test_failures_are_rows(compared):
+    ways = [CPU, MLX | {"fail": "oom"}, MPS | {"fail": {1: "timeout"}}]
+    found, ways = compared(ways, damage=lambda folder: shutil.rmtree(folder / "rounds/pilot-mlx"))
+    assert (ways["mlx"]["state"], ways["mlx"]["reason"]) == ("failed", "oom: out of memory")
+    assert ways["mlx"]["iter_ms"] is None
+    assert (ways["mps"]["state"], ways["mps"]["runs"]) == ("partial", 5)
+    assert ways["mps"]["failed_runs"] == [{"round": 1, "state": "timeout", "reason": "no end within 60 s"}]
+    assert len(ways["cpu"]["ratio"]["pairs"]) == 5  # paired where both have a round
+    sentence = found["verdict"]["sentence"]
+    assert "MLX compiled did not run: oom: out of memory." in sentence
+    assert "MPS eager failed in 1 of 6 runs." in sentence
+    assert found["complete"] is True
+
+
+def test_nothing_ran(compared):
+    found, ways = compared([CPU | {"fail": "failed"}], rounds=2, pilot=False)
+    assert (found["verdict"]["fastest"], found["verdict"]["sentence"][:18]) == (None, "Nothing was timed.")
+    assert ways["cpu"]["mfu"] is None
+    assert found["published"] == []
+
+
+def test_simulated_device_means_nothing(compared):
+    simulated = MPS | {"device": "simulated-mps", "ms": 5.0}
+    found, ways = compared([simulated, CPU], machine=LINUX, stand_in=True)
+    assert found["verdict"]["fastest"] == "cpu"
+    assert "simulated device: times mean nothing" in found["verdict"]["sentence"]
+    assert "The corpus is the stand-in" in found["verdict"]["sentence"]
+    assert any("simulated device" in line for line in found["warnings"])
+    assert found["machine"]["simulated"] is True
+    assert ways["mps"]["ratio"] is None
+    assert ways["mps"]["roofline"] is None
+    found, _ = compared([simulated], machine=LINUX)
+    assert found["verdict"]["fastest"] is None
+
+
+def test_too_few_rounds_for_an_interval(compared):
+    found, ways = compared([CPU, MLX], rounds=1)
+    assert "too few rounds to be sure" in found["verdict"]["sentence"]
+    assert ways["cpu"]["ratio"]["ci"] is None
+    assert ways["cpu"]["ratio"]["tie"] is None
+    assert ways["cpu"]["iter_ms"]["ci95"] is None
+
+
+def test_other_work_is_not_ranked(compared):
+    found, ways = compared([CPU, MPS, MLX | {"dtype": "bfloat16", "ms": 20.0}])
+    assert found["verdict"]["fastest"] == "mps"
+    assert ways["mlx"]["ratio"] is None
+    assert "not ranked: it does other work (dtype=bfloat16, not float32)" in ways["mlx"]["warnings"]
+    assert found["work"]["dtype"] == "float32"
+
+
+def test_many_ways_widen_the_interval(compared):
+    ways = [CPU | {"name": f"cpu-{i}", "label": f"CPU {i}", "ms": 100 + 5 * i} for i in range(7)]
+    found, ways = compared(ways, rounds=5, iters=16)
+    assert ways["cpu-6"]["ratio"]["confidence"] == stats.confidence_for(7) > 0.99
+    assert f"{100 * stats.confidence_for(7):.3g} % interval" in found["verdict"]["sentence"]
+
+
+def test_levers_are_ranked_by_what_they_are_worth(compared):
+    def lever(name, ms, key, value, **more):
+        told = {"base": "mps", "key": key, "value": value, "what": f"{key} {value}"}
+        return MPS | {"name": name, "label": name, "ms": ms, "lever": told} | more
+
+    found, ways = compared(
+        [
+            MPS,
+            lever("same", 90.0, "backend.fused_adamw", True),
+            lever("compiled", 108.0, "compile", True),
+            lever("sync", 85.0, "sync", "iteration"),
+            lever("half", 45.0, "dtype", "bfloat16", dtype="bfloat16"),
+            lever("dry", 60.0, "model.dropout", 0.0, model={"dropout": 0.0}),
+            lever("lost", 60.0, "sync", "interval", fail="failed"),
+        ],
+        rounds=8,
+        damage=lambda folder: shutil.rmtree(folder / "rounds/pilot-lost"),
+    )
+    rows = found["levers"]
+    assert [row["name"] for row in rows] == ["half", "dry", "compiled", "sync", "same", "lost"]
+    assert rows[0]["ratio"]["value"] == pytest.approx(0.5, rel=0.02)
+    assert rows[0]["worth_percent"] == pytest.approx(50, abs=1)
+    assert rows[2]["worth_percent"] == pytest.approx(-20, abs=1)
+    assert (rows[4]["ratio"]["tie"], rows[5]["ratio"]) == (True, None)
+    assert found["verdict"]["fastest"] == "mps"  # levers win nothing
+    assert ways["half"]["ratio"] is None
+    assert "A setting goes further: sync takes 0.94" in found["verdict"]["sentence"]
+
+
+def test_warnings_of_the_machine(compared):
+    machine = MAC | {"power_source": "battery", "low_power_mode": True}
+
+    def damage(folder):
+        path = folder / "rounds/2-cpu/env.json"
+        env = json.loads(path.read_text())
+        path.write_text(json.dumps(env | {"versions": {"torch": "2.14.0"}}))
+        path = folder / "rounds/3-cpu/outcome.json"
+        heat = {"before": "heavy", "waited_s": 60.0, "at_start": "heavy", "after": "moderate"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"heat": heat}))
+
+    found, ways = compared([CPU | {"creep": 0.2}], rounds=8, machine=machine, damage=damage)
+    text = " ".join(found["warnings"])
+    for words in ("battery", "Low Power Mode", "thermal pressure was heavy and moderate", "throttled", "versions"):
+        assert words in text
+    assert ways["cpu"]["drift"]["throttled"] is True
+
+
+def test_impossible_utilisation_is_refused(compared):
+    _, ways = compared([CPU], rounds=1, measured_peak=1e12)
+    assert ways["cpu"]["mfu_measured"] is None
+    assert any("above 100 %, which is impossible" in line for line in ways["cpu"]["warnings"])
+
+
+def test_energy_is_that_of_training(compared):
+    _, ways = compared([CPU | {"energy": 30.0}])
+    median_s = ways["cpu"]["iter_ms"]["median"] / 1e3
+    energy = ways["cpu"]["energy"]
+    assert energy["watts"] == pytest.approx(30)
+    assert energy["joules_per_1000_tokens"] == pytest.approx(30 * median_s / 16384 * 1000)
+    assert energy["source"] == "zeus-apple-silicon"
+    assert 0.5 < energy["share"] < 1
+
+
+def test_slept_iterations_enter_no_statistic(compared):
+    def sleep(folder):
+        path = folder / "rounds/0-cpu/metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            if row["kind"] == "iteration" and row["iter"] == 12:
+                row |= {"iter_ms": 9e6, "left_out": "slept"}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    _, ways = compared([CPU], rounds=5, damage=sleep)
+    assert ways["cpu"]["iter_ms"]["max"] < 200
+    assert ways["cpu"]["left_out"]["slept"] == 1
+    assert any(line.startswith("slept") for line in ways["cpu"]["warnings"])
+
+
+# -- folders that are not whole ---------------------------------------------------------------------------------------
+
+
+def test_every_state_of_completion(tmp_path):
+    """From the first file to the last, something is collected, and nothing wins before it was timed."""
+    for stop in range(0, 9):
+        folder = write_comparison(tmp_path / str(stop), [CPU, MLX], 4, 12, 0.004, 1, stop_after=stop)
+        found = collect(folder)
+        assert found["complete"] is (stop >= 8)
+        assert (found["verdict"]["fastest"] is None) is (stop == 0)
+        assert ("not complete" in found["verdict"]["sentence"]) is (stop < 8)
+        timed = {name for _, name in json.loads((folder / "plan.json").read_text())["order"][:stop]}
+        assert {way["name"] for way in found["ways"] if way["state"] == "waiting"} == {"cpu", "mlx"} - timed
+        assert "did not run" not in found["verdict"]["sentence"]  # it may yet
+
+
+def test_a_plan_alone(tmp_path):
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"ways": [{"name": "cpu", "label": "CPU", "overrides": [], "lever": None}], "order": None})
+    )
+    found = collect(tmp_path)
+    assert found["complete"] is False
+    assert [way["state"] for way in found["ways"]] == ["waiting"]
+    assert found["ways"][0]["iter_ms"] is None
+    assert found["verdict"]["sentence"].startswith(
+        "The comparison is not complete; so far: Nothing has been timed yet."
+    )
+
+
+def test_no_comparison_is_one_line(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(InputError, match=r"plan\.json") as refused:
+            collect(folder)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_comparison(tmp_path_factory.mktemp("small") / "compare", [CPU, MPS], 3, 14, 0.004, 1)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "parity.json", "rounds/1-cpu/summary.json", "rounds/1-cpu/env.json",
+                                  "rounds/1-cpu/metrics.jsonl", "rounds/1-cpu/outcome.json",
+                                  "rounds/1-cpu/.hydra/config.yaml", "fallbacks/mps.json"])  # fmt: skip
+@pytest.mark.parametrize("how", ["gone", "empty", "half", "list", "binary"])
+def test_any_damaged_file_leaves_the_rest(compared, name, how):
+    def damage(folder):
+        path = folder / name
+        whole = path.read_bytes()
+        if how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(
+                {"empty": b"", "half": whole[: len(whole) // 2], "list": b"[1, 2]", "binary": b"\xff\0"}[how]
+            )
+
+    found, ways = compared([CPU, MPS], rounds=3, iters=14, damage=damage)
+    assert ways["mps"]["runs"] == 3
+    assert found["verdict"]["fastest"] == "mps"
+    assert ways["cpu"]["iter_ms"]["count"] in (16, 19, 20, 24)
+
+
+def test_a_diverged_run_does_not_count(compared):
+    def diverge(folder):
+        path = folder / "rounds/1-cpu/summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"exit_state": "diverged"}))
+
+    _, ways = compared([CPU], rounds=3, damage=diverge)
+    assert ways["cpu"]["runs"] == 2
+    assert ways["cpu"]["failed_runs"] == [{"round": 1, "state": "failed", "reason": "diverged: the loss is no number"}]
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("ways", 7), ("ways", [7, {}, {"name": []}]), ("order", "01"), ("order", [[0], None]), ("order", [[0, []]]),
+    ("rounds", "many"), ("recipe", {"max_iters": 10**400, "eval_interval": -1}), ("cut", "short"), ("created", {}),
+    ("schema", 99), ("ways", [{"name": "mps", "lever": "x"}]), ("ways", [{"name": "mps", "lever": {"base": []}}]),
+])  # fmt: skip
+def test_any_odd_plan_leaves_the_rest(compared, key, value):
+    def damage(folder):
+        path = folder / "plan.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    found, ways = compared([CPU, MPS], rounds=2, iters=14, damage=damage)
+    assert ways["mps"]["runs"] == ways["cpu"]["runs"] == 2
+    if "lever" in str(value):
+        assert ways["mps"]["ranked"] is False  # it was an ablation, even if nobody knows of what
+    elif key != "recipe":
+        assert any(line.startswith("plan.json") for line in found["warnings"])
+
+
+@pytest.mark.parametrize("damage", [{"state": None}, {"state": "fine"}, {"state": ["pass"]}, 7, None])
+def test_a_parity_that_cannot_be_read_is_no_pass(compared, damage):
+    """A wrong way whose entry is damaged must not win."""
+
+    def damaged(folder):
+        path = folder / "parity.json"
+        parity = json.loads(path.read_text())
+        if damage is None:
+            del parity["ways"]["mlx"]
+        else:
+            parity["ways"]["mlx"] = parity["ways"]["mlx"] | damage if isinstance(damage, dict) else damage
+        path.write_text(json.dumps(parity))
+
+    found, ways = compared([CPU, MLX | {"parity": "fail"}], rounds=2, iters=14, damage=damaged)
+    assert (ways["mlx"]["parity"], found["verdict"]["fastest"]) == ("error", "cpu")
+
+
+def test_a_damaged_gate_is_said_to_be(compared):
+    found, _ = compared([CPU], rounds=1, iters=14, damage=lambda folder: (folder / "parity.json").write_text("{"))
+    assert "parity.json cannot be read" in found["warnings"]
+    found, _ = compared([CPU], rounds=1, damage=lambda folder: (folder / "parity.json").write_text('{"ways": "5"}'))
+    assert "parity.json: ways cannot be read" in found["warnings"]
+
+
+def test_a_round_of_other_work_is_not_pooled(compared):
+    """A folder that was exchanged: its times are of something else."""
+
+    def exchange(folder):
+        for name in ("summary.json", "env.json"):
+            path = folder / "rounds/0-cpu" / name
+            document = json.loads(path.read_text())
+            (document["backend"] if name == "env.json" else document)["batch_size"] = 1
+            path.write_text(json.dumps(document))
+
+    _, ways = compared([CPU, MPS], rounds=3, iters=14, damage=exchange)
+    assert (ways["cpu"]["runs"], ways["cpu"]["same_work"]) == (2, True)
+    assert ways["cpu"]["failed_runs"] == [{"round": 0, "state": "other_work", "reason": "batch_size=1, not 64"}]
+
+
+def test_the_machine_is_of_any_run_that_tells(compared):
+    found, _ = compared([CPU], rounds=2, iters=14, damage=lambda folder: (folder / "rounds/0-cpu/env.json").unlink())
+    assert found["machine"]["name"] == "Apple M4 Pro"

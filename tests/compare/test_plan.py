@@ -1,0 +1,378 @@
+"""What a comparison will do: ways as they are written, the work that all share, levers, rounds and their order."""
+
+import dataclasses
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from nanogpt_mac import cli, corpus
+from nanogpt_mac.compare import levers
+from nanogpt_mac.compare import plan as plans
+from nanogpt_mac.compare.config import CompareConfig, entries, validate
+from nanogpt_mac.compare.variants import KNOWN, Machine, Way, parse, unique
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.measure.rounds import COUNTED, FEWEST, MOST_ITERS, Cost, schedule
+from nanogpt_mac.overrides import merged
+from nanogpt_mac.train import source
+
+MAC = Machine({"cuda": "no CUDA"}, mlx_gpu=True, simulated=False, lends_blas=False)
+LINUX = Machine({"mps": "no MPS", "cuda": "no CUDA"}, mlx_gpu=False, simulated=False, lends_blas=True)
+SIMULATED = Machine({"cuda": "no CUDA"}, mlx_gpu=False, simulated=True, lends_blas=True)
+CUDA = Machine({"mps": "no MPS", "mlx": "no MLX"}, mlx_gpu=False, simulated=False, lends_blas=False)
+
+
+@pytest.fixture
+def make(monkeypatch, tmp_path):
+    """make("ways=[cpu]", ...) -> plan.json and configs, on a machine that is told; without any corpus."""
+
+    def build(*overrides, machine=LINUX, stand_in=False):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(plans, "look_around", lambda: machine)
+        monkeypatch.setattr(plans.detect, "missing", machine.missing.get)
+        monkeypatch.setattr(corpus, "prepare", lambda data: SimpleNamespace(stand_in=stand_in))
+        monkeypatch.setattr(source, "open_source", lambda config, corpus: None)
+        config = cli.compose(overrides, "compare")
+        validate(config)
+        return plans.make(config)
+
+    return build
+
+
+def names(made):
+    return [way["name"] for way in made[0]["ways"]]
+
+
+# -- ways -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_of_a_machine(make):
+    assert names(make()) == ["mlx", "mlx-eager", "cpu", "cpu-compile"]
+    everything = ["mps", "mps-compile", "mlx", "mlx-eager", "cpu", "cpu-compile"]
+    assert names(make(machine=MAC)) == everything
+    document, configs = make(machine=SIMULATED)
+    assert [way["label"] for way in document["ways"]][:2] == ["MPS eager (simulated)", "MPS compiled (simulated)"]
+    found = {name: (config.backend.name, config.compile, config.backend.blas) for name, config in configs.items()}
+    assert found["mps-compile"] == ("mps", True, "own")
+    assert found["mlx-eager"] == ("mlx", False, "torch")
+    assert document["missing"] == {"cuda": "no CUDA"}
+    assert json.loads(json.dumps(document)) == document
+    assert plans.configs_of(document) == configs
+
+
+def test_ways_are_narrowed_by_name_back_end_and_compilation(make):
+    assert names(make("ways=[cpu,mlx]")) == ["cpu", "mlx"]
+    assert names(make("ways=cpu")) == ["cpu"]
+    assert names(make("backend=cpu")) == ["cpu", "cpu-compile"]
+    assert names(make("backend=mlx", "compile=true", machine=MAC)) == ["mlx"]
+    assert names(make("compile=false", machine=MAC)) == ["mps", "mlx-eager", "cpu"]
+
+
+def test_ways_with_overrides_of_their_own(make):
+    texts = '["cpu","cpu backend.fused_adamw=false","mps compile=true dtype=bfloat16","cpu",mlx-eager]'
+    document, configs = make(f"ways={texts}", "dtype=float16", machine=SIMULATED)
+    assert names((document,)) == ["cpu", "cpu-fused_adamw-false", "mps-compile-dtype-bfloat16", "cpu-2", "mlx-eager"]
+    labels = [way["label"] for way in document["ways"]]
+    assert labels[1:4] == [
+        "CPU eager, backend.fused_adamw=false",
+        "MPS compiled (simulated), dtype=bfloat16",
+        "CPU eager (2)",
+    ]
+    assert configs["cpu-fused_adamw-false"].backend.fused_adamw is False
+    assert configs["mps-compile-dtype-bfloat16"].dtype == "bfloat16"  # its own before everybody's
+    assert configs["mps-compile-dtype-bfloat16"].compile is True
+    assert configs["cpu"].dtype == configs["mlx-eager"].dtype == "float16"
+    assert configs["cpu"] == configs["cpu-2"]
+
+
+def test_names_are_unique_whatever_is_written():
+    ways = [parse(text, LINUX) for text in ("cpu", "cpu", "cpu", "mlx compile=false", "mlx-eager", "cpu compile=auto")]
+    named = [way.name for way in unique([*ways, Way("cpu-2", "x", ())])]
+    assert named == ["cpu", "cpu-2", "cpu-3", "mlx-eager", "mlx-eager-2", "cpu-4", "cpu-2-2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["ways=[gpu]"], r"ways=\[gpu\]: gpu is no way; allowed here are mlx, mlx-eager, cpu, cpu-compile"),
+        (["ways=[mps]"], r"ways=\[mps\]: not available here: no MPS\. Available: mlx"),
+        (["backend=cuda"], "backend=cuda: not available here: no CUDA"),
+        (['ways=["cpu compile"]'], "compile: allowed after cpu are settings of train.py, as key=value"),
+        (['ways=["cpu max_iters=3"]'], "max_iters=3: allowed after cpu are settings"),
+        (['ways=["cpu nonsense=3"]'], "nonsense=3: there is no such key"),
+        (['ways=["cpu dtype=int8"]'], "dtype=int8: allowed are float32"),
+        (['ways=["cpu compile=maybe"]'], "compile=maybe: allowed are auto, true, false"),
+        (['ways=[cpu,"cpu batch_size=3"]'], "batch_size=3: all ways do the same work"),
+        (['ways=["cpu model.n_layer=2",mlx]'], r"model\.n_layer=2: all ways do the same work"),
+        (["ways=[]"], r"ways=\[\]: allowed is a list such as"),
+        (["ways=[1]"], r"ways=\[1\]: allowed is a list"),
+        (["ways=[cpu]", "backend=mlx"], "backend=mlx: leaves none of the ways cpu"),
+        (["max_iters=100"], "max_iters=100: a comparison decides this itself: allowed is iters=N"),
+        (["wandb.mode=online"], "wandb.mode=online: a comparison decides this itself"),
+        (["init_from=resume"], "init_from=resume: a comparison starts its runs from the same weights"),
+        (["run=somewhere", "rounds=3"], "rounds=3: run=somewhere goes on as it was planned"),
+        (["rounds=0"], "rounds=0: must be at least 1"),
+        (["iters=7"], "iters=7: must be at least 8"),
+        (["budget_minutes=0"], "budget_minutes=0.0: must be more than 0"),
+        (["budget_minutes=nan"], "budget_minutes=nan: must be more than 0"),
+        (["iters=3", "timing_warmup=0"], "iters=3: must be at least 4"),
+        (["cooldown_seconds=-1"], "cooldown_seconds=-1.0: must be at least 0"),
+        (["stall_seconds=0"], "stall_seconds=0.0: must be at least 1"),
+        (["levers=true", "ways=[cpu]"], r"ways=\['cpu'\]: levers=true chooses its own"),
+        (["levers=true", "compile=true"], "compile=true: levers=true tries both; allowed beside it is backend=NAME"),
+        (["chip=[]"], r"chip=\[\]: allowed is a name such as m4-max"),
+        (["parity=false", "time_wrong=true"], "time_wrong=true: parity=false does not look"),
+        (["ronds=3"], "ronds=3: there is no such key; did you mean rounds"),
+        (["batch_size=0"], "batch_size=0: must be at least 1"),
+        (["rounds=many"], "rounds=many: "),
+    ],
+)
+def test_bad_input_is_one_line(make, overrides, words):
+    with pytest.raises(InputError, match=words) as caught:
+        make(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+# -- the work ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_newcomer_types_reaches_every_run(make):
+    document, configs = make(
+        "experiment=quick", "dtype=bfloat16", "ways=[cpu,mlx]", "batch_size=8", "data=text", "data.path=f.txt", "seed=5"
+    )
+    assert "ways=[cpu,mlx]" not in document["overrides"]
+    assert document["experiment"] == "quick"
+    assert not document["quick_by_default"]
+    assert document["seed"] == 5
+    for config in configs.values():
+        assert (config.dtype, config.batch_size, config.model.n_layer, config.seed) == ("bfloat16", 8, 4, 5)
+        assert (config.data.name, config.data.path) == ("text", "f.txt")
+    assert document["recipe"] == {"max_iters": 2000, "eval_interval": 250, "eval_iters": 20}
+
+
+def test_the_full_recipe_needs_an_accelerator(make):
+    def layers(*overrides, machine):
+        document, configs = make(*overrides, "ways=[cpu]", machine=machine)
+        return document["experiment"], document["quick_by_default"], next(iter(configs.values())).model.n_layer
+
+    assert layers(machine=LINUX) == ("quick", True, 4)
+    assert layers(machine=SIMULATED) == ("quick", True, 4)
+    assert layers(machine=MAC) == (None, False, 6)
+    assert layers(machine=CUDA) == (None, False, 6)
+    assert layers("experiment=full", machine=LINUX) == (None, False, 6)
+    assert layers("model=gpt2", machine=LINUX) == (None, False, 12)  # quick would have overridden its sizes
+    assert layers("model.n_layer=2", machine=LINUX) == ("quick", True, 2)
+
+
+def test_without_a_network_all_runs_are_told_to_take_the_stand_in(make):
+    document, configs = make("data.url=http://nowhere.invalid/x", "data_dir=elsewhere", stand_in=True)
+    assert {config.data.name for config in configs.values()} == {"stand_in"}
+    assert {config.data.dir for config in configs.values()} == {"elsewhere"}
+    assert not any("url" in override for override in document["overrides"])
+
+
+def test_backend_blas_is_the_users_where_it_is_given(make):
+    document, configs = make("backend.blas=own", "ways=[mlx]")
+    assert configs["mlx"].backend.blas == "own"
+    assert "BLAS" not in document["ways"][0]["label"]
+
+
+def test_merged_keeps_the_last_of_each_key():
+    assert merged(["a=1", "b=2"], ["a=3", "+c=1"], ["c=2"]) == ["b=2", "a=3", "c=2"]
+
+
+def test_entries():
+    assert entries(None) is None
+    assert entries("cpu") == ["cpu"]
+
+
+def test_a_comparisons_schema_has_every_key_of_a_run():
+    from nanogpt_mac.config import Config
+
+    assert {f.name for f in dataclasses.fields(Config)} <= {f.name for f in dataclasses.fields(CompareConfig)}
+
+
+# -- levers -----------------------------------------------------------------------------------------------------------
+
+
+def flat(config):
+    found = {}
+    for key, value in dataclasses.asdict(config).items():
+        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return found
+
+
+@pytest.mark.parametrize(("machine", "overrides"), [(MAC, []), (CUDA, []), (LINUX, ["dtype=bfloat16"])])
+def test_a_lever_changes_one_thing_on_its_base(make, machine, overrides):
+    document, configs = make("levers=true", *overrides, machine=machine)
+    assert len(configs) > 6
+    for way in document["ways"]:
+        lever = way["lever"]
+        if lever is None:
+            continue
+        base, changed = flat(configs[lever["base"]]), flat(configs[way["name"]])
+        differ = {key for key in base if base[key] != changed[key] and key != "given"}
+        assert differ == {lever["key"]}
+        assert changed[lever["key"]] == lever["value"]
+        assert lever["what"]
+    bases = {way["lever"]["base"] for way in document["ways"] if way["lever"]}
+    assert bases == {way["name"] for way in document["ways"] if way["lever"] is None}
+
+
+def test_levers_are_those_with_an_effect(make):
+    def of(machine, backend, *overrides):
+        document, _ = make("levers=true", f"backend={backend}", *overrides, machine=machine)
+        levers = [way["lever"] for way in document["ways"] if way["lever"]]
+        return {(lever["key"], lever["value"]) for lever in levers if lever["key"] != "matmul_precision"}
+
+    dropout, waits = ("model.dropout", 0.0), {("sync", "iteration"), ("sync", "interval")}
+    halves, loop = {("dtype", "bfloat16"), ("dtype", "float16")}, ("backend.fused_adamw", False)
+    assert of(MAC, "mps") == {("compile", True), loop, *waits, *halves, dropout}
+    assert of(MAC, "mlx") == {("compile", False), *waits, *halves, dropout}
+    assert of(MAC, "cpu") == {("compile", True), loop, ("dtype", "bfloat16"), dropout}
+    assert of(LINUX, "mlx") == {("compile", False), ("backend.blas", "own"), ("model.dropout", 0.2)}  # quick has none
+    modes = {("backend.compile_mode", m) for m in ("reduce-overhead", "max-autotune-no-cudagraphs")}
+    assert of(CUDA, "cuda") == {("compile", False), loop, *waits, *halves, dropout, *modes}
+    document, _ = make("levers=true", machine=MAC)
+    assert {w["name"] for w in document["ways"] if w["lever"] and w["lever"]["key"] == "compile"} == {
+        "mps-compile",
+        "mlx-eager",
+        "cpu-compile",
+    }
+    assert document["budget_minutes"] > 9  # so many ways take longer
+
+
+def test_precision_is_a_lever_where_products_change(monkeypatch):
+    base = SimpleNamespace(matmul_precision="highest")
+    assert [value for _, value, _ in levers._precision(CUDA, "cuda", base)] == ["high"]
+    assert [value for _, value, _ in levers._precision(MAC, "mlx", base)] == ["high"]
+    assert levers._precision(MAC, "mps", base) == []
+    for changes in (True, False):
+        monkeypatch.setattr(levers, "_cpu_rounds", lambda changes=changes: changes)
+        assert bool(levers._precision(LINUX, "cpu", base)) == changes
+
+
+# -- rounds and order -------------------------------------------------------------------------------------------------
+
+LINUX_COSTS = {"cpu": Cost(4.5, 0.04, 1), "cpu-compile": Cost(8, 0.035, 8), "mlx": Cost(7, 0.11, 1)}
+MAC_COSTS = {"mps": Cost(5, 0.3, 2), "mps-compile": Cost(15, 0.35, 20), "mlx": Cost(3, 0.25, 2), "cpu": Cost(5, 2, 13)}
+
+
+def cost_of(made, costs, pause=0.0):
+    """The schedule's own arithmetic, written the other way round: run by run."""
+    seconds = 0.0
+    for number in range(made.count):
+        for name, rounds in made.rounds.items():
+            if number in rounds:
+                seconds += pause + costs[name].start_s + made.iters[name] * costs[name].iteration_s
+                seconds += costs[name].evaluation_s if number == 0 else 0
+    return seconds
+
+
+@pytest.mark.parametrize("costs", [LINUX_COSTS, MAC_COSTS])
+@pytest.mark.parametrize("budget", [400, 1000, 3600])
+def test_a_schedule_fits_its_budget_and_uses_it(costs, budget):
+    made = schedule(costs, budget, pause_s=1.0)
+    assert made.seconds == pytest.approx(cost_of(made, costs, 1.0))
+    assert 0.8 * budget < made.seconds <= budget
+    assert all(rounds[0] == 0 and sorted(set(rounds)) == rounds for rounds in made.rounds.values())
+    assert all(len(rounds) >= FEWEST for rounds in made.rounds.values())
+
+
+def test_rounds_come_before_long_runs():
+    counts = [schedule(LINUX_COSTS, budget).count for budget in (60, 200, 300, 400, 3600)]
+    assert counts == sorted(counts)
+    assert counts[0] == FEWEST
+    assert 8 <= counts[3] <= 12
+
+
+def test_slow_ways_take_part_in_fewer_rounds_and_have_fewer_iterations():
+    costs = {"fast": Cost(2, 0.1), "slow": Cost(5, 8.0)}
+    made = schedule(costs, 600)
+    assert len(made.rounds["slow"]) < len(made.rounds["fast"])
+    assert made.iters["slow"] < made.iters["fast"]
+    assert made.warmup == {"fast": 5, "slow": 1}
+    assert made.iters["fast"] >= 1 + 5 + COUNTED
+
+
+def test_rounds_and_iterations_that_are_asked_for_are_obeyed():
+    made = schedule(MAC_COSTS, 1.0, rounds=4, iters=9)
+    assert set(map(tuple, made.rounds.values())) == {(0, 1, 2, 3)}
+    assert set(made.iters.values()) == {9}
+    assert schedule(LINUX_COSTS, 10_000, rounds=7).count == 7
+    assert set(schedule(LINUX_COSTS, 10_000, iters=30).iters.values()) == {30}
+    assert schedule({"tiny": Cost(1, 1e-4)}, 10_000).iters["tiny"] == MOST_ITERS
+
+
+def test_the_order_is_drawn_but_the_same_for_a_seed():
+    rounds = {"a": list(range(20)), "b": list(range(20)), "c": [0, 10]}
+    drawn = plans.order(rounds, 1)
+    assert drawn == plans.order(rounds, 1) != plans.order(rounds, 2)
+    assert [number for number, _ in drawn] == sorted(number for number, _ in drawn)
+    for number in range(20):
+        assert sorted(name for n, name in drawn if n == number) == (
+            ["a", "b", "c"] if number in (0, 10) else ["a", "b"]
+        )
+    firsts = [next(name for n, name in drawn if n == number) for number in range(20)]
+    assert 3 < firsts.count("a") < 17
+    state = random.getstate()
+    plans.order(rounds, 1)
+    assert random.getstate() == state
+
+
+def test_every_known_way_has_a_label_and_a_back_end():
+    assert {backend for backend, _, _ in KNOWN.values()} == {"mps", "cuda", "mlx", "cpu"}
+    assert len({label for _, _, label in KNOWN.values()}) == len(KNOWN)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_leaves_nothing_behind(command, tmp_path):
+    done = command("compare.py", "dtype=int8", "data=stand_in", "ways=[cpu]")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "compare.py: dtype=int8: allowed are float32, bfloat16, float16\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_needs_no_framework(command):
+    done = command("compare.py", "--help")
+    assert done.returncode == 0
+    assert "ways=[cpu,mlx]" in done.stdout
+    assert "cooldown_seconds: 1.0" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_whole_comparison(command, tmp_path):
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("".join(random.Random(1).choices("abcdefgh \n", k=20_000)))
+    work = ["experiment=smoke", "data=text", f"data.path={corpus}"]
+    done = command("compare.py", *work, "ways=[cpu,mlx]", "rounds=5", "iters=20", timeout=900)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("runs/*/*-compare")
+    comparison = json.loads((folder / "comparison.json").read_text())
+    assert comparison["complete"]
+    assert comparison["verdict"]["sentence"]
+    assert {way["name"]: (way["state"], way["parity"], way["runs"]) for way in comparison["ways"]} == {
+        "cpu": ("ok", "pass", 5),
+        "mlx": ("ok", "pass", 5),
+    }
+    losses = {way["name"]: {s["round"]: s["loss"] for s in way["series"]} for way in comparison["ways"]}
+    assert losses["cpu"][0] == pytest.approx(losses["mlx"][0], abs=2e-3)  # the same weights and batches
+    assert "CPU eager" in (folder / "report.md").read_text()
+    assert "<html" in (folder / "report.html").read_text()
+    (folder / "report.md").unlink()
+    again = command("compare.py", f"run={folder}")
+    assert again.returncode == 0
+    assert (folder / "report.md").exists()
+
+
+def test_the_floor_of_a_chip_that_is_not_here_runs_nothing(command, tmp_path):
+    done = command("compare.py", "chip=[m1,m4-max]")
+    assert done.returncode == 0, done.stderr
+    assert "ARITHMETIC" in done.stdout
+    assert "444.2" in done.stdout  # 1162.6 GFLOP at 2.617 TFLOP/s
+    assert list(tmp_path.iterdir()) == []
+    unknown = command("compare.py", "chip=m99")
+    assert (unknown.returncode, unknown.stderr.startswith("compare.py: chip=m99: allowed are m1, ")) == (2, True)

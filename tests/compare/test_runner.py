@@ -1,0 +1,235 @@
+"""Carrying a plan out, on fake runs that take milliseconds: every failure is a row, and nothing is done twice."""
+
+import json
+import re
+import signal
+
+import psutil
+import pytest
+from fakes.comparisons import outcomes, started
+
+from nanogpt_mac import child
+from nanogpt_mac.compare import plan as plans
+from nanogpt_mac.compare.runner import Runner
+from nanogpt_mac.machine import probe
+
+
+def overrides_of(folder):
+    """What the run was told, from the log of a script that prints it."""
+    return json.loads((folder / "log.txt").read_text())
+
+
+def test_every_way_runs_once_a_round_after_its_pilot(plan):
+    runner = plan(rounds=3, a="works", b="works")
+    runner.carry_out()
+    assert set(outcomes(runner).values()) == {("done", None)}
+    names = started(runner)
+    assert names[:2] == ["pilot-a", "pilot-b"]
+    assert [sorted(names[i : i + 2]) for i in (2, 4, 6)] == [[f"{n}-a", f"{n}-b"] for n in range(3)]
+    document = json.loads((runner.folder / "plan.json").read_text())
+    assert [f"{number}-{name}" for number, name in document["order"]] == names[2:]
+    assert document["rounds"] == 3
+    assert document["iters"] == {"a": 12, "b": 12}
+    assert not (runner.folder / "cache").exists()
+    record = json.loads((runner.folder / "rounds/0-a/outcome.json").read_text())
+    assert {"way", "round", "state", "code", "reason", "seconds", "started", "heat"} == record.keys()
+    assert (record["way"], record["round"], record["code"]) == ("a", 0, 0)
+
+
+def test_what_a_run_is_told(plan, tmp_path, monkeypatch):
+    runner = plan(rounds=2, a="works")
+    script = tmp_path / "a.py"
+    script.write_text(
+        "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n" + script.read_text()
+    )
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    runner.carry_out()
+    told = {name: overrides_of(runner.folder / "rounds" / name) for name in ("pilot-a", "0-a", "1-a")}
+    pilot, first, second = (set(overrides) for overrides, _ in told.values())
+    assert {"gemm_seconds=1.0", "eval_interval=0", "max_iters=12"} <= pilot
+    assert {"gemm_seconds=0", "eval_interval=12", "eval_iters=5", "max_iters=12", "timing_warmup=5"} <= first
+    assert {"gemm_seconds=0", "eval_interval=0", "max_iters=12"} <= second
+    for some in (pilot, first, second):
+        assert {"checkpoint=false", "sample_tokens=0", "wandb.mode=disabled", "backend=cpu"} <= some
+    environments = [environment for _, environment in told.values()]
+    caches = {environment["TORCHINDUCTOR_CACHE_DIR"] for environment in environments}
+    assert caches == {str(runner.folder / "cache" / "a" / "inductor")}
+    assert not any("HYDRA_FULL_ERROR" in environment for environment in environments)
+
+
+FAILURES = {
+    "segfault": ("failed", "crashed (SIGSEGV)"),
+    "killed": ("oom", "killed (SIGKILL) from outside, which systems do when memory runs out"),
+    "memory": ("oom", "MemoryError"),
+    "mps-memory": ("oom", "RuntimeError: MPS backend out of memory (MPS allocated: 5.00 GB, other allocations: 1 GB)"),
+    "missing-op": (
+        "missing_op",
+        "NotImplementedError: The operator 'aten::foo' is not currently implemented for the MPS device. More words.",
+    ),
+    "bad-input": ("failed", "backend.fused_adamw=true: torch has none"),
+    "diverged": ("failed", "iter 7: loss is nan: training has diverged and stops here"),
+    "nothing": ("failed", "left no summary: it said nothing"),
+    "raises": ("failed", "RuntimeError: the first line"),
+}
+
+
+def test_every_failure_of_a_pilot_is_a_row_and_ends_that_way_alone(plan):
+    runner = plan(rounds=1, fine="works", **{name.replace("-", "_"): name for name in FAILURES})
+    runner.carry_out()
+    found = outcomes(runner)
+    assert {name: found[f"pilot-{name.replace('-', '_')}"] for name in FAILURES} == FAILURES
+    assert [name for name in found if not name.startswith("pilot")] == ["0-fine"]
+    assert found["0-fine"] == ("done", None)
+    assert any("MEMORY: OOM" in line and "not timed" in line for line in runner.said)
+
+
+def test_a_pilot_that_hangs_is_ended(plan):
+    runner = plan(rounds=1, stall=1.0, a="hangs")
+    runner.carry_out()
+    state, reason = outcomes(runner)["pilot-a"]
+    assert state == "timeout"
+    assert re.fullmatch(r"no sign of life for \d+ s, before the first iteration was recorded: ended as hung", reason)
+
+
+def test_a_round_that_hangs_or_never_ends_is_ended_with_all_that_it_started(plan, monkeypatch):
+    runner = plan(rounds=1, still="later-hangs-later", endless="later-endless", fine="works")
+    limits = {"still": child.Limits(60, 0.6, 60), "endless": child.Limits(60, 60, 4), "fine": child.Limits(60, 60, 60)}
+    monkeypatch.setattr(Runner, "_round_limits", lambda self, name: limits[name])
+    runner.carry_out()
+    found = outcomes(runner)
+    assert found["0-still"][0] == found["0-endless"][0] == "timeout"
+    assert re.fullmatch(r"no sign of life for \d+ s, after 3 recorded iterations: ended as hung", found["0-still"][1])
+    assert re.match(r"not done within \d+ s, after \d+ recorded iterations: ended", found["0-endless"][1])
+    assert found["0-fine"] == ("done", None)
+    pids = [int(line.split()[1]) for line in (runner.folder.parent / "starts.txt").read_text().splitlines()]
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_limits_leave_a_slow_machine_alone(plan):
+    runner = plan(a="works")
+    runner.carry_out()
+    limits = runner._round_limits("a")
+    took = json.loads((runner.folder / "rounds/pilot-a/outcome.json").read_text())["seconds"]
+    assert limits.stall >= 30
+    assert limits.total > 20 * took
+
+
+def test_a_slow_pilot_is_asked_to_end_once_it_has_shown_enough(plan, monkeypatch):
+    runner = plan(rounds=1, iters=10, a="slow")
+    monkeypatch.setattr("nanogpt_mac.compare.runner.PILOT_S", 0.2)
+    runner.carry_out()
+    rows = (runner.folder / "rounds/pilot-a/metrics.jsonl").read_text().splitlines()
+    assert child.FEWEST_PILOT <= len(rows) < 10
+    assert json.loads((runner.folder / "rounds/pilot-a/outcome.json").read_text())["code"] == 143
+    assert outcomes(runner)["pilot-a"] == ("done", None)
+    assert len((runner.folder / "rounds/0-a/metrics.jsonl").read_text().splitlines()) == 10  # rounds run to their end
+
+
+def test_a_pilot_that_was_done_when_it_was_asked_to_end_counts(plan, monkeypatch):
+    runner = plan(rounds=1, a="lingers")
+    monkeypatch.setattr("nanogpt_mac.compare.runner.PILOT_S", 0.2)
+    runner.carry_out()
+    assert json.loads((runner.folder / "rounds/pilot-a/outcome.json").read_text())["code"] == -signal.SIGTERM
+    assert set(outcomes(runner).values()) == {("done", None)}
+
+
+def test_two_failed_rounds_end_a_way(plan):
+    runner = plan(rounds=4, a="later-raises", b="works")
+    runner.carry_out()
+    found = outcomes(runner)
+    states = [found[f"{n}-a"][0] for n in range(4)]
+    assert states == ["failed", "failed", "skipped", "skipped"]
+    assert found["3-a"][1] == "2 runs of it had failed"
+    assert {found[f"{n}-b"][0] for n in range(4)} == {"done"}
+
+
+@pytest.mark.parametrize("time_wrong", [False, True])
+def test_ways_that_failed_the_gate_are_timed_on_request_alone(plan, time_wrong):
+    runner = plan(rounds=1, parity=True, time_wrong=time_wrong, right="works", wrong="works", broken="works")
+    ways = {
+        "right": {"state": "pass", "reason": None},
+        "wrong": {"state": "fail", "reason": "gradients 1.0e-02"},
+        "broken": {"state": "error", "reason": "it crashed"},
+    }
+    (runner.folder / "parity.json").write_text(json.dumps({"schema": 1, "ways": ways, "seconds": 1.0}))
+    runner.carry_out()
+    found = outcomes(runner)
+    assert found["0-right"] == ("done", None)
+    if time_wrong:
+        assert found["0-wrong"] == found["0-broken"] == ("done", None)
+    else:
+        assert found["pilot-wrong"] == ("skipped", "failed the parity gate: gradients 1.0e-02")
+        assert found["pilot-broken"] == ("skipped", "parity could not be checked: it crashed")
+        assert "0-wrong" not in found
+    assert any("WRONG: FAIL" in line for line in runner.said)
+
+
+def test_a_pilot_in_which_nothing_could_be_counted_is_run_twice_and_then_a_row(plan, tmp_path):
+    runner = plan(rounds=1, a="works", b="works")
+    script = tmp_path / "a.py"
+    script.write_text(script.read_text().replace('"median": 10.0, "min": 10.0', '"median": None, "min": None'))
+    runner.carry_out()
+    assert outcomes(runner)["pilot-a"] == ("failed", "none of its iterations could be counted")
+    assert outcomes(runner)["0-b"] == ("done", None)
+    assert started(runner) == ["pilot-a", "pilot-a", "pilot-b", "0-b"]
+
+
+def test_time_that_is_up_cuts_whole_rounds_off(plan, monkeypatch):
+    runner = plan(rounds=8, a="works", b="works")
+    runner.plan["asked"] = {"rounds": None, "iters": None}
+    runner._pilots({})
+    runner.plan |= {"rounds": 8, "iters": {"a": 12, "b": 12}, "warmup": {"a": 5, "b": 5}}
+    runner.plan["order"] = plans.order({"a": list(range(8)), "b": list(range(8))}, 1)
+    runner.plan |= {"budget_minutes": 0.0, "share": {"a": 1.0, "b": 1.0}}
+    runner._rounds()
+    document = json.loads((runner.folder / "plan.json").read_text())
+    assert document["rounds"] == 5  # so many are kept whatever the time
+    assert {number for number, _ in document["order"]} == set(range(5))
+    assert document["cut"]["rounds"] == 8
+    assert len([name for name in outcomes(runner) if not name.startswith("pilot")]) == 10
+
+
+def test_time_that_is_left_adds_rounds(plan):
+    runner = plan(rounds=None, a="works", b="later-raises", c="works")
+    runner._pilots({})
+    runner.plan |= {"rounds": 3, "iters": dict.fromkeys("abc", 12), "warmup": dict.fromkeys("abc", 5)}
+    runner.plan |= {"order": plans.order({"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 2]}, 1)}
+    runner.plan |= {"share": {"a": 1.0, "b": 1.0, "c": 2 / 3}, "budget_minutes": 0.5}
+    plans.write(runner.folder, runner.plan)
+    elapsed = iter([*[0.0] * 12, *[14.0] * 4, *[1000.0] * 50])  # of 30 seconds; 15 are the report's
+    runner._elapsed = lambda: next(elapsed)
+    runner._rounds()
+    document = json.loads((runner.folder / "plan.json").read_text())
+    counts = {way: [number for number, name in document["order"] if name == way] for way in "abc"}
+    assert document["rounds"] > 3
+    assert counts["a"] == list(range(document["rounds"]))
+    assert counts["b"] == [0, 1, 2]  # it had failed
+    assert len(counts["c"]) == document["rounds"] * 2 // 3
+    names = {f"{number}-{name}" for number, name in document["order"]}
+    assert names == {name for name in outcomes(runner) if not name.startswith("pilot")}
+    runner = plan.again(runner.folder)
+    runner.plan["budget_minutes"] = 0.0
+    before = started(runner)
+    runner._rounds()  # nothing is left to do, and no time
+    assert started(runner) == before
+
+
+def test_a_hot_machine_is_waited_for_within_bounds(plan, monkeypatch):
+    runner = plan(rounds=1, a="works")
+    states = iter(["heavy", "heavy", "nominal", "nominal"])
+    monkeypatch.setattr(probe, "thermal_state", lambda: next(states))
+    monkeypatch.setattr("nanogpt_mac.compare.runner.HEAT_POLL_S", 0.05)
+    heat = runner._cool_down(60)
+    assert (heat["before"], heat["at_start"]) == ("heavy", "nominal")
+    assert 0.1 <= heat["waited_s"] < 1
+    monkeypatch.setattr(probe, "thermal_state", lambda: "heavy")
+    heat = runner._cool_down(0.2)
+    assert heat["at_start"] == "heavy"
+    assert 0.2 <= heat["waited_s"] < 1
+
+
+def test_no_way_left_is_no_crash(plan):
+    runner = plan(a="raises")
+    runner.carry_out()
+    document = json.loads((runner.folder / "plan.json").read_text())
+    assert (document["rounds"], document["order"]) == (0, [])

@@ -1,0 +1,211 @@
+"""A child of the parity gate that plants faults: what tests pass as `check(child=...)`.
+
+The task's `wandb.name` says what to plant, so that ways that differ in it share one reference:
+
+- a name in MUTANTS: that source text is changed before the back end is made;
+- `op:NAME`: the simulated device's operator is off by 1.01;
+- `crash`, `hang`, `killed`, `raise`: this process ends so;
+- `all:a,b,...`: check the way once for each of these in this process; the result is {"mutants": {name: checks}}.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+TORCH_GPT, MLX_GPT = "nanogpt_mac.gpt.torch_gpt", "nanogpt_mac.gpt.mlx_gpt"
+TORCH, MLX = "nanogpt_mac.backends.torch_backend", "nanogpt_mac.backends.mlx_backend"
+SDPA = "F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)"
+FAST = 'mask="causal" if is_causal else None'
+
+# name: (module, what its source says, what the mutant says)
+MUTANTS = {
+    # the model, torch
+    "torch: no causal mask": (TORCH_GPT, "is_causal=T > 1", "is_causal=False"),
+    "torch: mask one token late": (
+        TORCH_GPT,
+        SDPA,
+        "F.scaled_dot_product_attention(q, k, v, torch.ones(T, T, dtype=torch.bool).tril(1))",
+    ),
+    "torch: attention scale": (TORCH_GPT, "is_causal=T > 1)", "is_causal=T > 1, scale=self.n_head / C)"),
+    "torch: attention dropout left on": (TORCH_GPT, "self.dropout if self.training else 0.0", "0.05"),
+    "torch: residual dropout left on": (TORCH_GPT, "self.dropout(self.c_proj", "nn.Dropout(0.01)(self.c_proj"),
+    "torch: evaluates in training mode": (
+        TORCH,
+        "self.model.eval()\n        total",
+        "self.model.train()\n        total",
+    ),
+    "torch: logits in training mode": (
+        TORCH,
+        "self.model.eval()\n        with self.autocast():\n            logits = self.model(self._tokens(tokens))",
+        "self.model.train()\n        with self.autocast():\n            logits = self.model(self._tokens(tokens))",
+    ),
+    "torch: attention dropout in evaluation": (TORCH_GPT, "self.dropout if self.training else 0.0", "self.dropout"),
+    "torch: evaluates one batch of many": (TORCH, "for batch_starts in starts:", "for batch_starts in starts[:1]:"),
+    "torch: other gelu": (TORCH_GPT, '"none" if spec.gelu == "exact"', '"none" if spec.gelu == "tanh"'),
+    "torch: layer norm eps 1e-6": (TORCH_GPT, "self.bias, 1e-5", "self.bias, 1e-6"),
+    "torch: no norm before attention": (TORCH_GPT, "self.attn(self.ln_1(x), cache)", "self.attn(x, cache)"),
+    "torch: ln_1 twice": (TORCH_GPT, "self.mlp(self.ln_2(x))", "self.mlp(self.ln_1(x))"),
+    "torch: q and k swapped": (TORCH_GPT, "q, k, v = self.c_attn", "k, q, v = self.c_attn"),
+    "torch: heads mixed": (
+        TORCH_GPT,
+        "t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)",
+        "t.reshape(B, self.n_head, T, C // self.n_head)",
+    ),
+    "torch: positions reversed": (TORCH_GPT, "start + idx.shape[1]]", "start + idx.shape[1]].flip(0)"),
+    "torch: head detached": (TORCH_GPT, 't["wte"].weight).float()', 't["wte"].weight.detach()).float()'),
+    "torch: a token ignored": (TORCH_GPT, "targets.reshape(-1))", "targets.reshape(-1), ignore_index=1)"),
+    "torch: label smoothing": (TORCH_GPT, "targets.reshape(-1))", "targets.reshape(-1), label_smoothing=1e-3)"),
+    # the step, torch
+    "torch: decay on vectors": (TORCH, '"weight_decay": 0.0}', '"weight_decay": o.weight_decay}'),
+    "torch: no decay": (TORCH, '"weight_decay": o.weight_decay}', '"weight_decay": 0.0}'),
+    "torch: Adam for AdamW": (TORCH, "return torch.optim.AdamW(", "return torch.optim.Adam("),
+    "torch: AdamW eps 1e-6": (TORCH, "betas=betas, fused=None", "betas=betas, eps=1e-6, fused=None"),
+    "torch: other beta2": (TORCH, "(o.beta1, o.beta2)", "(o.beta1, 0.999)"),
+    "torch: no bias correction": (TORCH, "float(state.optimizer_steps)", "float(state.optimizer_steps + 5000)"),
+    "torch: no clipping": (TORCH, 'self.options.grad_clip or float("inf")', 'float("inf")'),
+    "torch: clip 1 % off": (TORCH, "self.options.grad_clip or", "1.01 * self.options.grad_clip or"),
+    "torch: accumulation not divided": (TORCH, "self.loss(x, y) / len(starts)", "self.loss(x, y)"),
+    "torch: one micro-batch": (TORCH, "for micro_starts in starts:", "for micro_starts in starts[:1]:"),
+    "torch: gradients kept": (
+        TORCH,
+        "self.scaler.update()\n        self.optimizer.zero_grad(set_to_none=True)",
+        "self.scaler.update()",
+    ),
+    "torch: lr of the first step": (TORCH, 'group["lr"] = lr', 'group["lr"] = 1e-3'),
+    "torch: targets are the tokens": (TORCH, "window[:, :-1], window[:, 1:]", "window[:, :-1], window[:, :-1]"),
+    "torch: lower precision unasked": (TORCH, "self.dtype, enabled=self.dtype != torch.float32", "torch.bfloat16"),
+    "torch: norm misreported": (TORCH, "torch.stack((total, norm))", "torch.stack((total, norm * 1.01))"),
+    # the model, MLX
+    "mlx: no causal mask": (MLX_GPT, FAST, "mask=None"),
+    "mlx: no causal mask with dropout": (MLX_GPT, "    if is_causal:", "    if False:"),
+    "mlx: mask one token late with dropout": (MLX_GPT, "mx.tri(q.shape[2], dtype", "mx.tri(q.shape[2], k=1, dtype"),
+    "mlx: no scale with dropout": (MLX_GPT, "(q * scale) @", "q @"),
+    "mlx: attention scale": (MLX_GPT, "1.0 / math.sqrt(q.shape[-1])", "1.0 / q.shape[-1]"),
+    "mlx: evaluates in training mode": (MLX, "self.model.eval()\n        loss", "self.model.train()\n        loss"),
+    "mlx: other gelu": (MLX_GPT, '"none" if spec.gelu == "exact"', '"none" if spec.gelu == "tanh"'),
+    "mlx: layer norm eps 1e-6": (MLX_GPT, "self.bias, 1e-5", "self.bias, 1e-6"),
+    "mlx: no norm before attention": (MLX_GPT, "self.attn(self.ln_1(x), cache)", "self.attn(x, cache)"),
+    "mlx: q and k swapped": (MLX_GPT, "q, k, v = mx.split", "k, q, v = mx.split"),
+    "mlx: residual dropout left on": (MLX_GPT, "self.dropout(self.c_proj", "nn.Dropout(0.01)(self.c_proj"),
+    "mlx: bias forgotten": (MLX_GPT, "if bias is not None:", "if False:"),
+    "mlx: head detached": (MLX_GPT, 't["wte"].weight, None', 'mx.stop_gradient(t["wte"].weight), None'),
+    # the step, MLX
+    "mlx: decay on vectors": (MLX, "if g.ndim >= 2 else 1.0", "if g.ndim >= 1 else 1.0"),
+    "mlx: no decay": (MLX, "if g.ndim >= 2 else 1.0", "if g.ndim >= 3 else 1.0"),
+    "mlx: AdamW eps 1e-6": (MLX, "/ correction2) + 1e-8)", "/ correction2) + 1e-6)"),
+    "mlx: no bias correction of m": (MLX, "(m / correction1)", "m"),
+    "mlx: no bias correction of v": (MLX, "mx.sqrt(v / correction2)", "mx.sqrt(v)"),
+    "mlx: no clipping": (MLX, "if self.options.grad_clip:", "if False:"),
+    "mlx: always scaled to the clip": (
+        MLX,
+        "mx.minimum(self.options.grad_clip / (norm + 1e-6), 1.0)",
+        "self.options.grad_clip / (norm + 1e-6)",
+    ),
+    "mlx: accumulation not divided": (MLX, "scale / len(windows))", "scale)"),
+    "mlx: targets are the tokens": (
+        MLX,
+        "window[:, :-1], window[:, 1:], scale",
+        "window[:, :-1], window[:, :-1], scale",
+    ),
+    "mlx: update 0.1 % off": (MLX, "decay - lr * update", "decay - 1.001 * lr * update"),
+    "mlx: norm of the clipped": (MLX, "return total, norm", "return total, mx.minimum(norm, self.options.grad_clip)"),
+    "mlx: loss scale left in": (
+        MLX,
+        "{name: g / scale for name, g in grads.items()}\n        norm",
+        "grads\n        norm",
+    ),
+}
+
+
+@contextmanager
+def changed(name):
+    """The product with one source text changed: fresh modules in which the rest of the product finds each other."""
+    module, old, new = MUTANTS[name]
+    pair = (MLX_GPT, MLX) if module in (MLX_GPT, MLX) else (TORCH_GPT, TORCH)
+    before = {part: sys.modules.pop(part, None) for part in pair}
+    try:
+        for part in pair:
+            spec = importlib.util.find_spec(part)
+            source = Path(spec.origin).read_text()
+            if part == module:
+                assert old in source, f"{name}: {part} no longer says {old!r}"
+                source = source.replace(old, new, 1)
+            sys.modules[part] = importlib.util.module_from_spec(spec)
+            exec(compile(source, spec.origin, "exec"), vars(sys.modules[part]))
+        yield
+    finally:
+        for part in pair:
+            sys.modules.pop(part, None)
+        sys.modules.update({part: found for part, found in before.items() if found is not None})
+
+
+@contextmanager
+def planted(what):
+    from nanogpt_mac import simulator
+
+    if what in ("", "clean"):
+        yield
+    elif what.startswith("op:"):
+        with simulator.planted(what.removeprefix("op:"), "wrong", 1.01):
+            yield
+    else:
+        with changed(what):
+            yield
+
+
+def many(task, names):
+    """`check_way` once for each fault, in this process."""
+    from nanogpt_mac import simulator
+    from nanogpt_mac.errors import InputError
+    from nanogpt_mac.parity import check as parity_child
+
+    simulator.install_if_asked()
+    config, found = parity_child.config_from_json(task["config"]), {}
+    for name in names:
+        try:
+            with planted(name):
+                found[name] = parity_child.check_way(config, Path(task["folder"]))["checks"]
+        except InputError as error:
+            found[name] = str(error)
+    Path(task["result"]).write_text(json.dumps({"mutants": found}))
+
+
+def main():
+    from nanogpt_mac.parity import check as parity_child
+
+    text = sys.stdin.read()
+    task = json.loads(text)
+    what = task["config"]["wandb"]["name"] or ""
+    if task["role"] == "way":
+        if what == "crash":
+            os.abort()
+        if what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "hang":
+            time.sleep(600)
+        if what == "raise":
+            raise RuntimeError("two lines\nof it")
+        if what.startswith("all:"):
+            many(task, what.removeprefix("all:").split(","))
+            return 0
+        if what.startswith("op:"):
+            from nanogpt_mac import simulator
+
+            simulator.install_if_asked()
+        with planted(what):
+            sys.stdin = io.StringIO(text)
+            return parity_child.main()
+    sys.stdin = io.StringIO(text)
+    return parity_child.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
