@@ -1,4 +1,4 @@
-"""Compare every way of training that this machine has: `python compare.py`. See `--help`."""
+"""Compare every variant of training that this machine has: `python compare.py`. See `--help`."""
 
 import sys
 

@@ -159,6 +159,8 @@ def _tidied(argv: list[str], command: str) -> list[str]:
         rest = [quoted("prompt", a.removeprefix("prompt=")) if a.startswith("prompt=") else a for a in rest]
     if command in ("config", "compare"):
         rest = [a.replace("hydra.run.dir=", "run_dir=", 1) if a.startswith("hydra.run.dir=") else a for a in rest]
+    if command == "compare":  # the key's name until 0.1
+        rest = [a.replace("ways=", "variants=", 1) if a.startswith("ways=") else a for a in rest]
     if command == "report":
         rest = _listed(rest)
     return [argv[0], *multirun, *rest]

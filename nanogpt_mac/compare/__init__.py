@@ -1,1 +1,1 @@
-"""The comparison of every way this machine has: parity first, interleaved fresh processes, honest statistics."""
+"""The comparison of every variant this machine has: parity first, interleaved fresh processes, honest statistics."""

@@ -10,7 +10,7 @@ from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError
 
 BUDGET_MINUTES = 9.0  # ten, less what a slower or busier machine adds
-LEVER_MINUTES = 2.0  # more for each way of levers=true beyond the first four
+LEVER_MINUTES = 2.0  # more for each variant of levers=true beyond the first four
 
 # Keys of train.py that a comparison decides itself for each of its runs, and what takes their place.
 DECIDED = {
@@ -28,17 +28,17 @@ DECIDED = {
 class CompareConfig(Config):
     """Everything that `python compare.py` can be told: its own keys, and those of train.py for every run.
 
-    `backend` and `compile` narrow the ways. `run` is the comparison to go on with, `run_dir` where a new one goes,
+    `backend` and `compile` narrow the variants. `run` is the comparison to go on with, `run_dir` where a new one goes,
     `seed` also that of the order, and `given`, filled in by cli.py, what the command line said, word for word.
     """
 
-    ways: Any = None  # null: all that this machine has; [cpu,mlx]; ["cpu", "cpu backend.fused_adamw=false"]
+    variants: Any = None  # null: all that this machine has; [cpu,mlx]; ["cpu", "cpu backend.fused_adamw=false"]
     levers: bool = False  # on every back end, one setting changed at a time
     rounds: int | None = None  # null: what the budget allows; so with iters
     iters: int | None = None  # of each run
     budget_minutes: float | None = None  # null: 9, more with levers=true
-    parity: bool = True  # first check that the ways compute the same
-    time_wrong: bool = False  # time ways that do not, marked WRONG
+    parity: bool = True  # first check that the variants compute the same
+    time_wrong: bool = False  # time variants that do not, marked WRONG
     cooldown_seconds: float = 1.0  # before every run
     heat_wait_seconds: float = 60.0  # at most, before a run on a Mac that says it is hot
     stall_seconds: float = 600.0  # a first iteration (which compiles) of more than this is a hang
@@ -47,7 +47,7 @@ class CompareConfig(Config):
 
 
 def validate(config: CompareConfig) -> None:
-    """Raise InputError at the first value that cannot be meant; train.py's own keys are checked way by way."""
+    """Raise InputError at the first value that cannot be meant; train.py's own keys are checked variant by variant."""
     named = {override.lstrip("+~").split("=")[0]: override for override in config.given}
     for key, override in named.items():
         if key.split(".")[0] in DECIDED:
@@ -60,8 +60,8 @@ def validate(config: CompareConfig) -> None:
         raise InputError(
             "init_from=resume: a comparison starts its runs from the same weights; run=... goes on with one"
         )
-    if config.levers and config.ways is not None:
-        raise InputError(f"ways={config.ways}: levers=true chooses its own; allowed beside it is backend=NAME")
+    if config.levers and config.variants is not None:
+        raise InputError(f"variants={config.variants}: levers=true chooses its own; allowed beside it is backend=NAME")
     if config.levers and config.compile != "auto":
         raise InputError(
             f"compile={str(config.compile).lower()}: levers=true tries both; allowed beside it is backend=NAME"
@@ -69,7 +69,9 @@ def validate(config: CompareConfig) -> None:
     if config.chip is not None and not chips(config):
         raise InputError(f"chip={config.chip}: allowed is a name such as m4-max, a list of names, or all")
     if config.time_wrong and not config.parity:
-        raise InputError("time_wrong=true: parity=false does not look for ways that are wrong; allowed is one of them")
+        raise InputError(
+            "time_wrong=true: parity=false does not look for variants that are wrong; allowed is one of them"
+        )
     for key in ("rounds", "iters"):
         value = getattr(config, key)
         if value is not None and value < 1:
@@ -94,11 +96,11 @@ def chips(config: CompareConfig) -> list[str]:
     return [str(name) for name in (config.chip if isinstance(config.chip, list) else [config.chip]) if name is not None]
 
 
-def entries(ways: Any) -> list[str] | None:
-    """`ways` as a list of texts; None where all are meant."""
-    if ways is None:
+def entries(variants: Any) -> list[str] | None:
+    """`variants` as a list of texts; None where all are meant."""
+    if variants is None:
         return None
-    given = ways if isinstance(ways, list) else [ways]
+    given = variants if isinstance(variants, list) else [variants]
     if not given or not all(isinstance(entry, str) and entry.split() for entry in given):
-        raise InputError(f"ways={ways}: allowed is a list such as [cpu,mlx]")
+        raise InputError(f"variants={variants}: allowed is a list such as [cpu,mlx]")
     return list(given)

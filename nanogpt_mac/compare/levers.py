@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanogpt_mac.backends.base import DTYPES
-from nanogpt_mac.compare.variants import Machine, Way, known
+from nanogpt_mac.compare.variants import Machine, Variant, known
 from nanogpt_mac.config import Config
 from nanogpt_mac.overrides import merged, slug
 
 
-def ways(machine: Machine, backends: Sequence[str], compose: Callable[[Way], Config]) -> list[Way]:
-    """For each back end its default way, its other compilation, and one way for each lever that has an effect on it."""
-    chosen: list[Way] = []
+def variants(machine: Machine, backends: Sequence[str], compose: Callable[[Variant], Config]) -> list[Variant]:
+    """For each back end its default variant, its other compilation, and one variant for each lever that has an effect on it."""
+    chosen: list[Variant] = []
     for backend in backends:
         eager, compiled = (known(name, machine) for name in _names(backend))
         base, other = (compiled, eager) if backend in ("mlx", "cuda") else (eager, compiled)  # what compile=auto takes
@@ -37,7 +37,7 @@ def ways(machine: Machine, backends: Sequence[str], compose: Callable[[Way], Con
 
 
 def _names(backend: str) -> tuple[str, str]:
-    """Names of the eager and the compiled way."""
+    """Names of the eager and the compiled variant."""
     return ("mlx-eager", "mlx") if backend == "mlx" else (backend, f"{backend}-compile")
 
 
@@ -102,13 +102,15 @@ def _cpu_rounds() -> bool:
         torch.set_float32_matmul_precision(before)
 
 
-def _changed(base: Way, overrides: Sequence[str], key: str, value: Any, what: str, named: Way | None = None) -> Way:
+def _changed(
+    base: Variant, overrides: Sequence[str], key: str, value: Any, what: str, named: Variant | None = None
+) -> Variant:
     short = f"{key.rpartition('.')[2]}={_spelt(value)}"
     name = named.name if named else slug(f"{base.name}-{short}")
     before = base.label.replace(", torch's BLAS", "") if key == "backend.blas" else base.label
     label = named.label if named else f"{before}, {short}"
     lever = {"base": base.name, "key": key, "value": value, "what": what}
-    return Way(name, label, tuple(merged(base.overrides, overrides)), lever)
+    return Variant(name, label, tuple(merged(base.overrides, overrides)), lever)
 
 
 def _spelt(value: Any) -> str:

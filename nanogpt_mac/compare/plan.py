@@ -1,4 +1,4 @@
-"""What a comparison will do: its ways, the work that all of them share, and what is written of it to plan.json."""
+"""What a comparison will do: its variants, the work that all of them share, and what is written of it to plan.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nanogpt_mac.compare.variants import (
     KNOWN,
     NARROWING,
     Machine,
-    Way,
+    Variant,
     look_around,
     parse,
     setting,
@@ -36,34 +36,34 @@ from nanogpt_mac.train.recorder import write_json
 
 SCHEMA = 1
 OWN_KEYS = {f.name for f in dataclasses.fields(CompareConfig)} - {f.name for f in dataclasses.fields(Config)}
-KEYS = {"ways", "order", "asked", "overrides", "experiment", "quick_by_default", "seed", "budget_minutes", "levers"}
+KEYS = {"variants", "order", "asked", "overrides", "experiment", "quick_by_default", "seed", "budget_minutes", "levers"}
 KEYS |= {"gate", "cooldown_seconds", "heat_wait_seconds", "stall_seconds", "missing", "cwd"}  # what a plan must have
 NOT_PASSED_ON = {*OWN_KEYS, *NARROWING, "run", "run_dir"}
 SAME_WORK = ("batch_size", "gradient_accumulation_steps", "seed", "init_from", "data")  # and the model, but its dropout
 
 
 def make(config: CompareConfig) -> tuple[dict[str, Any], dict[str, Config]]:
-    """plan.json, but for what only the pilot runs can tell, and every way's config; InputError for bad input."""
+    """plan.json, but for what only the pilot runs can tell, and every variant's config; InputError for bad input."""
     machine = look_around()
     if any(key_of(override) == "backend.blas" for override in config.given):
         machine = dataclasses.replace(machine, lends_blas=False)
     common, experiment = _common(config, machine)
     if config.levers:
-        ways = levers.ways(machine, _backends(config, machine), lambda way: _compose(way, common))
+        variants = levers.variants(machine, _backends(config, machine), lambda variant: _compose(variant, common))
     else:
-        ways = _ways(config, machine)
-    ways = list(unique(ways))
-    configs = {way.name: _checked(way, common) for way in ways}
+        variants = _variants(config, machine)
+    variants = list(unique(variants))
+    configs = {variant.name: _checked(variant, common) for variant in variants}
     common = _settle_corpus(next(iter(configs.values())), common)
-    configs = {way.name: _checked(way, common) for way in ways}
-    _refuse_other_work(ways, configs, common)
+    configs = {variant.name: _checked(variant, common) for variant in variants}
+    _refuse_other_work(variants, configs, common)
     recipe = next(iter(configs.values()))
-    extra = max(0, len(ways) - 4) * LEVER_MINUTES if config.levers else 0.0
+    extra = max(0, len(variants) - 4) * LEVER_MINUTES if config.levers else 0.0
     plan = {
         "schema": SCHEMA,
         "version": nanogpt_mac.__version__,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "ways": [way.to_json() for way in ways],
+        "variants": [variant.to_json() for variant in variants],
         "rounds": None,  # these three are known after the pilot runs
         "iters": None,
         "order": None,
@@ -94,25 +94,25 @@ def damaged(plan: dict[str, Any]) -> str | None:
     def seconds(value: Any) -> bool:
         return isinstance(value, int | float) and 0 <= value < math.inf
 
-    def ways(value: Any) -> bool:
+    def variants(value: Any) -> bool:
         try:
-            names = [Way.from_json(way).name for way in value]
+            names = [Variant.from_json(variant).name for variant in value]
         except (KeyError, TypeError):
             return False
         return len(names) == len(set(names)) > 0 and all(isinstance(name, str) for name in names)
 
     def order(value: Any) -> bool:
-        names = {way.name for way in ways_of(plan)}
+        names = {variant.name for variant in variants_of(plan)}
         return value is None or all(
             isinstance(e, list) and len(e) == 2 and type(e[0]) is int and e[1] in names for e in value
         )
 
-    def of_ways(number: Callable[[Any], bool]) -> Callable[[Any], bool]:
-        """A number for each way in the order."""
+    def of_variants(number: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        """A number for each variant in the order."""
         return lambda value: not plan["order"] or all(number((value or {}).get(name)) for _, name in plan["order"])
 
     checks: dict[str, Callable[[Any], bool]] = {
-        "ways": ways,
+        "variants": variants,
         "asked": lambda value: all(value[key] is None or count(value[key]) for key in ("rounds", "iters")),
         "overrides": lambda value: isinstance(value, list) and all(isinstance(o, str) for o in value),
         "gate": lambda value: all(isinstance(value[key], bool) for key in ("parity", "time_wrong")),
@@ -123,9 +123,9 @@ def damaged(plan: dict[str, Any]) -> str | None:
         **dict.fromkeys(("budget_minutes", "cooldown_seconds", "heat_wait_seconds", "stall_seconds"), seconds),
         "order": order,
         "rounds": lambda value: plan["order"] is None or isinstance(value, int),
-        "iters": of_ways(count),
-        "warmup": of_ways(lambda value: isinstance(value, int)),
-        "share": of_ways(seconds),
+        "iters": of_variants(count),
+        "warmup": of_variants(lambda value: isinstance(value, int)),
+        "share": of_variants(seconds),
     }
     for key, holds in checks.items():
         try:
@@ -137,12 +137,12 @@ def damaged(plan: dict[str, Any]) -> str | None:
 
 
 def configs_of(plan: dict[str, Any]) -> dict[str, Config]:
-    """Every way's config, of a plan read back."""
-    return {way.name: _checked(way, plan["overrides"]) for way in ways_of(plan)}
+    """Every variant's config, of a plan read back."""
+    return {variant.name: _checked(variant, plan["overrides"]) for variant in variants_of(plan)}
 
 
-def ways_of(plan: dict[str, Any]) -> list[Way]:
-    return [Way.from_json(way) for way in plan["ways"]]
+def variants_of(plan: dict[str, Any]) -> list[Variant]:
+    return [Variant.from_json(variant) for variant in plan["variants"]]
 
 
 def write(folder: Path, plan: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ def write(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def order(rounds: dict[str, list[int]], seed: int) -> list[list[Any]]:
-    """[[round, way], ...]: round by round, the ways of each (those that take part in it) in a drawn order."""
+    """[[round, variant], ...]: round by round, the variants of each (those that take part in it) in a drawn order."""
     drawn = random.Random(f"order-{seed}")
     planned: list[list[Any]] = []
     for number in range(max(max(numbers) for numbers in rounds.values()) + 1):
@@ -160,7 +160,7 @@ def order(rounds: dict[str, list[int]], seed: int) -> list[list[Any]]:
     return planned
 
 
-# -- the ways ---------------------------------------------------------------------------------------------------------
+# -- the variants ---------------------------------------------------------------------------------------------------------
 
 
 def _backends(config: CompareConfig, machine: Machine) -> list[str]:
@@ -171,19 +171,19 @@ def _backends(config: CompareConfig, machine: Machine) -> list[str]:
     return [detect.resolve(name)]
 
 
-def _ways(config: CompareConfig, machine: Machine) -> list[Way]:
+def _variants(config: CompareConfig, machine: Machine) -> list[Variant]:
     backends = _backends(config, machine)
-    texts = entries(config.ways)
+    texts = entries(config.variants)
     if texts is None:
         texts = [name for name, (backend, _, _) in KNOWN.items() if backend in backends]
-    ways = [parse(text, machine) for text in texts]
-    ways = [way for way in ways if setting(way, "backend") in backends]
+    variants = [parse(text, machine) for text in texts]
+    variants = [variant for variant in variants if setting(variant, "backend") in backends]
     if config.compile != "auto":
-        ways = [way for way in ways if setting(way, "compile") == str(config.compile).lower()]
-    if not ways:
+        variants = [variant for variant in variants if setting(variant, "compile") == str(config.compile).lower()]
+    if not variants:
         narrowing = [o for o in config.given if key_of(o) in NARROWING]
-        raise InputError(f"{' '.join(narrowing)}: leaves none of the ways {', '.join(texts)}")
-    return ways
+        raise InputError(f"{' '.join(narrowing)}: leaves none of the variants {', '.join(texts)}")
+    return variants
 
 
 # -- the work ---------------------------------------------------------------------------------------------------------
@@ -200,19 +200,19 @@ def _common(config: CompareConfig, machine: Machine) -> tuple[list[str], str | N
     return common, None if experiment in (None, "full") else experiment
 
 
-def _compose(way: Way, common: Sequence[str]) -> Config:
-    return copy.deepcopy(_composed(tuple(merged(common, way.overrides))))
+def _compose(variant: Variant, common: Sequence[str]) -> Config:
+    return copy.deepcopy(_composed(tuple(merged(common, variant.overrides))))
 
 
 @cache
 def _composed(overrides: tuple[str, ...]) -> Config:
-    """Composing takes a tenth of a second, and every way is looked at more than once."""
+    """Composing takes a tenth of a second, and every variant is looked at more than once."""
     config: Config = cli.compose(overrides)
     return config
 
 
-def _checked(way: Way, common: Sequence[str]) -> Config:
-    config = _compose(way, common)
+def _checked(variant: Variant, common: Sequence[str]) -> Config:
+    config = _compose(variant, common)
     config.given = [key_of(override) for override in common]  # of the work: the same for all
     validate_run(config)
     return config
@@ -234,18 +234,18 @@ def _settle_corpus(config: Config, common: list[str]) -> list[str]:
     return merged(kept, ["data=stand_in"])
 
 
-def _refuse_other_work(ways: Sequence[Way], configs: dict[str, Config], common: Sequence[str]) -> None:
+def _refuse_other_work(variants: Sequence[Variant], configs: dict[str, Config], common: Sequence[str]) -> None:
     """Times of different work cannot be compared. (Dropout changes what is learnt, but neither FLOPs nor sizes.)"""
 
     def work(config: Config) -> dict[str, Any]:
         model = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items() if k != "dropout"}
         return {key: getattr(config, key) for key in SAME_WORK} | model
 
-    expected = work(_checked(Way("", "", ()), common))
-    for way in ways:
-        for key, value in work(configs[way.name]).items():
+    expected = work(_checked(Variant("", "", ()), common))
+    for variant in variants:
+        for key, value in work(configs[variant.name]).items():
             if value != expected[key]:
-                said = next((o for o in way.overrides if key_of(o).startswith(key)), f"{key}={value}")
+                said = next((o for o in variant.overrides if key_of(o).startswith(key)), f"{key}={value}")
                 raise InputError(
-                    f"ways=[{way.label}]: {said}: all ways do the same work; allowed is {said} for all of them"
+                    f"variants=[{variant.label}]: {said}: all variants do the same work; allowed is {said} for all of them"
                 )

@@ -85,22 +85,22 @@ def _compare(folder: Path, plan: dict[str, Any], configs: dict[str, Config]) -> 
     (folder / "report.html").write_text(render.html(comparison), encoding="utf-8")
     render.show(comparison)
     say(f"report: {folder / 'report.html'}")
-    return 0 if any(way["iter_ms"] for way in comparison["ways"]) else 1
+    return 0 if any(variant["iter_ms"] for variant in comparison["variants"]) else 1
 
 
 def _announce(folder: Path, plan: dict[str, Any], configs: dict[str, Config]) -> None:
     """What is about to happen, and for how long."""
     config = next(iter(configs.values()))
-    labels = [way["label"] for way in plan["ways"] if not (plan["levers"] and way["lever"])]
-    say(f"{len(plan['ways'])} ways: {', '.join(labels)}" + (", and their levers" if plan["levers"] else ""))
+    labels = [variant["label"] for variant in plan["variants"] if not (plan["levers"] and variant["lever"])]
+    say(f"{len(plan['variants'])} variants: {', '.join(labels)}" + (", and their levers" if plan["levers"] else ""))
     recipe = f"experiment={plan['experiment']}" if plan["experiment"] else "the full recipe"
     if plan["experiment"] == "quick" and plan["quick_by_default"]:
         recipe += " (no accelerator here: experiment=full is nanoGPT's full recipe)"
     model = f"{config.model.n_layer} layers of {config.model.n_embd}"
     say(f"work: {recipe}: {model}, batch {config.batch_size} x {config.model.block_size}, {config.dtype}")
-    for way in plan["ways"]:
-        if way["lever"]:
-            say(f"lever: {way['label']}: {way['lever']['what']}")
+    for variant in plan["variants"]:
+        if variant["lever"]:
+            say(f"lever: {variant['label']}: {variant['lever']['what']}")
     for backend, reason in plan["missing"].items():
         say(f"not here: {backend}: {reason}")
     asked = plan["asked"]

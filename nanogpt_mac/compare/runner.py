@@ -1,4 +1,4 @@
-"""Carries a plan out: parity gate, fallback detector, a pilot run of each way, then the rounds. Resumable.
+"""Carries a plan out: parity gate, fallback detector, a pilot run of each variant, then the rounds. Resumable.
 
 What has been done is what lies in the comparison's folder; everything that lies there whole is not done again.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from nanogpt_mac import child, cli
 from nanogpt_mac.compare import plan as plans
-from nanogpt_mac.compare.variants import Way, setting
+from nanogpt_mac.compare.variants import Variant, setting
 from nanogpt_mac.config import Config
 from nanogpt_mac.machine import probe
 from nanogpt_mac.measure.rounds import MANY, Cost, schedule
@@ -30,10 +30,10 @@ from nanogpt_mac.train.recorder import write_json
 PILOT = "pilot"
 PILOT_ITERS, PILOT_S = 40, 4.0  # whichever comes first
 GEMM_S = 1.0  # spent on the measured peak, in the pilot run alone
-EVAL_ITERS = 5  # batches of each evaluation in round 0, the same for every way, so that their losses compare
+EVAL_ITERS = 5  # batches of each evaluation in round 0, the same for every variant, so that their losses compare
 FROM_CACHE = 0.2  # share of a cold compilation that one from torch's cache takes, roughly
 REPORT_S = 15.0  # of the budget, for statistics and report
-GIVEN_UP = 2  # failed runs of one way, after which the rest of its runs are skipped
+GIVEN_UP = 2  # failed runs of one variant, after which the rest of its runs are skipped
 COOL = (None, "nominal")
 HEAT_POLL_S = 5.0
 OVERRUN, KEPT_ROUNDS = 1.1, 5  # beyond the budget by a tenth, rounds are cut off, but for so many
@@ -49,11 +49,11 @@ class Runner:
     say: Callable[[str], None] = display.say
 
     def __post_init__(self) -> None:
-        self.ways: dict[str, Way] = {way.name: way for way in plans.ways_of(self.plan)}
+        self.variants: dict[str, Variant] = {variant.name: variant for variant in plans.variants_of(self.plan)}
         self.begun = time.monotonic() - self._spent_before()
 
     def carry_out(self) -> None:
-        """Everything that has not been done yet. What a way cannot do is an outcome; this only raises when stopped."""
+        """Everything that has not been done yet. What a variant cannot do is an outcome; this only raises when stopped."""
         self._forget_damaged()
         barred = self._gate()
         self._detect_fallbacks()
@@ -74,18 +74,18 @@ class Runner:
     # -- before any timing --------------------------------------------------------------------------------------------
 
     def _gate(self) -> dict[str, str]:
-        """Why ways may not be timed: they do not compute what the reference does, or that could not be found out."""
+        """Why variants may not be timed: they do not compute what the reference does, or that could not be found out."""
         if not self.plan["gate"]["parity"]:
             return {}
         from nanogpt_mac.parity import gate
 
-        parity = gate.read(self.folder, self.ways)
+        parity = gate.read(self.folder, self.variants)
         if parity is None:
-            self.say(f"parity: {len(self.configs)} ways against float64 torch on the CPU")
+            self.say(f"parity: {len(self.configs)} variants against float64 torch on the CPU")
             parity = gate.check(self.configs, self.folder)
-        wrong = {name: found for name, found in parity["ways"].items() if found["state"] != "pass"}
+        wrong = {name: found for name, found in parity["variants"].items() if found["state"] != "pass"}
         for name, found in wrong.items():
-            self.say(f"parity: {self.ways[name].label}: {found['state'].upper()}: {found['reason']}")
+            self.say(f"parity: {self.variants[name].label}: {found['state'].upper()}: {found['reason']}")
         if not wrong:
             self.say(f"parity: all pass ({parity['seconds']:.0f} s)")
         if self.plan["gate"]["time_wrong"]:
@@ -94,7 +94,7 @@ class Runner:
         return {name: f"{how.get(found['state'], found['state'])}: {found['reason']}" for name, found in wrong.items()}
 
     def _detect_fallbacks(self) -> None:
-        """What leaves the GPU, of MPS ways; one whose detector fails is timed all the same."""
+        """What leaves the GPU, of MPS variants; one whose detector fails is timed all the same."""
         mps = [name for name, config in self.configs.items() if config.backend.name == "mps"]
         for name in mps:
             path = self.folder / "fallbacks" / f"{name}.json"
@@ -111,33 +111,33 @@ class Runner:
             problems = [] if found["complete"] else [f"not everything could be seen: {found['why_incomplete'][0]}"]
             count = len(found["findings"])
             problems.insert(0, f"{count} operator{'s leave' if count != 1 else ' leaves'} the GPU")
-            self.say(f"fallbacks: {self.ways[name].label}: {'; '.join(problems)}")
+            self.say(f"fallbacks: {self.variants[name].label}: {'; '.join(problems)}")
 
     # -- pilot runs ---------------------------------------------------------------------------------------------------
 
     def _pilots(self, barred: dict[str, str]) -> None:
-        for name, way in self.ways.items():
+        for name, variant in self.variants.items():
             if child.outcome(self._run_folder(PILOT, name)):
                 continue
             if name in barred:
                 self._skip(PILOT, name, barred[name])
                 continue
-            found = self._run_pilot(way)
+            found = self._run_pilot(variant)
             if found["state"] == "done":
                 summary = self._summary(PILOT, name)
                 first = f"first {summary['first_iter_s']:.1f} s"
-                self.say(f"pilot, {way.label}: {summary['iter_ms']['median']:.4g} ms an iteration, {first}")
+                self.say(f"pilot, {variant.label}: {summary['iter_ms']['median']:.4g} ms an iteration, {first}")
             else:
-                self.say(f"pilot, {way.label}: {found['state'].upper()}: {found['reason']}; not timed")
+                self.say(f"pilot, {variant.label}: {found['state'].upper()}: {found['reason']}; not timed")
 
-    def _run_pilot(self, way: Way) -> dict[str, Any]:
+    def _run_pilot(self, variant: Variant) -> dict[str, Any]:
         """Twice where nothing could be counted: the machine slept, or its clock was set."""
         for _ in range(2):
-            found = self._run(PILOT, way, self._pilot_overrides(), self._pilot_limits())
-            if found["state"] != "done" or self._summary(PILOT, way.name)["iter_ms"]["median"]:
+            found = self._run(PILOT, variant, self._pilot_overrides(), self._pilot_limits())
+            if found["state"] != "done" or self._summary(PILOT, variant.name)["iter_ms"]["median"]:
                 return found
         return self._record(
-            PILOT, way.name, found | {"state": "failed", "reason": "none of its iterations could be counted"}
+            PILOT, variant.name, found | {"state": "failed", "reason": "none of its iterations could be counted"}
         )
 
     def _pilot_overrides(self) -> list[str]:
@@ -152,7 +152,7 @@ class Runner:
 
     def _decide(self) -> None:
         """Rounds, iterations and order, from what the pilot runs have shown; written to plan.json."""
-        costs = {name: cost for name in self.ways if (cost := self._cost(name)) is not None}
+        costs = {name: cost for name in self.variants if (cost := self._cost(name)) is not None}
         asked, warmup = self.plan["asked"], max(config.timing_warmup for config in self.configs.values())
         left = self.plan["budget_minutes"] * 60 - self._elapsed() - REPORT_S
         decided: dict[str, Any] = {"rounds": 0, "iters": {}, "warmup": {}, "share": {}, "order": []}
@@ -206,13 +206,13 @@ class Runner:
                 continue
             if self._over(number, position):
                 return
-            way = self.ways[name]
+            variant = self.variants[name]
             if failures[name] >= GIVEN_UP:
                 self._skip(number, name, f"{failures[name]} runs of it had failed")
                 continue
             heat = self._cool_down(heat_left)
             heat_left -= heat["waited_s"]
-            found = self._run(number, way, self._round_overrides(number, name), self._round_limits(name), heat)
+            found = self._run(number, variant, self._round_overrides(number, name), self._round_limits(name), heat)
             failures[name] += found["state"] != "done"
             self._tell(position, found)
 
@@ -281,11 +281,11 @@ class Runner:
         return {"before": before, "waited_s": waited, "at_start": state, "load": os.getloadavg()[0]}
 
     def _tell(self, position: int, found: dict[str, Any]) -> None:
-        order, label = self.plan["order"], self.ways[found["way"]].label
+        order, label = self.plan["order"], self.variants[found["variant"]].label
         title = f"[{position + 1}/{len(order)}] round {found['round']}, {label}"
         left = self._left(position + 1)
         if found["state"] == "done":
-            timing = self._summary(found["round"], found["way"])["iter_ms"]
+            timing = self._summary(found["round"], found["variant"])["iter_ms"]
             median = "nothing counted" if timing["median"] is None else f"{timing['median']:.4g} ms"
             self.say(f"{title}: {median} ({found['seconds']:.0f} s){left}")
         else:
@@ -305,33 +305,35 @@ class Runner:
     def _run(
         self,
         number: int | str,
-        way: Way,
+        variant: Variant,
         overrides: list[str],
         limits: child.Limits,
         heat: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        folder = self._run_folder(number, way.name)
+        folder = self._run_folder(number, variant.name)
         child.clear(folder)
         folder.mkdir(parents=True)
         fixed = ["checkpoint=false", "sample_tokens=0", "wandb.mode=disabled", quoted("run_dir", str(folder))]
         if any(f.name == "fallbacks" for f in dataclasses.fields(Config)):
             fixed.append("fallbacks=off")
-        script = way.script or str(cli.ROOT / "train.py")
-        argv = [sys.executable, script, *merged(self.plan["overrides"], way.overrides, overrides, fixed)]
+        script = variant.script or str(cli.ROOT / "train.py")
+        argv = [sys.executable, script, *merged(self.plan["overrides"], variant.overrides, overrides, fixed)]
         started = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        ending = child.run(argv, folder, self._environment(way), limits)
+        ending = child.run(argv, folder, self._environment(variant), limits)
         if ending.state != "done":
             child.require_room(folder)
         if heat is not None:
             heat["after"] = probe.thermal_state()
-        return self._record(number, way.name, dataclasses.asdict(ending) | {"started": started, "heat": heat})
+        return self._record(number, variant.name, dataclasses.asdict(ending) | {"started": started, "heat": heat})
 
-    def _environment(self, way: Way) -> dict[str, str]:
-        """Compilers' caches belong to the way: its pilot run compiles from cold, its rounds do not."""
-        cache = self.folder / "cache" / way.name
+    def _environment(self, variant: Variant) -> dict[str, str]:
+        """Compilers' caches belong to the variant: its pilot run compiles from cold, its rounds do not."""
+        cache = self.folder / "cache" / variant.name
         environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
-        if setting(way, "backend") == "mlx" and sys.platform == "linux":  # its CPU build keeps compiled kernels there
+        if (
+            setting(variant, "backend") == "mlx" and sys.platform == "linux"
+        ):  # its CPU build keeps compiled kernels there
             (cache / "tmp").mkdir(parents=True, exist_ok=True)
             environment["TMPDIR"] = str(cache / "tmp")
         return environment | {"PYTHONUNBUFFERED": "1"}
@@ -345,7 +347,7 @@ class Runner:
         self._record(number, name, nothing)
 
     def _record(self, number: int | str, name: str, ending: dict[str, Any]) -> dict[str, Any]:
-        document = {"way": name, "round": number, **ending}
+        document = {"variant": name, "round": number, **ending}
         write_json(self._run_folder(number, name) / "outcome.json", document)
         return document
 

@@ -1,4 +1,4 @@
-"""The ways of training that this machine has, and how a way is written on the command line."""
+"""The variants of training that this machine has, and how a variant is written on the command line."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ KNOWN = {  # name -> back end, compiled, label; the order in which they are show
     "cpu-compile": ("cpu", True, "CPU compiled"),
 }
 BACKENDS = tuple(dict.fromkeys(backend for backend, _, _ in KNOWN.values()))
-NARROWING = ("backend", "compile")  # as top-level keys these choose among the ways
+NARROWING = ("backend", "compile")  # as top-level keys these choose among the variants
 NOT_A_SETTING = (*DECIDED, "run", "run_dir", "init_from", "experiment")
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of training: overrides of train.py under a name of its own."""
+class Variant:
+    """One variant of training: overrides of train.py under a name of its own."""
 
     name: str  # unique, fit for a file name
     label: str
     overrides: tuple[str, ...]
-    lever: dict[str, Any] | None = None  # base (a way's name), key, value, what
+    lever: dict[str, Any] | None = None  # base (a variant's name), key, value, what
     script: str | None = None  # in train.py's place: tests alone
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Way:
+    def from_json(cls, found: dict[str, Any]) -> Variant:
         return cls(found["name"], found["label"], tuple(found["overrides"]), found["lever"], found.get("script"))
 
     def to_json(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Machine:
-    """What of this machine decides on the ways."""
+    """What of this machine decides on the variants."""
 
     missing: dict[str, str]  # back end -> why it cannot run here
     mlx_gpu: bool  # whether MLX computes on Metal or CUDA
@@ -77,35 +77,37 @@ def look_around() -> Machine:
     return Machine(missing, gpu, simulator.active(), lends)
 
 
-def parse(text: str, machine: Machine) -> Way:
-    """A way as it is written: one of KNOWN, then overrides of train.py. InputError says what is allowed."""
+def parse(text: str, machine: Machine) -> Variant:
+    """A variant as it is written: one of KNOWN, then overrides of train.py. InputError says what is allowed."""
     first, *extras = text.split()
     allowed = [name for name, (backend, _, _) in KNOWN.items() if backend not in machine.missing]
     if first not in KNOWN:
-        raise InputError(f"ways=[{text}]: {first} is no way; allowed here are {', '.join(allowed)}")
+        raise InputError(f"variants=[{text}]: {first} is no variant; allowed here are {', '.join(allowed)}")
     backend, compiled, _ = KNOWN[first]
     for extra in extras:
         if "=" not in extra or key_of(extra).split(".")[0] in NOT_A_SETTING:
-            raise InputError(f"ways=[{text}]: {extra}: allowed after {first} are settings of train.py, as key=value")
+            raise InputError(
+                f"variants=[{text}]: {extra}: allowed after {first} are settings of train.py, as key=value"
+            )
     chosen = {key_of(extra): extra.partition("=")[2] for extra in extras}
     backend, name = chosen.get("backend", backend), chosen.get("compile", str(compiled)).lower()
     compiled = detect.resolve_compile("auto", backend) if name == "auto" else name == "true"
     if backend in machine.missing:
         reason = f"not available here: {machine.missing[backend]}"
-        raise InputError(f"ways=[{text}]: {reason}. Available: {', '.join(allowed)}")
+        raise InputError(f"variants=[{text}]: {reason}. Available: {', '.join(allowed)}")
     found = next((n for n, (b, c, _) in KNOWN.items() if (b, c) == (backend, compiled)), None)
     if found is None or name not in ("true", "false", "auto"):
-        return Way(slug(text), text, tuple(merged(_base(first, machine), extras)))  # train.py says what is wrong
+        return Variant(slug(text), text, tuple(merged(_base(first, machine), extras)))  # train.py says what is wrong
     rest = [extra for extra in extras if key_of(extra) not in NARROWING]
-    return Way(
+    return Variant(
         slug("-".join([found, *(_short(extra) for extra in rest)])),
         ", ".join([_label(found, machine), *rest]),
         tuple(merged(_base(found, machine), rest)),
     )
 
 
-def known(name: str, machine: Machine) -> Way:
-    return Way(name, _label(name, machine), tuple(_base(name, machine)))
+def known(name: str, machine: Machine) -> Variant:
+    return Variant(name, _label(name, machine), tuple(_base(name, machine)))
 
 
 def _short(override: str) -> str:
@@ -130,19 +132,19 @@ def _label(name: str, machine: Machine) -> str:
     return f"{label} (simulated)" if backend == "mps" and machine.simulated else label
 
 
-def setting(way: Way, key: str) -> str | None:
-    return next((o.partition("=")[2] for o in way.overrides if key_of(o) == key), None)
+def setting(variant: Variant, key: str) -> str | None:
+    return next((o.partition("=")[2] for o in variant.overrides if key_of(o) == key), None)
 
 
-def unique(ways: Sequence[Way]) -> list[Way]:
-    """The same way entered twice becomes cpu and cpu-2."""
+def unique(variants: Sequence[Variant]) -> list[Variant]:
+    """The same variant entered twice becomes cpu and cpu-2."""
     taken: set[str] = set()
     named = []
-    for way in ways:
-        name, label, number = way.name, way.label, 1
+    for variant in variants:
+        name, label, number = variant.name, variant.label, 1
         while name in taken:
             number += 1
-            name, label = f"{way.name}-{number}", f"{way.label} ({number})"
+            name, label = f"{variant.name}-{number}", f"{variant.label} ({number})"
         taken.add(name)
-        named.append(dataclasses.replace(way, name=name, label=label))
+        named.append(dataclasses.replace(variant, name=name, label=label))
     return named

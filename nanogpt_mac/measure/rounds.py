@@ -14,12 +14,12 @@ COUNTED = 8  # iterations of one run, at least, that enter its median
 COUNTED_SLOW = 4
 SLOW_S = 0.5  # an iteration
 WARMUP_SLOW = 1  # a second and more of work is no longer warmed up by repetition
-DEAR = 2.0  # a way whose runs take more than this many times the cheapest's takes part in fewer rounds
+DEAR = 2.0  # a variant whose runs take more than this many times the cheapest's takes part in fewer rounds
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the pilot run of one way has shown, in seconds."""
+    """What the pilot run of one variant has shown, in seconds."""
 
     start_s: float  # of a run besides its iterations: the process, the corpus, a compilation from the cache
     iteration_s: float
@@ -28,7 +28,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Schedule:
-    rounds: dict[str, list[int]]  # way -> the rounds that it takes part in
+    rounds: dict[str, list[int]]  # variant -> the rounds that it takes part in
     iters: dict[str, int]
     warmup: dict[str, int]  # iterations after the first that are not counted
     seconds: float  # that all of it is expected to take
@@ -46,11 +46,11 @@ def schedule(
     warmup: int = 5,
     pause_s: float = 0.0,
 ) -> Schedule:
-    """Fill `budget_s` with runs of equal time for every way; `rounds` and `iters` are obeyed whatever that takes.
+    """Fill `budget_s` with runs of equal time for every variant; `rounds` and `iters` are obeyed whatever that takes.
 
     A comparison is as sure as it has rounds, because a process shares its fate among its iterations: so twelve rounds
     of three seconds of iterations are taken before longer ones, then fewer, then shorter ones. With much time, rounds
-    get long first and then many. A slow way takes part in fewer rounds, three at least, so that it costs no more than
+    get long first and then many. A slow variant takes part in fewer rounds, three at least, so that it costs no more than
     twice the time of the cheapest. Where nothing fits, the smallest plan is made, and takes longer than the budget.
     """
 
@@ -87,7 +87,7 @@ def _longest(plan: Callable[[float], Schedule], budget_s: float, least: float) -
 def _plan(
     costs: dict[str, Cost], count: int, seconds: float, iters: int | None, warmup: int, pause_s: float, spread: bool
 ) -> Schedule:
-    """`count` rounds in which every way iterates for `seconds`, or as long as its fewest iterations take."""
+    """`count` rounds in which every variant iterates for `seconds`, or as long as its fewest iterations take."""
     counts, warmups, run_s = {}, {}, {}
     for name, cost in costs.items():
         slow = cost.iteration_s >= SLOW_S

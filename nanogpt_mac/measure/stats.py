@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-CONFIDENCE = 0.99  # of one ratio's interval, up to four ways
-FAMILY_ERROR = 0.05  # chance, at most, that equal ways are called different anywhere in one comparison
+CONFIDENCE = 0.99  # of one ratio's interval, up to four variants
+FAMILY_ERROR = 0.05  # chance, at most, that equal variants are called different anywhere in one comparison
 MIN_ROUNDS_FOR_MEDIAN = 5  # the range of fewer round medians cannot bound the median at 95 %
 THROTTLED_PERCENT = 3.0
 OUTLIER_MADS = 5.0
@@ -75,17 +75,17 @@ def median_interval(rounds: Sequence[Times], confidence: float = 0.95, seed: int
     return [float(low), float(high)]
 
 
-# -- which way is faster ----------------------------------------------------------------------------------------------
+# -- which variant is faster ----------------------------------------------------------------------------------------------
 
 
-def confidence_for(ways: int) -> float:
-    """Confidence of each ratio's interval so that a comparison of `ways` equal ways errs in at most 5 % of cases.
+def confidence_for(variants: int) -> float:
+    """Confidence of each ratio's interval so that a comparison of `variants` equal variants errs in at most 5 % of cases.
 
-    The fastest is chosen from the data, so what counts is every pair. 0.99 each holds the 5 % up to four ways (4.6 %
+    The fastest is chosen from the data, so what counts is every pair. 0.99 each holds the 5 % up to four variants (4.6 %
     by simulation, in the tests); beyond, Bonferroni over all pairs, which errs in about 3 %.
     """
-    pairs = ways * (ways - 1) / 2
-    return CONFIDENCE if ways <= 4 else 1 - FAMILY_ERROR / pairs
+    pairs = variants * (variants - 1) / 2
+    return CONFIDENCE if variants <= 4 else 1 - FAMILY_ERROR / pairs
 
 
 def paired_ratio(
@@ -123,9 +123,9 @@ def _exp(x: float) -> float:
 
 
 def power(rounds: int, noise: float, effect: float = 0.03, confidence: float = CONFIDENCE) -> float:
-    """Chance that a way slower by `effect` is called slower after `rounds` rounds.
+    """Chance that a variant slower by `effect` is called slower after `rounds` rounds.
 
-    `noise`: log standard deviation of one way's round medians, once what all ways of a round share has gone; a pair
+    `noise`: log standard deviation of one variant's round medians, once what all variants of a round share has gone; a pair
     varies by sqrt(2) of it.
     """
     if rounds < 2:
@@ -138,7 +138,7 @@ def power(rounds: int, noise: float, effect: float = 0.03, confidence: float = C
 
 
 def rounds_needed(noise: float, effect: float = 0.03, wanted: float = 0.9, confidence: float = CONFIDENCE) -> int:
-    """The fewest rounds after which a way slower by `effect` is found with probability `wanted`; at most 1000."""
+    """The fewest rounds after which a variant slower by `effect` is found with probability `wanted`; at most 1000."""
     return next((n for n in range(3, 1000) if power(n, noise, effect, confidence) >= wanted), 1000)
 
 
@@ -264,7 +264,7 @@ def doubts(
         seen = detectable(noise, len(filled)) or 0
         least = f"differences of {100 * seen:.0f} % and more" if seen < 1 else "no difference below a factor of two"
         said.append(
-            f"unstable: the rounds' medians vary by {100 * noise:.1f} % (standard deviation); unless the other ways "
+            f"unstable: the rounds' medians vary by {100 * noise:.1f} % (standard deviation); unless the other variants "
             f"varied with them, {len(filled)} rounds find {least}"
         )
     count, seconds = (float(np.median([f(times) for times in filled])) for f in (len, lambda times: times.sum() / 1e3))

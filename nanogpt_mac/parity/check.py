@@ -1,8 +1,8 @@
-"""The child processes of the parity gate: one computes the reference, each other holds one way against it.
+"""The child processes of the parity gate: one computes the reference, each other holds one variant against it.
 
     python -m nanogpt_mac.parity.check < task.json
 
-A task is {"role": "reference" | "way", "config": Config as JSON, "folder": where the reference lies, "result": a file}.
+A task is {"role": "reference" | "variant", "config": Config as JSON, "folder": where the reference lies, "result": a file}.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _reference(
     }
 
 
-# -- a way ----------------------------------------------------------------------------------------------------------
+# -- a variant ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -163,8 +163,8 @@ class Reading:
     worst: str | None = None
 
 
-def check_way(config: Config, folder: Path) -> dict[str, Any]:
-    """Hold one way against the reference in `folder`: device and checks, the worst of all cases for each quantity."""
+def check_variant(config: Config, folder: Path) -> dict[str, Any]:
+    """Hold one variant against the reference in `folder`: device and checks, the worst of all cases for each quantity."""
     name = detect.resolve(config.backend.name)
     options = backend_options(config, name, detect.resolve_compile(config.compile, name))
     corpus = prepare(config.data)
@@ -278,7 +278,7 @@ def _causality(backend: Backend, idx: np.ndarray, logits: np.ndarray, t: int) ->
 def _update_rule(
     options: base.BackendOptions, before: TrainState, after: TrainState, lr: float, step: int
 ) -> Iterator[Reading]:
-    """Each update against AdamW in float64 from the way's own moments: the same in every dtype."""
+    """Each update against AdamW in float64 from the variant's own moments: the same in every dtype."""
     for name, w in before.weights.items():
         w64, m, v = (a.astype(np.float64) for a in (w, after.exp_avg[name], after.exp_avg_sq[name]))
         m, v = m / (1 - options.beta1**step), v / (1 - options.beta2**step)
@@ -317,7 +317,7 @@ def main() -> int:
     task = json.load(sys.stdin)
     config, folder = config_from_json(task["config"]), Path(task["folder"])
     try:
-        result = make_reference(config, folder) if task["role"] == "reference" else check_way(config, folder)
+        result = make_reference(config, folder) if task["role"] == "reference" else check_variant(config, folder)
     except Exception as error:
         traceback.print_exc()
         first = (str(error).strip().splitlines() or [""])[0]

@@ -1,6 +1,6 @@
-"""The parity gate: before anything is timed, every way must compute what float64 computes.
+"""The parity gate: before anything is timed, every variant must compute what float64 computes.
 
-Each way is held against the reference in a fresh process of its own, so that a crash, a hang or a missing operator of
+Each variant is held against the reference in a fresh process of its own, so that a crash, a hang or a missing operator of
 one is one row of the result. What is compared is in parity_child.py, what is allowed in tolerances.py.
 """
 
@@ -28,27 +28,27 @@ from nanogpt_mac.train.recorder import write_json
 SCHEMA = 1
 REFERENCE = "torch float64, CPU"
 POLL_S = 0.05
-MANY_CORES = 4  # fewer are busy with one way's compilers
+MANY_CORES = 4  # fewer are busy with one variant's compilers
 CHILD = (sys.executable, "-m", "nanogpt_mac.parity.check")
 ROOT = Path(__file__).resolve().parents[2]
-# What a reference depends on: ways that agree in these share one.
+# What a reference depends on: variants that agree in these share one.
 WORK = ("model", "data", "path", "data_dir", "seed", "init_from", "run", "batch_size")
 HYPERPARAMETERS = ("weight_decay", "beta1", "beta2", "grad_clip")
-Job = tuple[str, dict[str, Any], Path]  # a way's name, its task, its log
+Job = tuple[str, dict[str, Any], Path]  # a variant's name, its task, its log
 
 
 def check(
     configs: Mapping[str, Config], folder: Path, timeout_s: float = 600.0, child: Sequence[str] = CHILD
 ) -> dict[str, Any]:
-    """Hold every way of `configs` against the reference; write `folder`/parity.json and return it.
+    """Hold every variant of `configs` against the reference; write `folder`/parity.json and return it.
 
     Args:
-        configs: by way's name; resolved as train.py resolves them, `dropout` put to 0 here.
+        configs: by variant's name; resolved as train.py resolves them, `dropout` put to 0 here.
         folder: made where it is missing; the reference lies under it while this runs.
-        timeout_s: after which one way (or the reference) counts as hung.
+        timeout_s: after which one variant (or the reference) counts as hung.
         child: the command of the child processes.
 
-    A way's `state` is pass, fail (`reason` names the worst tensor and its figure) or error (`reason` is one line).
+    A variant's `state` is pass, fail (`reason` names the worst tensor and its figure) or error (`reason` is one line).
     """
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,9 +68,9 @@ def check(
             if "error" in reference:
                 found[name] = {"error": f"no reference: {reference['error']}", "seconds": 0.0}
                 continue
-            task = {"role": "way", "config": document, "folder": reference["folder"]}
+            task = {"role": "variant", "config": document, "folder": reference["folder"]}
             # Nothing is timed here and much of it is compiling, so back ends are checked side by side: three take as
-            # much memory as the reference did. Not ways of one back end, which may write the same compiled kernel.
+            # much memory as the reference did. Not variants of one back end, which may write the same compiled kernel.
             queue = config.backend.name if (os.cpu_count() or 1) >= MANY_CORES else ""
             queues.setdefault(queue, []).append((name, task, folder / f"parity-{name}.log"))
         found |= _run_all(child, queues.values(), timeout_s)
@@ -83,17 +83,17 @@ def check(
         "shape": next((r["shape"] for r in references.values() if "shape" in r), None),
         "seconds": time.monotonic() - began,
         "tolerances": tolerances.rows(precisions),
-        "ways": {name: _ended(found[name]) for name in configs},
+        "variants": {name: _ended(found[name]) for name in configs},
     }
     write_json(folder / "parity.json", parity)
     return parity
 
 
-def read(folder: Path, ways: Iterable[str]) -> dict[str, Any] | None:
-    """parity.json of `folder` where it says of each of `ways` how it ended; None where it must be made (again)."""
+def read(folder: Path, variants: Iterable[str]) -> dict[str, Any] | None:
+    """parity.json of `folder` where it says of each of `variants` how it ended; None where it must be made (again)."""
     try:
         parity: dict[str, Any] = json.loads((folder / "parity.json").read_text())
-        said = [(parity["ways"][name]["state"], parity["ways"][name]["reason"]) for name in ways]
+        said = [(parity["variants"][name]["state"], parity["variants"][name]["reason"]) for name in variants]
         whole = parity["seconds"] >= 0 and all(state in ("pass", "fail", "error") for state, _ in said)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -101,16 +101,16 @@ def read(folder: Path, ways: Iterable[str]) -> dict[str, Any] | None:
 
 
 def _ended(result: dict[str, Any]) -> dict[str, Any]:
-    """A way's entry in parity.json."""
-    way = {"device": result.get("device"), "seconds": result["seconds"], "checks": result.get("checks", [])}
+    """A variant's entry in parity.json."""
+    variant = {"device": result.get("device"), "seconds": result["seconds"], "checks": result.get("checks", [])}
     if "error" in result:
-        return {"state": "error", "reason": result["error"]} | way
-    failed = [c for c in way["checks"] if not c["pass"]]
+        return {"state": "error", "reason": result["error"]} | variant
+    failed = [c for c in variant["checks"] if not c["pass"]]
     if not failed:
-        return {"state": "pass", "reason": None} | way
+        return {"state": "pass", "reason": None} | variant
     worst = max(failed, key=_excess)
     more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
-    return {"state": "fail", "reason": _sentence(worst) + more} | way
+    return {"state": "fail", "reason": _sentence(worst) + more} | variant
 
 
 def _excess(check: Mapping[str, Any]) -> float:
@@ -222,24 +222,32 @@ def _reason(code: int, found: Mapping[str, Any], log: Path, timeout_s: float | N
 
 
 def sections(parity: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Titled tables, all cells text: the ways, every check, and what was allowed."""
-    ways = parity.get("ways") or {}
+    """Titled tables, all cells text: the variants, every check, and what was allowed."""
+    variants = parity.get("variants") or {}
     states = [
-        [name, way["state"], way.get("device") or "", f"{way.get('seconds') or 0:.0f}", way.get("reason") or ""]
-        for name, way in ways.items()
+        [
+            name,
+            variant["state"],
+            variant.get("device") or "",
+            f"{variant.get('seconds') or 0:.0f}",
+            variant.get("reason") or "",
+        ]
+        for name, variant in variants.items()
     ]
-    quantities = list(dict.fromkeys(c["quantity"] for way in ways.values() for c in way.get("checks") or []))
+    quantities = list(
+        dict.fromkeys(c["quantity"] for variant in variants.values() for c in variant.get("checks") or [])
+    )
     figures = []
     for quantity in quantities:
         row = [quantity]
-        for way in ways.values():
-            check = next((c for c in way.get("checks") or [] if c["quantity"] == quantity), None)
+        for variant in variants.values():
+            check = next((c for c in variant.get("checks") or [] if c["quantity"] == quantity), None)
             row.append("" if check is None else _cell(check))
         figures.append(row)
     allowed = [[t["dtype"], t["quantity"], f"{t['limit']:.2g}", t["reason"]] for t in parity.get("tolerances") or []]
     return [
-        ("Parity", ["way", "parity", "device", "s", "reason"], states),
-        ("Largest differences from float64 (and what is allowed)", ["quantity", *ways], figures),
+        ("Parity", ["variant", "parity", "device", "s", "reason"], states),
+        ("Largest differences from float64 (and what is allowed)", ["quantity", *variants], figures),
         ("Tolerances", ["dtype", "quantity", "limit", "reason"], allowed),
     ]
 

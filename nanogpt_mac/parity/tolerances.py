@@ -15,7 +15,7 @@ The measures:
 - weights after 3 steps: per tensor, 2-norm of the difference in change over that of the reference's change, where
   each element counts as much as its gradient (AdamW's root of v). AdamW moves an element by its gradient's sign, and
   where the true gradient is smaller than rounding the sign is chance: unweighted, those elements would dominate.
-- update rule: per tensor and step, the change of the weights against AdamW in float64 from the way's own moments.
+- update rule: per tensor and step, the change of the weights against AdamW in float64 from the variant's own moments.
 - causality: the largest change of a logit when a later token changes.
 """
 

@@ -50,7 +50,7 @@ def markdown_page(heading: str, sentence: str, parts: list[Section], version: st
     blocks = [f"### {escape(heading)}", f"**{escape(sentence)}**"]
     for section in parts:
         if section.missing:
-            blocks += [escape(section.empty)] if section.id in ("ways", "parity") else []
+            blocks += [escape(section.empty)] if section.id in ("variants", "parity") else []
             continue
         body = [escape(note) for note in section.notes]
         body += ["\n".join(f"- {escape(line)}" for line in section.items)] if section.items else []
@@ -59,7 +59,7 @@ def markdown_page(heading: str, sentence: str, parts: list[Section], version: st
         block = "\n\n".join(body)
         if section.id in _FOLDED:
             block = f"<details><summary>{escape(section.title)}</summary>\n\n{block}\n\n</details>"
-        elif section.id not in ("ways", "problems"):
+        elif section.id not in ("variants", "problems"):
             block = f"#### {escape(section.title)}\n\n{block}"
         blocks.append(block)
     return "\n\n".join([*blocks, f"nanogpt-mac {escape(version)}"]) + "\n"
@@ -82,7 +82,7 @@ def show_page(sentence: str, facts: str, warnings: list[str], parts: list[Sectio
     for line in warnings:
         out.print(Text(f"! {line}", style="yellow"))
     for section in parts:
-        if section.missing and section.id == "ways":
+        if section.missing and section.id == "variants":
             out.print(Text(section.empty))
         for note in section.notes if not section.missing else []:
             out.print(Text(note, style="dim"))

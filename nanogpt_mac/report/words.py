@@ -8,7 +8,7 @@ from typing import Any
 from nanogpt_mac.compare.results import runs
 
 DASH = "—"
-# What follows a way's label everywhere.
+# What follows a variant's label everywhere.
 MARKS = {"wrong": "WRONG", "failed": "FAILED", "partial": "partial", "waiting": "not timed yet"}
 
 
@@ -143,18 +143,18 @@ def when(value: Any) -> str:
     return text(value)[:16].replace("T", " ") if isinstance(value, str) else DASH
 
 
-def label(way: Any) -> str:
-    """A way's name for people, with what is to be said against it: MPS compiled (WRONG)."""
-    name = text(get(way, "label") or get(way, "name"), 80)
-    mark = MARKS.get(state(way))
+def label(variant: Any) -> str:
+    """A variant's name for people, with what is to be said against it: MPS compiled (WRONG)."""
+    name = text(get(variant, "label") or get(variant, "name"), 80)
+    mark = MARKS.get(state(variant))
     return f"{name} ({mark})" if mark else name
 
 
-def state(way: Any) -> str:
-    """ok, wrong, partial, waiting or failed. A failed parity check is wrong, whatever else happened to the way."""
-    if get(way, "parity") == "fail":
+def state(variant: Any) -> str:
+    """ok, wrong, partial, waiting or failed. A failed parity check is wrong, whatever else happened to the variant."""
+    if get(variant, "parity") == "fail":
         return "wrong"
-    known = get(way, "state")
+    known = get(variant, "state")
     if known in ("ok", *MARKS):
         return str(known)
-    return "ok" if num(get(way, "iter_ms", "median")) is not None else "failed"
+    return "ok" if num(get(variant, "iter_ms", "median")) is not None else "failed"

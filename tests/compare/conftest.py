@@ -1,4 +1,4 @@
-"""What tests of the runner share: plans whose ways are fakes."""
+"""What tests of the runner share: plans whose variants are fakes."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.compare.runner import Runner
-from nanogpt_mac.compare.variants import Way
+from nanogpt_mac.compare.variants import Variant
 from nanogpt_mac.config import Config
 
 FAKE = Path(__file__).parents[1] / "fakes" / "fake_train.py"
@@ -15,17 +15,17 @@ FAKE = Path(__file__).parents[1] / "fakes" / "fake_train.py"
 
 @pytest.fixture
 def plan(tmp_path):
-    """A plan of fake ways, written to a comparison's folder: plan(works="works", crash="segfault") -> Runner."""
+    """A plan of fake variants, written to a comparison's folder: plan(works="works", crash="segfault") -> Runner."""
 
     def make(rounds=2, iters=12, parity=False, time_wrong=False, stall=60.0, **behaviours):
-        ways = []
+        variants = []
         for name, behaviour in behaviours.items():
             script = tmp_path / f"{name}.py"
             script.write_text(FAKE.read_text().replace('BEHAVIOUR = "works"', f'BEHAVIOUR = "{behaviour}"'))
-            ways.append(Way(name, name.upper(), ("backend=cpu",), script=str(script)).to_json())
+            variants.append(Variant(name, name.upper(), ("backend=cpu",), script=str(script)).to_json())
         document = {
             "schema": 1,
-            "ways": ways,
+            "variants": variants,
             "rounds": None,
             "iters": None,
             "order": None,
@@ -51,7 +51,7 @@ def plan(tmp_path):
     def runner(folder):
         document = json.loads((folder / "plan.json").read_text())
         said = []
-        made = Runner(folder, document, {way["name"]: Config() for way in document["ways"]}, said.append)
+        made = Runner(folder, document, {variant["name"]: Config() for variant in document["variants"]}, said.append)
         made.said = said
         return made
 

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from fakes.comparisons import LINUX, MAC, WAYS, write_comparison
+from fakes.comparisons import LINUX, MAC, VARIANTS, write_comparison
 
 from nanogpt_mac.compare.results import figures
 from nanogpt_mac.compare.results.collect import collect
@@ -29,23 +29,23 @@ def _few_resamples():
 
 @pytest.fixture
 def compared(tmp_path):
-    """write_comparison and collect, with small defaults; the document's ways also by name."""
+    """write_comparison and collect, with small defaults; the document's variants also by name."""
 
-    def build(ways, rounds=6, iters=30, noise=0.004, seed=1, damage=None, **options):
+    def build(variants, rounds=6, iters=30, noise=0.004, seed=1, damage=None, **options):
         folder = tmp_path / f"compare-{len(list(tmp_path.iterdir()))}"
-        write_comparison(folder, ways, rounds, iters, noise, seed, **options)
+        write_comparison(folder, variants, rounds, iters, noise, seed, **options)
         if damage:
             damage(folder)
         found = collect(folder)
         json.dumps(found, allow_nan=False)  # what it is for
-        return found, {way["name"]: way for way in found["ways"]}
+        return found, {variant["name"]: variant for variant in found["variants"]}
 
     return build
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = write_comparison(tmp_path_factory.mktemp("whole") / "compare", WAYS, 6, 30, 0.004, 1)
+    folder = write_comparison(tmp_path_factory.mktemp("whole") / "compare", VARIANTS, 6, 30, 0.004, 1)
     return folder, collect(folder)
 
 
@@ -55,72 +55,73 @@ def whole(tmp_path_factory):
 def test_times_are_recomputed_from_the_rows(whole):
     """Read again here, line by line: kept iterations of the rounds, and no others."""
     folder, found = whole
-    for way in found["ways"]:
+    for variant in found["variants"]:
         rounds = {}
-        for path in sorted((folder / "rounds").glob(f"[0-9]-{way['name']}")):
+        for path in sorted((folder / "rounds").glob(f"[0-9]-{variant['name']}")):
             rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
             rows = [row for row in rows if row["kind"] == "iteration" and "left_out" not in row]
             rounds[int(path.name.split("-")[0])] = [row["iter_ms"] for row in rows]
         pooled = np.concatenate(list(rounds.values()))
-        assert way["iter_ms"]["count"] == len(pooled) == 6 * 24
-        assert way["iter_ms"]["median"] == pytest.approx(np.median(pooled))
-        low, high = way["iter_ms"]["ci95"]
-        assert low < way["iter_ms"]["median"] < high
-        assert {r["round"]: r["median"] for r in way["rounds"]} == {r: np.median(t) for r, t in rounds.items()}
-        assert way["left_out"] == {"first": 6, "warmup": 30}
+        assert variant["iter_ms"]["count"] == len(pooled) == 6 * 24
+        assert variant["iter_ms"]["median"] == pytest.approx(np.median(pooled))
+        low, high = variant["iter_ms"]["ci95"]
+        assert low < variant["iter_ms"]["median"] < high
+        assert {r["round"]: r["median"] for r in variant["rounds"]} == {r: np.median(t) for r, t in rounds.items()}
+        assert variant["left_out"] == {"first": 6, "warmup": 30}
         tokens = 16384
-        assert way["tokens_per_s"] == pytest.approx(tokens / way["iter_ms"]["median"] * 1e3)
+        assert variant["tokens_per_s"] == pytest.approx(tokens / variant["iter_ms"]["median"] * 1e3)
 
 
 def test_verdict_and_ratios(whole):
     _, found = whole
-    ways = {way["name"]: way for way in found["ways"]}
+    variants = {variant["name"]: variant for variant in found["variants"]}
     assert found["complete"] is True
     assert found["verdict"]["fastest"] == "mlx"
     assert found["verdict"]["ties"] == []
-    ratio = ways["mps"]["ratio"]
+    ratio = variants["mps"]["ratio"]
     pairs = [
-        slow["median"] / fast["median"] for slow, fast in zip(ways["mps"]["rounds"], ways["mlx"]["rounds"], strict=True)
+        slow["median"] / fast["median"]
+        for slow, fast in zip(variants["mps"]["rounds"], variants["mlx"]["rounds"], strict=True)
     ]
     assert ratio["pairs"] == pytest.approx(pairs)
     assert (ratio["to"], ratio["tie"], ratio["confidence"]) == ("mlx", False, 0.99)
     assert ratio["ci"][0] < 260 / 190 < ratio["ci"][1]
-    assert ways["mlx"]["ratio"] is None
+    assert variants["mlx"]["ratio"] is None
     low, high = ratio["ci"]
     assert found["verdict"]["sentence"] == (
-        f"MLX compiled is the fastest way here: {ratio['value']:.3g} x as fast as MPS eager "
+        f"MLX compiled is the fastest variant here: {ratio['value']:.3g} x as fast as MPS eager "
         f"(99 % interval {low:.3g} to {high:.3g}, 6 rounds)."
     )
 
 
 def test_utilisation_has_the_pilots_peak(whole):
     folder, found = whole
-    for way in found["ways"]:
-        measured = json.loads((folder / "rounds" / f"pilot-{way['name']}" / "summary.json").read_text())
-        rate = found["work"]["flops_per_iter"] / (way["iter_ms"]["median"] / 1e3)
-        assert way["mfu_measured"] == pytest.approx(rate / measured["mfu_denominators"]["mfu_measured"])
-        assert way["mfu_a100"] == pytest.approx(rate / 312e12)
-        assert way["mfu"] == (None if way["device"] == "cpu" else pytest.approx(rate / 8.08e12))
-        assert way["mfu_denominators"].keys() == {"mfu", "mfu_measured", "mfu_a100"}
-        roof = way["roofline"]
-        assert roof["share"] == pytest.approx(roof["floor_ms"] / way["iter_ms"]["median"])
+    for variant in found["variants"]:
+        measured = json.loads((folder / "rounds" / f"pilot-{variant['name']}" / "summary.json").read_text())
+        rate = found["work"]["flops_per_iter"] / (variant["iter_ms"]["median"] / 1e3)
+        assert variant["mfu_measured"] == pytest.approx(rate / measured["mfu_denominators"]["mfu_measured"])
+        assert variant["mfu_a100"] == pytest.approx(rate / 312e12)
+        assert variant["mfu"] == (None if variant["device"] == "cpu" else pytest.approx(rate / 8.08e12))
+        assert variant["mfu_denominators"].keys() == {"mfu", "mfu_measured", "mfu_a100"}
+        roof = variant["roofline"]
+        assert roof["share"] == pytest.approx(roof["floor_ms"] / variant["iter_ms"]["median"])
         assert roof["peak_source"] == (
-            "best matmul measured here" if way["device"] == "cpu" else "Apple M4 Pro's peak, disputed"
+            "best matmul measured here" if variant["device"] == "cpu" else "Apple M4 Pro's peak, disputed"
         )
 
 
 def test_phases_and_recipe(whole):
     _, found = whole
-    way = next(way for way in found["ways"] if way["name"] == "mlx")
-    median_s = way["iter_ms"]["median"] / 1e3
-    assert (way["first_iter_s"], way["first_iter_warm_s"]) == (4.0, 1.5)  # the pilot's is cold
-    assert way["compile_s"] == pytest.approx(4.0 - median_s)
-    assert way["compile_warm_s"] == pytest.approx(1.5 - median_s)
-    assert way["eval_s"] == 0.8  # not the first of each process, which compiles
-    assert way["first_eval_s"] == pytest.approx(1.4 * 0.8)
-    assert way["recipe"]["evaluations"] == 21
-    assert way["recipe"]["seconds"] == pytest.approx(5000 * median_s + 21 * 0.8)
-    assert way["peak_memory"] == 1_500_000_000
+    variant = next(variant for variant in found["variants"] if variant["name"] == "mlx")
+    median_s = variant["iter_ms"]["median"] / 1e3
+    assert (variant["first_iter_s"], variant["first_iter_warm_s"]) == (4.0, 1.5)  # the pilot's is cold
+    assert variant["compile_s"] == pytest.approx(4.0 - median_s)
+    assert variant["compile_warm_s"] == pytest.approx(1.5 - median_s)
+    assert variant["eval_s"] == 0.8  # not the first of each process, which compiles
+    assert variant["first_eval_s"] == pytest.approx(1.4 * 0.8)
+    assert variant["recipe"]["evaluations"] == 21
+    assert variant["recipe"]["seconds"] == pytest.approx(5000 * median_s + 21 * 0.8)
+    assert variant["peak_memory"] == 1_500_000_000
 
 
 @pytest.mark.parametrize(
@@ -146,10 +147,10 @@ def test_recipe_without_its_parts():
 
 
 def test_recipe_of_an_older_plan_is_its_experiments(compared):
-    _, ways = compared([CPU], rounds=1, recipe=None, experiment="quick", config={"eval_iters": 20})
-    assert (ways["cpu"]["recipe"]["iters"], ways["cpu"]["recipe"]["evaluations"]) == (2000, 9)
-    _, ways = compared([CPU], rounds=1, recipe=None, experiment="of_the_future")
-    assert ways["cpu"]["recipe"] is None
+    _, variants = compared([CPU], rounds=1, recipe=None, experiment="quick", config={"eval_iters": 20})
+    assert (variants["cpu"]["recipe"]["iters"], variants["cpu"]["recipe"]["evaluations"]) == (2000, 9)
+    _, variants = compared([CPU], rounds=1, recipe=None, experiment="of_the_future")
+    assert variants["cpu"]["recipe"] is None
 
 
 def test_machine_environment_and_published(whole):
@@ -163,43 +164,43 @@ def test_machine_environment_and_published(whole):
     assert {row["ms_per_iter"] for row in found["published"]} == {221, 306, 1986, 500, 8500}
     assert found["warnings"] == []
     assert found["levers"] is None
-    assert found["ways"][0]["fallbacks"] == {"schema": 1, "fallbacks": [], "exit_state": "ok"}
+    assert found["variants"][0]["fallbacks"] == {"schema": 1, "fallbacks": [], "exit_state": "ok"}
 
 
 def test_series_and_histogram(whole):
     _, found = whole
-    for way in found["ways"]:
-        assert [part["round"] for part in way["series"]] == list(range(6))
-        for part in way["series"]:
+    for variant in found["variants"]:
+        assert [part["round"] for part in variant["series"]] == list(range(6))
+        for part in variant["series"]:
             assert part["iter"] == list(range(6, 30))
             assert all(b > a for a, b in zip(part["seconds"], part["seconds"][1:], strict=False))
-        edges, counts = way["histogram"]["edges"], way["histogram"]["counts"]
+        edges, counts = variant["histogram"]["edges"], variant["histogram"]["counts"]
         assert len(edges) == len(counts) + 1
-        assert sum(counts) + way["histogram"]["above"] == way["iter_ms"]["count"]
+        assert sum(counts) + variant["histogram"]["above"] == variant["iter_ms"]["count"]
 
 
 def test_long_series_keep_their_outliers_and_count_evaluations(compared):
-    _, ways = compared([CPU | {"outliers": 0.01, "eval_s": 7.0}], rounds=1, iters=2000, evaluations=5)
-    part = ways["cpu"]["series"][0]
+    _, variants = compared([CPU | {"outliers": 0.01, "eval_s": 7.0}], rounds=1, iters=2000, evaluations=5)
+    part = variants["cpu"]["series"][0]
     assert 200 <= len(part["iter"]) <= 400
-    assert max(part["iter_ms"]) == pytest.approx(ways["cpu"]["outliers"]["worst_ms"], rel=1e-5)
+    assert max(part["iter_ms"]) == pytest.approx(variants["cpu"]["outliers"]["worst_ms"], rel=1e-5)
     assert part["iter"] == sorted(part["iter"])
     ends = dict(zip(part["iter"], part["seconds"], strict=True))
     before, after = max(i for i in ends if i < 500), min(i for i in ends if i >= 500)
     assert ends[after] - ends[before] == pytest.approx(7.0, abs=2.5)  # the evaluation at 500
-    rows = ways["cpu"]["evaluations"]
+    rows = variants["cpu"]["evaluations"]
     assert [row["iter"] for row in rows] == [0, 500, 1000, 1500, 2000]
-    assert ways["cpu"]["outliers"]["count"] >= 5
+    assert variants["cpu"]["outliers"]["count"] >= 5
 
 
 # -- the verdict in other cases ---------------------------------------------------------------------------------------
 
 
-def test_the_same_way_twice_ties(compared):
-    found, ways = compared([CPU, CPU | {"name": "cpu-2", "label": "CPU eager (2)"}], machine=LINUX)
+def test_the_same_variant_twice_ties(compared):
+    found, variants = compared([CPU, CPU | {"name": "cpu-2", "label": "CPU eager (2)"}], machine=LINUX)
     assert {found["verdict"]["fastest"], *found["verdict"]["ties"]} == {"cpu", "cpu-2"}
-    assert "tie as the fastest ways here (99 % interval" in found["verdict"]["sentence"]
-    assert [way["ratio"]["tie"] for way in ways.values() if way["ratio"]] == [True]
+    assert "tie as the fastest variants here (99 % interval" in found["verdict"]["sentence"]
+    assert [variant["ratio"]["tie"] for variant in variants.values() if variant["ratio"]] == [True]
     assert found["machine"]["name"] == "AMD EPYC"
 
 
@@ -213,46 +214,46 @@ def test_a_pilot_stopped_in_time_is_done(compared):
         path = folder / "rounds/pilot-cpu/summary.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"exit_state": "stopped", "signal": "SIGTERM"}))
 
-    _, ways = compared([CPU], damage=stop)
-    assert (ways["cpu"]["state"], ways["cpu"]["failed_runs"]) == ("ok", [])
+    _, variants = compared([CPU], damage=stop)
+    assert (variants["cpu"]["state"], variants["cpu"]["failed_runs"]) == ("ok", [])
 
 
 def test_ties_behind_the_fastest(compared):
     found, _ = compared([CPU, CPU | {"name": "cpu-compile", "label": "CPU compiled"}, MLX])
     sentence = found["verdict"]["sentence"]
-    assert sentence.startswith("MLX compiled is the fastest way here: 1.2")
+    assert sentence.startswith("MLX compiled is the fastest variant here: 1.2")
     assert "CPU compiled tie." in sentence or "CPU eager tie." in sentence
 
 
-def test_a_wrong_way_never_wins(compared):
-    found, ways = compared([CPU, MLX | {"parity": "fail"}, MPS])
+def test_a_wrong_variant_never_wins(compared):
+    found, variants = compared([CPU, MLX | {"parity": "fail"}, MPS])
     assert found["verdict"]["fastest"] == "mps"
-    assert (ways["mlx"]["state"], ways["mlx"]["parity"]) == ("wrong", "fail")
+    assert (variants["mlx"]["state"], variants["mlx"]["parity"]) == ("wrong", "fail")
     assert "MLX compiled is WRONG: failed parity: gradients: 0.03, allowed 0.001." in found["verdict"]["sentence"]
-    assert ways["mlx"]["ratio"]["value"] < 1  # shown all the same
-    found, ways = compared([CPU | {"parity": "fail"}], rounds=2)
+    assert variants["mlx"]["ratio"]["value"] < 1  # shown all the same
+    found, variants = compared([CPU | {"parity": "fail"}], rounds=2)
     assert found["verdict"]["fastest"] is None
-    assert found["verdict"]["sentence"].startswith("No way is called fastest")
+    assert found["verdict"]["sentence"].startswith("No variant is called fastest")
 
 
-def test_a_way_that_could_not_be_checked_never_wins(compared):
-    found, ways = compared([CPU, MLX | {"parity": "error"}], rounds=5)
+def test_a_variant_that_could_not_be_checked_never_wins(compared):
+    found, variants = compared([CPU, MLX | {"parity": "error"}], rounds=5)
     assert found["verdict"]["fastest"] == "cpu"
     assert "MLX compiled is not ranked" in found["verdict"]["sentence"]
-    assert "could not be checked" in ways["mlx"]["reason"]
+    assert "could not be checked" in variants["mlx"]["reason"]
     found, _ = compared([CPU, MLX], rounds=5, gate=False, damage=lambda folder: (folder / "parity.json").unlink(True))
     assert found["verdict"]["fastest"] == "mlx"
     assert "was not checked" in found["verdict"]["sentence"]
 
 
 def test_failures_are_rows(compared):
-    ways = [CPU, MLX | {"fail": "oom"}, MPS | {"fail": {1: "timeout"}}]
-    found, ways = compared(ways, damage=lambda folder: shutil.rmtree(folder / "rounds/pilot-mlx"))
-    assert (ways["mlx"]["state"], ways["mlx"]["reason"]) == ("failed", "oom: out of memory")
-    assert ways["mlx"]["iter_ms"] is None
-    assert (ways["mps"]["state"], ways["mps"]["runs"]) == ("partial", 5)
-    assert ways["mps"]["failed_runs"] == [{"round": 1, "state": "timeout", "reason": "no end within 60 s"}]
-    assert len(ways["cpu"]["ratio"]["pairs"]) == 5  # paired where both have a round
+    variants = [CPU, MLX | {"fail": "oom"}, MPS | {"fail": {1: "timeout"}}]
+    found, variants = compared(variants, damage=lambda folder: shutil.rmtree(folder / "rounds/pilot-mlx"))
+    assert (variants["mlx"]["state"], variants["mlx"]["reason"]) == ("failed", "oom: out of memory")
+    assert variants["mlx"]["iter_ms"] is None
+    assert (variants["mps"]["state"], variants["mps"]["runs"]) == ("partial", 5)
+    assert variants["mps"]["failed_runs"] == [{"round": 1, "state": "timeout", "reason": "no end within 60 s"}]
+    assert len(variants["cpu"]["ratio"]["pairs"]) == 5  # paired where both have a round
     sentence = found["verdict"]["sentence"]
     assert "MLX compiled did not run: oom: out of memory." in sentence
     assert "MPS eager failed in 1 of 6 runs." in sentence
@@ -260,46 +261,46 @@ def test_failures_are_rows(compared):
 
 
 def test_nothing_ran(compared):
-    found, ways = compared([CPU | {"fail": "failed"}], rounds=2, pilot=False)
+    found, variants = compared([CPU | {"fail": "failed"}], rounds=2, pilot=False)
     assert (found["verdict"]["fastest"], found["verdict"]["sentence"][:18]) == (None, "Nothing was timed.")
-    assert ways["cpu"]["mfu"] is None
+    assert variants["cpu"]["mfu"] is None
     assert found["published"] == []
 
 
 def test_simulated_device_means_nothing(compared):
     simulated = MPS | {"device": "simulated-mps", "ms": 5.0}
-    found, ways = compared([simulated, CPU], machine=LINUX, stand_in=True)
+    found, variants = compared([simulated, CPU], machine=LINUX, stand_in=True)
     assert found["verdict"]["fastest"] == "cpu"
     assert "simulated device: times mean nothing" in found["verdict"]["sentence"]
     assert "The corpus is the stand-in" in found["verdict"]["sentence"]
     assert any("simulated device" in line for line in found["warnings"])
     assert found["machine"]["simulated"] is True
-    assert ways["mps"]["ratio"] is None
-    assert ways["mps"]["roofline"] is None
+    assert variants["mps"]["ratio"] is None
+    assert variants["mps"]["roofline"] is None
     found, _ = compared([simulated], machine=LINUX)
     assert found["verdict"]["fastest"] is None
 
 
 def test_too_few_rounds_for_an_interval(compared):
-    found, ways = compared([CPU, MLX], rounds=1)
+    found, variants = compared([CPU, MLX], rounds=1)
     assert "too few rounds to be sure" in found["verdict"]["sentence"]
-    assert ways["cpu"]["ratio"]["ci"] is None
-    assert ways["cpu"]["ratio"]["tie"] is None
-    assert ways["cpu"]["iter_ms"]["ci95"] is None
+    assert variants["cpu"]["ratio"]["ci"] is None
+    assert variants["cpu"]["ratio"]["tie"] is None
+    assert variants["cpu"]["iter_ms"]["ci95"] is None
 
 
 def test_other_work_is_not_ranked(compared):
-    found, ways = compared([CPU, MPS, MLX | {"dtype": "bfloat16", "ms": 20.0}])
+    found, variants = compared([CPU, MPS, MLX | {"dtype": "bfloat16", "ms": 20.0}])
     assert found["verdict"]["fastest"] == "mps"
-    assert ways["mlx"]["ratio"] is None
-    assert "not ranked: it does other work (dtype=bfloat16, not float32)" in ways["mlx"]["warnings"]
+    assert variants["mlx"]["ratio"] is None
+    assert "not ranked: it does other work (dtype=bfloat16, not float32)" in variants["mlx"]["warnings"]
     assert found["work"]["dtype"] == "float32"
 
 
-def test_many_ways_widen_the_interval(compared):
-    ways = [CPU | {"name": f"cpu-{i}", "label": f"CPU {i}", "ms": 100 + 5 * i} for i in range(7)]
-    found, ways = compared(ways, rounds=5, iters=16)
-    assert ways["cpu-6"]["ratio"]["confidence"] == stats.confidence_for(7) > 0.99
+def test_many_variants_widen_the_interval(compared):
+    variants = [CPU | {"name": f"cpu-{i}", "label": f"CPU {i}", "ms": 100 + 5 * i} for i in range(7)]
+    found, variants = compared(variants, rounds=5, iters=16)
+    assert variants["cpu-6"]["ratio"]["confidence"] == stats.confidence_for(7) > 0.99
     assert f"{100 * stats.confidence_for(7):.3g} % interval" in found["verdict"]["sentence"]
 
 
@@ -308,7 +309,7 @@ def test_levers_are_ranked_by_what_they_are_worth(compared):
         told = {"base": "mps", "key": key, "value": value, "what": f"{key} {value}"}
         return MPS | {"name": name, "label": name, "ms": ms, "lever": told} | more
 
-    found, ways = compared(
+    found, variants = compared(
         [
             MPS,
             lever("same", 90.0, "backend.fused_adamw", True),
@@ -328,7 +329,7 @@ def test_levers_are_ranked_by_what_they_are_worth(compared):
     assert rows[2]["worth_percent"] == pytest.approx(-20, abs=1)
     assert (rows[4]["ratio"]["tie"], rows[5]["ratio"]) == (True, None)
     assert found["verdict"]["fastest"] == "mps"  # levers win nothing
-    assert ways["half"]["ratio"] is None
+    assert variants["half"]["ratio"] is None
     assert "A setting goes further: sync takes 0.94" in found["verdict"]["sentence"]
 
 
@@ -343,23 +344,23 @@ def test_warnings_of_the_machine(compared):
         heat = {"before": "heavy", "waited_s": 60.0, "at_start": "heavy", "after": "moderate"}
         path.write_text(json.dumps(json.loads(path.read_text()) | {"heat": heat}))
 
-    found, ways = compared([CPU | {"creep": 0.2}], rounds=8, machine=machine, damage=damage)
+    found, variants = compared([CPU | {"creep": 0.2}], rounds=8, machine=machine, damage=damage)
     text = " ".join(found["warnings"])
     for words in ("battery", "Low Power Mode", "thermal pressure was heavy and moderate", "throttled", "versions"):
         assert words in text
-    assert ways["cpu"]["drift"]["throttled"] is True
+    assert variants["cpu"]["drift"]["throttled"] is True
 
 
 def test_impossible_utilisation_is_refused(compared):
-    _, ways = compared([CPU], rounds=1, measured_peak=1e12)
-    assert ways["cpu"]["mfu_measured"] is None
-    assert any("above 100 %, which is impossible" in line for line in ways["cpu"]["warnings"])
+    _, variants = compared([CPU], rounds=1, measured_peak=1e12)
+    assert variants["cpu"]["mfu_measured"] is None
+    assert any("above 100 %, which is impossible" in line for line in variants["cpu"]["warnings"])
 
 
 def test_energy_is_that_of_training(compared):
-    _, ways = compared([CPU | {"energy": 30.0}])
-    median_s = ways["cpu"]["iter_ms"]["median"] / 1e3
-    energy = ways["cpu"]["energy"]
+    _, variants = compared([CPU | {"energy": 30.0}])
+    median_s = variants["cpu"]["iter_ms"]["median"] / 1e3
+    energy = variants["cpu"]["energy"]
     assert energy["watts"] == pytest.approx(30)
     assert energy["joules_per_1000_tokens"] == pytest.approx(30 * median_s / 16384 * 1000)
     assert energy["source"] == "zeus-apple-silicon"
@@ -375,10 +376,10 @@ def test_slept_iterations_enter_no_statistic(compared):
                 row |= {"iter_ms": 9e6, "left_out": "slept"}
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    _, ways = compared([CPU], rounds=5, damage=sleep)
-    assert ways["cpu"]["iter_ms"]["max"] < 200
-    assert ways["cpu"]["left_out"]["slept"] == 1
-    assert any(line.startswith("slept") for line in ways["cpu"]["warnings"])
+    _, variants = compared([CPU], rounds=5, damage=sleep)
+    assert variants["cpu"]["iter_ms"]["max"] < 200
+    assert variants["cpu"]["left_out"]["slept"] == 1
+    assert any(line.startswith("slept") for line in variants["cpu"]["warnings"])
 
 
 # -- folders that are not whole ---------------------------------------------------------------------------------------
@@ -393,18 +394,21 @@ def test_every_state_of_completion(tmp_path):
         assert (found["verdict"]["fastest"] is None) is (stop == 0)
         assert ("not complete" in found["verdict"]["sentence"]) is (stop < 8)
         timed = {name for _, name in json.loads((folder / "plan.json").read_text())["order"][:stop]}
-        assert {way["name"] for way in found["ways"] if way["state"] == "waiting"} == {"cpu", "mlx"} - timed
+        assert {variant["name"] for variant in found["variants"] if variant["state"] == "waiting"} == {
+            "cpu",
+            "mlx",
+        } - timed
         assert "did not run" not in found["verdict"]["sentence"]  # it may yet
 
 
 def test_a_plan_alone(tmp_path):
     (tmp_path / "plan.json").write_text(
-        json.dumps({"ways": [{"name": "cpu", "label": "CPU", "overrides": [], "lever": None}], "order": None})
+        json.dumps({"variants": [{"name": "cpu", "label": "CPU", "overrides": [], "lever": None}], "order": None})
     )
     found = collect(tmp_path)
     assert found["complete"] is False
-    assert [way["state"] for way in found["ways"]] == ["waiting"]
-    assert found["ways"][0]["iter_ms"] is None
+    assert [variant["state"] for variant in found["variants"]] == ["waiting"]
+    assert found["variants"][0]["iter_ms"] is None
     assert found["verdict"]["sentence"].startswith(
         "The comparison is not complete; so far: Nothing has been timed yet."
     )
@@ -437,10 +441,10 @@ def test_any_damaged_file_leaves_the_rest(compared, name, how):
                 {"empty": b"", "half": whole[: len(whole) // 2], "list": b"[1, 2]", "binary": b"\xff\0"}[how]
             )
 
-    found, ways = compared([CPU, MPS], rounds=3, iters=14, damage=damage)
-    assert ways["mps"]["runs"] == 3
+    found, variants = compared([CPU, MPS], rounds=3, iters=14, damage=damage)
+    assert variants["mps"]["runs"] == 3
     assert found["verdict"]["fastest"] == "mps"
-    assert ways["cpu"]["iter_ms"]["count"] in (16, 19, 20, 24)
+    assert variants["cpu"]["iter_ms"]["count"] in (16, 19, 20, 24)
 
 
 def test_a_diverged_run_does_not_count(compared):
@@ -448,51 +452,53 @@ def test_a_diverged_run_does_not_count(compared):
         path = folder / "rounds/1-cpu/summary.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"exit_state": "diverged"}))
 
-    _, ways = compared([CPU], rounds=3, damage=diverge)
-    assert ways["cpu"]["runs"] == 2
-    assert ways["cpu"]["failed_runs"] == [{"round": 1, "state": "failed", "reason": "diverged: the loss is no number"}]
+    _, variants = compared([CPU], rounds=3, damage=diverge)
+    assert variants["cpu"]["runs"] == 2
+    assert variants["cpu"]["failed_runs"] == [
+        {"round": 1, "state": "failed", "reason": "diverged: the loss is no number"}
+    ]
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("ways", 7), ("ways", [7, {}, {"name": []}]), ("order", "01"), ("order", [[0], None]), ("order", [[0, []]]),
+    ("variants", 7), ("variants", [7, {}, {"name": []}]), ("order", "01"), ("order", [[0], None]), ("order", [[0, []]]),
     ("rounds", "many"), ("recipe", {"max_iters": 10**400, "eval_interval": -1}), ("cut", "short"), ("created", {}),
-    ("schema", 99), ("ways", [{"name": "mps", "lever": "x"}]), ("ways", [{"name": "mps", "lever": {"base": []}}]),
+    ("schema", 99), ("variants", [{"name": "mps", "lever": "x"}]), ("variants", [{"name": "mps", "lever": {"base": []}}]),
 ])  # fmt: skip
 def test_any_odd_plan_leaves_the_rest(compared, key, value):
     def damage(folder):
         path = folder / "plan.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
-    found, ways = compared([CPU, MPS], rounds=2, iters=14, damage=damage)
-    assert ways["mps"]["runs"] == ways["cpu"]["runs"] == 2
+    found, variants = compared([CPU, MPS], rounds=2, iters=14, damage=damage)
+    assert variants["mps"]["runs"] == variants["cpu"]["runs"] == 2
     if "lever" in str(value):
-        assert ways["mps"]["ranked"] is False  # it was an ablation, even if nobody knows of what
+        assert variants["mps"]["ranked"] is False  # it was an ablation, even if nobody knows of what
     elif key != "recipe":
         assert any(line.startswith("plan.json") for line in found["warnings"])
 
 
 @pytest.mark.parametrize("damage", [{"state": None}, {"state": "fine"}, {"state": ["pass"]}, 7, None])
 def test_a_parity_that_cannot_be_read_is_no_pass(compared, damage):
-    """A wrong way whose entry is damaged must not win."""
+    """A wrong variant whose entry is damaged must not win."""
 
     def damaged(folder):
         path = folder / "parity.json"
         parity = json.loads(path.read_text())
         if damage is None:
-            del parity["ways"]["mlx"]
+            del parity["variants"]["mlx"]
         else:
-            parity["ways"]["mlx"] = parity["ways"]["mlx"] | damage if isinstance(damage, dict) else damage
+            parity["variants"]["mlx"] = parity["variants"]["mlx"] | damage if isinstance(damage, dict) else damage
         path.write_text(json.dumps(parity))
 
-    found, ways = compared([CPU, MLX | {"parity": "fail"}], rounds=2, iters=14, damage=damaged)
-    assert (ways["mlx"]["parity"], found["verdict"]["fastest"]) == ("error", "cpu")
+    found, variants = compared([CPU, MLX | {"parity": "fail"}], rounds=2, iters=14, damage=damaged)
+    assert (variants["mlx"]["parity"], found["verdict"]["fastest"]) == ("error", "cpu")
 
 
 def test_a_damaged_gate_is_said_to_be(compared):
     found, _ = compared([CPU], rounds=1, iters=14, damage=lambda folder: (folder / "parity.json").write_text("{"))
     assert "parity.json cannot be read" in found["warnings"]
-    found, _ = compared([CPU], rounds=1, damage=lambda folder: (folder / "parity.json").write_text('{"ways": "5"}'))
-    assert "parity.json: ways cannot be read" in found["warnings"]
+    found, _ = compared([CPU], rounds=1, damage=lambda folder: (folder / "parity.json").write_text('{"variants": "5"}'))
+    assert "parity.json: variants cannot be read" in found["warnings"]
 
 
 def test_a_round_of_other_work_is_not_pooled(compared):
@@ -505,9 +511,9 @@ def test_a_round_of_other_work_is_not_pooled(compared):
             (document["backend"] if name == "env.json" else document)["batch_size"] = 1
             path.write_text(json.dumps(document))
 
-    _, ways = compared([CPU, MPS], rounds=3, iters=14, damage=exchange)
-    assert (ways["cpu"]["runs"], ways["cpu"]["same_work"]) == (2, True)
-    assert ways["cpu"]["failed_runs"] == [{"round": 0, "state": "other_work", "reason": "batch_size=1, not 64"}]
+    _, variants = compared([CPU, MPS], rounds=3, iters=14, damage=exchange)
+    assert (variants["cpu"]["runs"], variants["cpu"]["same_work"]) == (2, True)
+    assert variants["cpu"]["failed_runs"] == [{"round": 0, "state": "other_work", "reason": "batch_size=1, not 64"}]
 
 
 def test_the_machine_is_of_any_run_that_tells(compared):

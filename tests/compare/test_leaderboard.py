@@ -25,9 +25,9 @@ def folders(tmp_path_factory):
     mac, bigger = at / "pro", at / "max"
     wrong = {"name": "mps-compile", "label": "MPS compiled", "ms": 100.0, "parity": "fail"}
     sim = {"name": "mps-2", "label": "MPS simulated", "device": "simulated-mps", "ms": 50.0}
-    fakes.write_comparison(mac, [fakes.WAYS[0], fakes.WAYS[3], wrong, sim], 5, 20, 0.003, 1)
-    ways = [fakes.WAYS[0] | {"ms": 130.0}, fakes.WAYS[3] | {"ms": 95.0}]
-    fakes.write_comparison(bigger, ways, 5, 20, 0.003, 2, machine=MAX)
+    fakes.write_comparison(mac, [fakes.VARIANTS[0], fakes.VARIANTS[3], wrong, sim], 5, 20, 0.003, 1)
+    variants = [fakes.VARIANTS[0] | {"ms": 130.0}, fakes.VARIANTS[3] | {"ms": 95.0}]
+    fakes.write_comparison(bigger, variants, 5, 20, 0.003, 2, machine=MAX)
     return mac, bigger
 
 
@@ -46,7 +46,7 @@ def test_machines_side_by_side_the_fastest_first(entries):
     (group,) = board.groups
     first, *_ = sections = board.sections()
     shown = rows(first, 1)
-    assert [(row["way"], row["machine"]) for row in shown] == [
+    assert [(row["variant"], row["machine"]) for row in shown] == [
         ("MLX compiled", "Apple M4 Max"),
         ("MPS eager", "Apple M4 Max"),
         ("MLX compiled", "Apple M4 Pro"),
@@ -58,16 +58,20 @@ def test_machines_side_by_side_the_fastest_first(entries):
     assert shown[3]["framework"] == "torch 2.13.0"
     assert float(shown[2]["x the fastest"]) == pytest.approx(2.0, rel=0.02)
     by_machine = rows(first, 0)
-    assert list(by_machine[0]) == ["way", "Apple M4 Max, 40 GPU cores, 64 GiB", "Apple M4 Pro, 20 GPU cores, 24 GiB"]
-    assert by_machine[1]["way"] == "MPS eager"
+    assert list(by_machine[0]) == [
+        "variant",
+        "Apple M4 Max, 40 GPU cores, 64 GiB",
+        "Apple M4 Pro, 20 GPU cores, 24 GiB",
+    ]
+    assert by_machine[1]["variant"] == "MPS eager"
     assert len(group) == 4
     assert board.sentence().startswith("MLX compiled on Apple M4 Max is fastest: 9")
     assert [section.id for section in sections] == ["work-1", "unranked", "sources"]
 
 
-def test_wrong_and_simulated_ways_take_no_rank(entries):
+def test_wrong_and_simulated_variants_take_no_rank(entries):
     board = Board(entries)
-    unranked = {row["way"]: row["why"] for row in rows(board.sections()[1])}
+    unranked = {row["variant"]: row["why"] for row in rows(board.sections()[1])}
     assert set(unranked) == {"MPS compiled (WRONG)", "MPS simulated"}
     assert unranked["MPS compiled (WRONG)"].startswith("WRONG: failed parity")
     assert "simulated" in unranked["MPS simulated"]
@@ -109,8 +113,8 @@ def test_unknown_work_is_not_ranked(entries, key):
 
 
 def entry(median, bounds):
-    way = {"label": "A", "name": "a", "iter_ms": {"median": median, "ci95": bounds}}
-    return Entry(way, {}, {}, {}, Path(), None)
+    variant = {"label": "A", "name": "a", "iter_ms": {"median": median, "ci95": bounds}}
+    return Entry(variant, {}, {}, {}, Path(), None)
 
 
 def test_entries_that_cannot_be_told_apart_share_a_rank():
@@ -127,7 +131,7 @@ def test_a_median_and_its_interval_must_make_sense():
 def ranked(*pairs):
     """A board of such entries, all of the same fully known work."""
     work = dict.fromkeys(leaderboard.WORK_KEYS, 1) | {"model": dict.fromkeys(leaderboard._MODEL_KEYS, 1)}
-    return Board([Entry(entry(*pair).way | {"label": str(pair[0])}, work, {}, {}, Path(), None) for pair in pairs])
+    return Board([Entry(entry(*pair).variant | {"label": str(pair[0])}, work, {}, {}, Path(), None) for pair in pairs])
 
 
 def test_the_sentence_claims_no_more_than_the_intervals():
@@ -140,8 +144,8 @@ def test_the_sentence_claims_no_more_than_the_intervals():
 
 
 def test_a_diverged_run_takes_no_rank(entries):
-    way = {"iter_ms": {"median": 1.0}, "state": "partial", "reason": "diverged: the loss is no number"}
-    board = Board([*entries, Entry(way, entries[0].work, {}, {}, Path(), None)])
+    variant = {"iter_ms": {"median": 1.0}, "state": "partial", "reason": "diverged: the loss is no number"}
+    board = Board([*entries, Entry(variant, entries[0].work, {}, {}, Path(), None)])
     assert "diverged" in {row["why"].split(":")[0] for row in rows(board.sections()[1])}
 
 
@@ -162,7 +166,7 @@ def test_single_runs_join_in(folders, tmp_path):
     assert [len(group) for group in board.groups] == [3]
     assert board.groups[0][0] == found[0]
     row = rows(board.sections()[0], 1)[0]
-    assert (row["way"], row["parity"], row["runs"]) == ("MLX compiled", "not run", "1")
+    assert (row["variant"], row["parity"], row["runs"]) == ("MLX compiled", "not run", "1")
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ def test_one_comparison_has_its_report_made_anew(folders, tmp_path, capsys):
     # What someone sent: only comparison.json, of a newer version and with much missing.
     sent = tmp_path / "sent"
     sent.mkdir()
-    document = {"schema": 9, "ways": [{"label": "MPS eager", "iter_ms": {"median": 221}}], "unheard": 1}
+    document = {"schema": 9, "variants": [{"label": "MPS eager", "iter_ms": {"median": 221}}], "unheard": 1}
     (sent / "comparison.json").write_text(json.dumps(document))
     assert run(ReportConfig([str(sent)], output=str(tmp_path / "out"))) == 0
     text = (tmp_path / "out" / "report.md").read_text()

@@ -14,7 +14,7 @@ from nanogpt_mac.report import show
 
 pytestmark = pytest.mark.xdist_group("page")  # what its fixtures make is dear: one worker makes it
 
-SECTIONS = ["ways", "problems", "times", "loss", "utilisation", "phases", "memory", "energy", "levers", "parity",
+SECTIONS = ["variants", "problems", "times", "loss", "utilisation", "phases", "memory", "energy", "levers", "parity",
             "fallbacks", "compile", "published", "environment"]  # fmt: skip
 VOID = ("meta", "link", "br")
 LARGEST = 1_000_000
@@ -31,7 +31,7 @@ def pages(comparison):
     made = {
         "evil": with_levers(comparison),
         "one run": alone(comparison),
-        "twelve ways": many(comparison),
+        "twelve variants": many(comparison),
         "sparse": sparse(comparison),
         "nothing": {},
     }
@@ -44,9 +44,9 @@ def board(comparison):
     machines = [comparison["machine"], comparison["machine"] | {"name": f"Apple M4 Max {EVIL} {'long' * 60}"}]
     return Board(
         [
-            Entry(way, comparison["work"], machine, comparison["environment"], Path("runs/a"), None)
+            Entry(variant, comparison["work"], machine, comparison["environment"], Path("runs/a"), None)
             for machine in machines
-            for way in comparison["ways"]
+            for variant in comparison["variants"]
         ]
     )
 
@@ -98,7 +98,7 @@ def trees(pages):
 
 def test_small_and_always_the_same(pages, comparison):
     assert {name: len(html.encode()) for name, html in pages.items() if len(html.encode()) >= LARGEST} == {}
-    assert len(pages["twelve ways"].encode()) < LARGEST / 2
+    assert len(pages["twelve variants"].encode()) < LARGEST / 2
     assert render.html(alone(comparison)) == pages["one run"]
 
 
@@ -238,7 +238,7 @@ def test_charts_use_the_pages_colours_alone(pages, trees):
 def test_lines_differ_by_more_than_their_colour(trees):
     """Each legend entry has a dash and marker of its own."""
     legend = next(
-        node for node in trees["twelve ways"].all("figure") if node.attributes["id"] == "chart-loss-iteration"
+        node for node in trees["twelve variants"].all("figure") if node.attributes["id"] == "chart-loss-iteration"
     )
     shapes = []
     for entry in next(legend.all("ul")).all("li"):

@@ -1,4 +1,4 @@
-"""What a comparison will do: ways as they are written, the work that all share, levers, rounds and their order."""
+"""What a comparison will do: variants as they are written, the work that all share, levers, rounds and their order."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from nanogpt_mac import cli, corpus
 from nanogpt_mac.compare import levers
 from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.compare.config import CompareConfig, entries, validate
-from nanogpt_mac.compare.variants import KNOWN, Machine, Way, parse, unique
+from nanogpt_mac.compare.variants import KNOWN, Machine, Variant, parse, unique
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.measure.rounds import COUNTED, FEWEST, MOST_ITERS, Cost, schedule
 from nanogpt_mac.overrides import merged
@@ -25,7 +25,7 @@ CUDA = Machine({"mps": "no MPS", "mlx": "no MLX"}, mlx_gpu=False, simulated=Fals
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
-    """make("ways=[cpu]", ...) -> plan.json and configs, on a machine that is told; without any corpus."""
+    """make("variants=[cpu]", ...) -> plan.json and configs, on a machine that is told; without any corpus."""
 
     def build(*overrides, machine=LINUX, stand_in=False):
         monkeypatch.chdir(tmp_path)
@@ -41,18 +41,21 @@ def make(monkeypatch, tmp_path):
 
 
 def names(made):
-    return [way["name"] for way in made[0]["ways"]]
+    return [variant["name"] for variant in made[0]["variants"]]
 
 
-# -- ways -------------------------------------------------------------------------------------------------------------
+# -- variants -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_way_of_a_machine(make):
+def test_every_variant_of_a_machine(make):
     assert names(make()) == ["mlx", "mlx-eager", "cpu", "cpu-compile"]
     everything = ["mps", "mps-compile", "mlx", "mlx-eager", "cpu", "cpu-compile"]
     assert names(make(machine=MAC)) == everything
     document, configs = make(machine=SIMULATED)
-    assert [way["label"] for way in document["ways"]][:2] == ["MPS eager (simulated)", "MPS compiled (simulated)"]
+    assert [variant["label"] for variant in document["variants"]][:2] == [
+        "MPS eager (simulated)",
+        "MPS compiled (simulated)",
+    ]
     found = {name: (config.backend.name, config.compile, config.backend.blas) for name, config in configs.items()}
     assert found["mps-compile"] == ("mps", True, "own")
     assert found["mlx-eager"] == ("mlx", False, "torch")
@@ -61,19 +64,19 @@ def test_every_way_of_a_machine(make):
     assert plans.configs_of(document) == configs
 
 
-def test_ways_are_narrowed_by_name_back_end_and_compilation(make):
-    assert names(make("ways=[cpu,mlx]")) == ["cpu", "mlx"]
-    assert names(make("ways=cpu")) == ["cpu"]
+def test_variants_are_narrowed_by_name_back_end_and_compilation(make):
+    assert names(make("variants=[cpu,mlx]")) == ["cpu", "mlx"]
+    assert names(make("variants=cpu")) == ["cpu"]
     assert names(make("backend=cpu")) == ["cpu", "cpu-compile"]
     assert names(make("backend=mlx", "compile=true", machine=MAC)) == ["mlx"]
     assert names(make("compile=false", machine=MAC)) == ["mps", "mlx-eager", "cpu"]
 
 
-def test_ways_with_overrides_of_their_own(make):
+def test_variants_with_overrides_of_their_own(make):
     texts = '["cpu","cpu backend.fused_adamw=false","mps compile=true dtype=bfloat16","cpu",mlx-eager]'
-    document, configs = make(f"ways={texts}", "dtype=float16", machine=SIMULATED)
+    document, configs = make(f"variants={texts}", "dtype=float16", machine=SIMULATED)
     assert names((document,)) == ["cpu", "cpu-fused_adamw-false", "mps-compile-dtype-bfloat16", "cpu-2", "mlx-eager"]
-    labels = [way["label"] for way in document["ways"]]
+    labels = [variant["label"] for variant in document["variants"]]
     assert labels[1:4] == [
         "CPU eager, backend.fused_adamw=false",
         "MPS compiled (simulated), dtype=bfloat16",
@@ -87,27 +90,29 @@ def test_ways_with_overrides_of_their_own(make):
 
 
 def test_names_are_unique_whatever_is_written():
-    ways = [parse(text, LINUX) for text in ("cpu", "cpu", "cpu", "mlx compile=false", "mlx-eager", "cpu compile=auto")]
-    named = [way.name for way in unique([*ways, Way("cpu-2", "x", ())])]
+    variants = [
+        parse(text, LINUX) for text in ("cpu", "cpu", "cpu", "mlx compile=false", "mlx-eager", "cpu compile=auto")
+    ]
+    named = [variant.name for variant in unique([*variants, Variant("cpu-2", "x", ())])]
     assert named == ["cpu", "cpu-2", "cpu-3", "mlx-eager", "mlx-eager-2", "cpu-4", "cpu-2-2"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["ways=[gpu]"], r"ways=\[gpu\]: gpu is no way; allowed here are mlx, mlx-eager, cpu, cpu-compile"),
-        (["ways=[mps]"], r"ways=\[mps\]: not available here: no MPS\. Available: mlx"),
+        (["variants=[gpu]"], r"variants=\[gpu\]: gpu is no variant; allowed here are mlx, mlx-eager, cpu, cpu-compile"),
+        (["variants=[mps]"], r"variants=\[mps\]: not available here: no MPS\. Available: mlx"),
         (["backend=cuda"], "backend=cuda: not available here: no CUDA"),
-        (['ways=["cpu compile"]'], "compile: allowed after cpu are settings of train.py, as key=value"),
-        (['ways=["cpu max_iters=3"]'], "max_iters=3: allowed after cpu are settings"),
-        (['ways=["cpu nonsense=3"]'], "nonsense=3: there is no such key"),
-        (['ways=["cpu dtype=int8"]'], "dtype=int8: allowed are float32"),
-        (['ways=["cpu compile=maybe"]'], "compile=maybe: allowed are auto, true, false"),
-        (['ways=[cpu,"cpu batch_size=3"]'], "batch_size=3: all ways do the same work"),
-        (['ways=["cpu model.n_layer=2",mlx]'], r"model\.n_layer=2: all ways do the same work"),
-        (["ways=[]"], r"ways=\[\]: allowed is a list such as"),
-        (["ways=[1]"], r"ways=\[1\]: allowed is a list"),
-        (["ways=[cpu]", "backend=mlx"], "backend=mlx: leaves none of the ways cpu"),
+        (['variants=["cpu compile"]'], "compile: allowed after cpu are settings of train.py, as key=value"),
+        (['variants=["cpu max_iters=3"]'], "max_iters=3: allowed after cpu are settings"),
+        (['variants=["cpu nonsense=3"]'], "nonsense=3: there is no such key"),
+        (['variants=["cpu dtype=int8"]'], "dtype=int8: allowed are float32"),
+        (['variants=["cpu compile=maybe"]'], "compile=maybe: allowed are auto, true, false"),
+        (['variants=[cpu,"cpu batch_size=3"]'], "batch_size=3: all variants do the same work"),
+        (['variants=["cpu model.n_layer=2",mlx]'], r"model\.n_layer=2: all variants do the same work"),
+        (["variants=[]"], r"variants=\[\]: allowed is a list such as"),
+        (["variants=[1]"], r"variants=\[1\]: allowed is a list"),
+        (["variants=[cpu]", "backend=mlx"], "backend=mlx: leaves none of the variants cpu"),
         (["max_iters=100"], "max_iters=100: a comparison decides this itself: allowed is iters=N"),
         (["wandb.mode=online"], "wandb.mode=online: a comparison decides this itself"),
         (["init_from=resume"], "init_from=resume: a comparison starts its runs from the same weights"),
@@ -119,7 +124,7 @@ def test_names_are_unique_whatever_is_written():
         (["iters=3", "timing_warmup=0"], "iters=3: must be at least 4"),
         (["cooldown_seconds=-1"], "cooldown_seconds=-1.0: must be at least 0"),
         (["stall_seconds=0"], "stall_seconds=0.0: must be at least 1"),
-        (["levers=true", "ways=[cpu]"], r"ways=\['cpu'\]: levers=true chooses its own"),
+        (["levers=true", "variants=[cpu]"], r"variants=\['cpu'\]: levers=true chooses its own"),
         (["levers=true", "compile=true"], "compile=true: levers=true tries both; allowed beside it is backend=NAME"),
         (["chip=[]"], r"chip=\[\]: allowed is a name such as m4-max"),
         (["parity=false", "time_wrong=true"], "time_wrong=true: parity=false does not look"),
@@ -139,9 +144,15 @@ def test_bad_input_is_one_line(make, overrides, words):
 
 def test_what_a_newcomer_types_reaches_every_run(make):
     document, configs = make(
-        "experiment=quick", "dtype=bfloat16", "ways=[cpu,mlx]", "batch_size=8", "data=text", "data.path=f.txt", "seed=5"
+        "experiment=quick",
+        "dtype=bfloat16",
+        "variants=[cpu,mlx]",
+        "batch_size=8",
+        "data=text",
+        "data.path=f.txt",
+        "seed=5",
     )
-    assert "ways=[cpu,mlx]" not in document["overrides"]
+    assert "variants=[cpu,mlx]" not in document["overrides"]
     assert document["experiment"] == "quick"
     assert not document["quick_by_default"]
     assert document["seed"] == 5
@@ -153,7 +164,7 @@ def test_what_a_newcomer_types_reaches_every_run(make):
 
 def test_the_full_recipe_needs_an_accelerator(make):
     def layers(*overrides, machine):
-        document, configs = make(*overrides, "ways=[cpu]", machine=machine)
+        document, configs = make(*overrides, "variants=[cpu]", machine=machine)
         return document["experiment"], document["quick_by_default"], next(iter(configs.values())).model.n_layer
 
     assert layers(machine=LINUX) == ("quick", True, 4)
@@ -173,9 +184,9 @@ def test_without_a_network_all_runs_are_told_to_take_the_stand_in(make):
 
 
 def test_backend_blas_is_the_users_where_it_is_given(make):
-    document, configs = make("backend.blas=own", "ways=[mlx]")
+    document, configs = make("backend.blas=own", "variants=[mlx]")
     assert configs["mlx"].backend.blas == "own"
-    assert "BLAS" not in document["ways"][0]["label"]
+    assert "BLAS" not in document["variants"][0]["label"]
 
 
 def test_merged_keeps_the_last_of_each_key():
@@ -207,23 +218,23 @@ def flat(config):
 def test_a_lever_changes_one_thing_on_its_base(make, machine, overrides):
     document, configs = make("levers=true", *overrides, machine=machine)
     assert len(configs) > 6
-    for way in document["ways"]:
-        lever = way["lever"]
+    for variant in document["variants"]:
+        lever = variant["lever"]
         if lever is None:
             continue
-        base, changed = flat(configs[lever["base"]]), flat(configs[way["name"]])
+        base, changed = flat(configs[lever["base"]]), flat(configs[variant["name"]])
         differ = {key for key in base if base[key] != changed[key] and key != "given"}
         assert differ == {lever["key"]}
         assert changed[lever["key"]] == lever["value"]
         assert lever["what"]
-    bases = {way["lever"]["base"] for way in document["ways"] if way["lever"]}
-    assert bases == {way["name"] for way in document["ways"] if way["lever"] is None}
+    bases = {variant["lever"]["base"] for variant in document["variants"] if variant["lever"]}
+    assert bases == {variant["name"] for variant in document["variants"] if variant["lever"] is None}
 
 
 def test_levers_are_those_with_an_effect(make):
     def of(machine, backend, *overrides):
         document, _ = make("levers=true", f"backend={backend}", *overrides, machine=machine)
-        levers = [way["lever"] for way in document["ways"] if way["lever"]]
+        levers = [variant["lever"] for variant in document["variants"] if variant["lever"]]
         return {(lever["key"], lever["value"]) for lever in levers if lever["key"] != "matmul_precision"}
 
     dropout, waits = ("model.dropout", 0.0), {("sync", "iteration"), ("sync", "interval")}
@@ -235,12 +246,12 @@ def test_levers_are_those_with_an_effect(make):
     modes = {("backend.compile_mode", m) for m in ("reduce-overhead", "max-autotune-no-cudagraphs")}
     assert of(CUDA, "cuda") == {("compile", False), loop, *waits, *halves, dropout, *modes}
     document, _ = make("levers=true", machine=MAC)
-    assert {w["name"] for w in document["ways"] if w["lever"] and w["lever"]["key"] == "compile"} == {
+    assert {w["name"] for w in document["variants"] if w["lever"] and w["lever"]["key"] == "compile"} == {
         "mps-compile",
         "mlx-eager",
         "cpu-compile",
     }
-    assert document["budget_minutes"] > 9  # so many ways take longer
+    assert document["budget_minutes"] > 9  # so many variants take longer
 
 
 def test_precision_is_a_lever_where_products_change(monkeypatch):
@@ -287,7 +298,7 @@ def test_rounds_come_before_long_runs():
     assert 8 <= counts[3] <= 12
 
 
-def test_slow_ways_take_part_in_fewer_rounds_and_have_fewer_iterations():
+def test_slow_variants_take_part_in_fewer_rounds_and_have_fewer_iterations():
     costs = {"fast": Cost(2, 0.1), "slow": Cost(5, 8.0)}
     made = schedule(costs, 600)
     assert len(made.rounds["slow"]) < len(made.rounds["fast"])
@@ -321,7 +332,7 @@ def test_the_order_is_drawn_but_the_same_for_a_seed():
     assert random.getstate() == state
 
 
-def test_every_known_way_has_a_label_and_a_back_end():
+def test_every_known_variant_has_a_label_and_a_back_end():
     assert {backend for backend, _, _ in KNOWN.values()} == {"mps", "cuda", "mlx", "cpu"}
     assert len({label for _, _, label in KNOWN.values()}) == len(KNOWN)
 
@@ -330,7 +341,7 @@ def test_every_known_way_has_a_label_and_a_back_end():
 
 
 def test_bad_input_leaves_nothing_behind(command, tmp_path):
-    done = command("compare.py", "dtype=int8", "data=stand_in", "ways=[cpu]")
+    done = command("compare.py", "dtype=int8", "data=stand_in", "variants=[cpu]")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "compare.py: dtype=int8: allowed are float32, bfloat16, float16\n"
     assert list(tmp_path.iterdir()) == []
@@ -339,7 +350,7 @@ def test_bad_input_leaves_nothing_behind(command, tmp_path):
 def test_help_needs_no_framework(command):
     done = command("compare.py", "--help")
     assert done.returncode == 0
-    assert "ways=[cpu,mlx]" in done.stdout
+    assert "variants=[cpu,mlx]" in done.stdout
     assert "cooldown_seconds: 1.0" in done.stdout
 
 
@@ -348,17 +359,19 @@ def test_a_whole_comparison(command, tmp_path):
     corpus = tmp_path / "text.txt"
     corpus.write_text("".join(random.Random(1).choices("abcdefgh \n", k=20_000)))
     work = ["experiment=smoke", "data=text", f"data.path={corpus}"]
-    done = command("compare.py", *work, "ways=[cpu,mlx]", "rounds=5", "iters=20", timeout=900)
+    done = command("compare.py", *work, "variants=[cpu,mlx]", "rounds=5", "iters=20", timeout=900)
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("runs/*/*-compare")
     comparison = json.loads((folder / "comparison.json").read_text())
     assert comparison["complete"]
     assert comparison["verdict"]["sentence"]
-    assert {way["name"]: (way["state"], way["parity"], way["runs"]) for way in comparison["ways"]} == {
+    assert {
+        variant["name"]: (variant["state"], variant["parity"], variant["runs"]) for variant in comparison["variants"]
+    } == {
         "cpu": ("ok", "pass", 5),
         "mlx": ("ok", "pass", 5),
     }
-    losses = {way["name"]: {s["round"]: s["loss"] for s in way["series"]} for way in comparison["ways"]}
+    losses = {variant["name"]: {s["round"]: s["loss"] for s in variant["series"]} for variant in comparison["variants"]}
     assert losses["cpu"][0] == pytest.approx(losses["mlx"][0], abs=2e-3)  # the same weights and batches
     assert "CPU eager" in (folder / "report.md").read_text()
     assert "<html" in (folder / "report.html").read_text()

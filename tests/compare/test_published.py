@@ -25,7 +25,7 @@ def test_full_recipe_is_trains_default():
 
 def test_rows_are_marked_and_complete():
     rows = published.beside(full_recipe())
-    assert {(row["source"], row["way"], row["ms_per_iter"]) for row in rows} == {
+    assert {(row["source"], row["variant"], row["ms_per_iter"]) for row in rows} == {
         ("State of training on Metal", "MPS eager", 221.0),
         ("State of training on Metal", "MPS compiled", 306.0),
         ("State of training on Metal", "CPU", 1986.0),

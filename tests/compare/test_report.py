@@ -35,14 +35,14 @@ def test_the_terminal_says_the_verdict_first(comparison, capsys):
         assert said in printed
 
 
-def test_ways_are_ordered_and_marked(comparison):
-    labels = [words.label(way) for way in ordered(comparison)]
+def test_variants_are_ordered_and_marked(comparison):
+    labels = [words.label(variant) for variant in ordered(comparison)]
     assert labels == ["MLX compiled", "MPS eager", "CPU eager", "MPS compiled (WRONG)", "CPU compiled (FAILED)"]
-    section = measured.ways_section(comparison)
+    section = measured.variants_section(comparison)
     fastest, second = cells(section, "MLX"), cells(section, "MPS eager")
     ratio = next(column for column in fastest if column.startswith("x the fastest"))
     assert fastest[ratio] == "fastest"
-    found = next(way for way in comparison["ways"] if way["name"] == "mps")["ratio"]
+    found = next(variant for variant in comparison["variants"] if variant["name"] == "mps")["ratio"]
     assert second[ratio].startswith(f"{found['value']:.3f} [{found['ci'][0]:.3f}, {found['ci'][1]:.3f}]")
     assert cells(section, "MPS compiled")["parity"] == "WRONG"
     assert cells(section, "CPU compiled")["rounds"].startswith("0, ")
@@ -51,12 +51,12 @@ def test_ways_are_ordered_and_marked(comparison):
 
 def test_a_tie_is_called_one(comparison):
     made = copy.deepcopy(comparison)
-    next(way for way in made["ways"] if way["name"] == "mps")["ratio"] |= {"value": 1.004, "tie": True}
+    next(variant for variant in made["variants"] if variant["name"] == "mps")["ratio"] |= {"value": 1.004, "tie": True}
     assert "1.004" in render.markdown(made)
     assert re.search(r"1\.004 .* tie", render.markdown(made))
 
 
-def test_wrong_follows_the_way_everywhere(comparison):
+def test_wrong_follows_the_variant_everywhere(comparison):
     text = render.markdown(comparison)
     naming = [line for line in text.splitlines() if "MPS compiled" in line and not line.startswith("**")]
     published = [line for line in naming if line.startswith("| published")]
@@ -69,7 +69,7 @@ def test_wrong_follows_the_way_everywhere(comparison):
         assert all("WRONG" in name for name, _ in chart.legend if name.startswith("MPS compiled"))
         if chart.id in ("chart-median", "chart-series", "chart-spread", "chart-mfu", "chart-ratio", "chart-memory"):
             assert mentions
-    # A way whose parity failed is wrong, whatever its state says.
+    # A variant whose parity failed is wrong, whatever its state says.
     assert words.label({"label": "A", "state": "ok", "parity": "fail"}) == "A (WRONG)"
 
 
@@ -88,7 +88,7 @@ def test_markdown_is_safe_and_whole(comparison):
 
 def test_controls_never_reach_the_terminal(comparison, capsys):
     made = copy.deepcopy(comparison)
-    made["ways"][0]["label"] = "\x1b[31mred\x07\n\ttwo [bold]lines"
+    made["variants"][0]["label"] = "\x1b[31mred\x07\n\ttwo [bold]lines"
     render.show(made)
     printed = capsys.readouterr().out
     assert "\x1b[31m" not in printed
@@ -144,23 +144,29 @@ def test_whatever_is_missing_or_odd_the_page_is_made(comparison, value):
 
 
 def odd(comparison, value):
-    """The comparison with a way for each key of a way, in which that key is `value`; so with each lever's."""
-    whole = next(way for way in comparison["ways"] if way["name"] == "mlx")
+    """The comparison with a variant for each key of a variant, in which that key is `value`; so with each lever's."""
+    whole = next(variant for variant in comparison["variants"] if variant["name"] == "mlx")
     made = copy.deepcopy(comparison) | {"levers": with_levers(comparison)["levers"]}
-    made["ways"] += [copy.deepcopy(whole) | {key: value, "label": key} for key in whole]
+    made["variants"] += [copy.deepcopy(whole) | {key: value, "label": key} for key in whole]
     for outer in ("iter_ms", "ratio", "roofline", "recipe", "energy", "histogram"):
         for key in whole[outer] or {}:
-            made["ways"].append(copy.deepcopy(whole) | {outer: whole[outer] | {key: value}})
+            made["variants"].append(copy.deepcopy(whole) | {outer: whole[outer] | {key: value}})
     for outer in ("series", "evaluations", "rounds"):
         for key in whole[outer][0]:
-            made["ways"].append(copy.deepcopy(whole) | {outer: [whole[outer][0] | {key: value}, *whole[outer][1:]]})
+            made["variants"].append(copy.deepcopy(whole) | {outer: [whole[outer][0] | {key: value}, *whole[outer][1:]]})
     for key in ("ratio", "base", "what", "name"):
         made["levers"].append(made["levers"][0] | {key: value})
     return made
 
 
 def test_nothing_at_all_is_a_report_too(capsys):
-    for nothing in ({}, None, {"ways": None}, {"ways": [None, {}]}, {"schema": 99, "ways": "x", "verdict": []}):
+    for nothing in (
+        {},
+        None,
+        {"variants": None},
+        {"variants": [None, {}]},
+        {"schema": 99, "variants": "x", "verdict": []},
+    ):
         assert "No verdict" in render.markdown(nothing)
         render.show(nothing)
         assert "No verdict" in capsys.readouterr().out
@@ -168,7 +174,7 @@ def test_nothing_at_all_is_a_report_too(capsys):
 
 def test_sparse_old_records_show_what_they_have(comparison):
     made = sparse(comparison)
-    section = measured.ways_section(made)
+    section = measured.variants_section(made)
     row = cells(section, "mlx")
     assert row["ms an iteration [95 %]"] == words.ms(ordered(made)[0]["iter_ms"]["median"])
     assert {row[c] for c in ("tokens/s", "MFU: chip", "peak memory", "full recipe")} == {words.DASH}
@@ -196,7 +202,7 @@ def test_the_parity_table_names_what_failed(comparison):
 
 def test_no_fallback_is_only_said_after_looking_everywhere(comparison):
     made = copy.deepcopy(comparison)
-    way = next(way for way in made["ways"] if way["name"] == "mps")
+    variant = next(variant for variant in made["variants"] if variant["name"] == "mps")
     finding = {"op": "foo", "phase": "backward", "calls_per_iteration": 2, "bytes": 4096, "advice": "cast"}
     for document, words_ in [
         ({"complete": True, "phases": ["forward", "backward"], "findings": []}, "none in forward, backward"),
@@ -207,7 +213,7 @@ def test_no_fallback_is_only_said_after_looking_everywhere(comparison):
         ({}, "is not recorded"),
         ({"complete": True, "findings": [finding]}, "MPS eager: 1 found"),
     ]:
-        way["fallbacks"] = document
+        variant["fallbacks"] = document
         section = render.evidence.fallbacks_section(made)
         assert any(words_ in item for item in section.items)
     assert cells(section, "foo") == {
@@ -218,14 +224,17 @@ def test_no_fallback_is_only_said_after_looking_everywhere(comparison):
 def test_a_compile_report_is_taken_apart(comparison):
     made = copy.deepcopy(comparison)
     kernels = [{"kernel": "a", "launches": 2}, {"kernel": "b", "launches": 1}]
-    made["ways"][0]["compile_report"] = {"graph_breaks": None, "iterations": {"train": {"ms": 1.5, "kernels": kernels}}}
+    made["variants"][0]["compile_report"] = {
+        "graph_breaks": None,
+        "iterations": {"train": {"ms": 1.5, "kernels": kernels}},
+    }
     facts, launches = render.evidence.compile_section(made).tables
     assert [row.cells for row in facts.rows] == [["graph breaks", words.DASH], ["iterations train ms", "1.5"]]
     assert launches.caption.endswith(": iterations train kernels")
     assert [row.cells for row in launches.rows] == [["a", "2"], ["b", "1"]]
 
 
-def test_twelve_ways_fit_a_terminal(comparison, capsys):
+def test_twelve_variants_fit_a_terminal(comparison, capsys):
     render.show(many(comparison, points=50))
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 160
 
@@ -246,7 +255,7 @@ def test_figures_as_words():
 
 
 def test_columns_of_figures_are_right_aligned():
-    table = Table("", ["way", "a", "b", "c"], [Row(["x", "1.2", "text", "—"]), Row(["y", "—", "3", "—"])])
+    table = Table("", ["variant", "a", "b", "c"], [Row(["x", "1.2", "text", "—"]), Row(["y", "—", "3", "—"])])
     assert table.right == [False, True, False, False]
 
 
@@ -254,26 +263,26 @@ def test_phases_are_those_of_the_projection(comparison):
     """Ten times as many batches an evaluation in the recipe as were measured: the bar must grow with it."""
     with svg.style():
         chart = charts._phases(comparison)
-    for way, row in zip(charts.shown(comparison), chart.table.rows, strict=True):
-        parts = max(way["compile_s"], 0), way["recipe"]["iters"] * way["iter_ms"]["median"] / 1e3
-        evaluating = way["recipe"]["seconds"] - parts[1]
+    for variant, row in zip(charts.shown(comparison), chart.table.rows, strict=True):
+        parts = max(variant["compile_s"], 0), variant["recipe"]["iters"] * variant["iter_ms"]["median"] / 1e3
+        evaluating = variant["recipe"]["seconds"] - parts[1]
         assert row.cells[1:] == [words.seconds(v) for v in (*parts, evaluating, sum(parts) + evaluating)]
         assert f">{row.cells[-1]}<" in chart.svg
     made = copy.deepcopy(comparison)
-    made["ways"] = made["ways"][:1]
-    recipe = made["ways"][0]["recipe"]
-    recipe["seconds"] += 9 * recipe["evaluations"] * made["ways"][0]["eval_s"]
+    made["variants"] = made["variants"][:1]
+    recipe = made["variants"][0]["recipe"]
+    recipe["seconds"] += 9 * recipe["evaluations"] * made["variants"][0]["eval_s"]
     with svg.style():
         row = charts._phases(made).table.rows[0]
-    assert row.cells[3] == words.seconds(10 * recipe["evaluations"] * made["ways"][0]["eval_s"])
+    assert row.cells[3] == words.seconds(10 * recipe["evaluations"] * made["variants"][0]["eval_s"])
 
 
 def test_the_first_evaluation_is_drawn_at_0(comparison):
     """It is before the first iteration, whose time, and the warm-up's, are not among the kept ones."""
-    way = next(way for way in comparison["ways"] if way["name"] == "mlx")
-    assert (way["evaluations"][0]["iter"], way["series"][0]["iter"][0] > 1) == (0, True)
+    variant = next(variant for variant in comparison["variants"] if variant["name"] == "mlx")
+    assert (variant["evaluations"][0]["iter"], variant["series"][0]["iter"][0] > 1) == (0, True)
     for key in ("iter", "seconds"):
-        _, _, at, _ = chart_loss._line(way, key)
+        _, _, at, _ = chart_loss._line(variant, key)
         assert at[0] == 0
 
 
@@ -282,8 +291,10 @@ def test_a_ratio_far_from_1_is_drawn_on_a_logarithmic_axis(comparison, monkeypat
     monkeypatch.setattr("nanogpt_mac.compare.report.chart_times.log_x", lambda _: asked.append("log"))
     made = copy.deepcopy(comparison)
     for value in (1.2, 40.0):  # where matplotlib's own margin would begin below 0
-        made["ways"][0]["ratio"] = {"value": value, "ci": [value, value], "tie": False, "pairs": [value]}
-        made["ways"] = [way for way in made["ways"] if way["name"] in (made["ways"][0]["name"], "mlx")]
+        made["variants"][0]["ratio"] = {"value": value, "ci": [value, value], "tie": False, "pairs": [value]}
+        made["variants"] = [
+            variant for variant in made["variants"] if variant["name"] in (made["variants"][0]["name"], "mlx")
+        ]
         with svg.style():
             chart_times.ratios(made)
     assert asked == ["log"]
@@ -296,20 +307,20 @@ def test_what_ties_is_not_called_the_fastest(comparison):
     assert "| fastest |" not in render.markdown(made)
 
 
-def test_a_way_that_did_other_work_is_excepted(comparison):
+def test_a_variant_that_did_other_work_is_excepted(comparison):
     made = copy.deepcopy(comparison)
-    made["ways"][0]["same_work"] = False
-    assert measured.ways_section(comparison).notes[0].startswith("Every way trained the same: ")
-    assert measured.ways_section(made).notes[0].startswith("Every way but MPS eager trained the same: ")
-    for way in made["ways"]:
-        way["iter_ms"] = None
-    assert measured.ways_section(made).notes[0].startswith("What was to be trained: ")
+    made["variants"][0]["same_work"] = False
+    assert measured.variants_section(comparison).notes[0].startswith("Every variant trained the same: ")
+    assert measured.variants_section(made).notes[0].startswith("Every variant but MPS eager trained the same: ")
+    for variant in made["variants"]:
+        variant["iter_ms"] = None
+    assert measured.variants_section(made).notes[0].startswith("What was to be trained: ")
 
 
 def test_long_words_do_not_make_a_large_page(comparison):
     made = copy.deepcopy(comparison)
-    for way in made["ways"]:
-        way |= {"label": "x" * 10**6, "reason": "y" * 10**6, "warnings": ["z" * 10**6]}
+    for variant in made["variants"]:
+        variant |= {"label": "x" * 10**6, "reason": "y" * 10**6, "warnings": ["z" * 10**6]}
     assert len(render.markdown(made)) < 100_000
     assert words.label({"label": "x" * 100, "parity": "fail"}).endswith("… (WRONG)")
     assert words.ms(1e308) == "1e+308"

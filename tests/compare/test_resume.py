@@ -42,7 +42,7 @@ from pathlib import Path
 from nanogpt_mac.compare import plan, run
 from nanogpt_mac.compare.config import CompareConfig
 from nanogpt_mac.config import Config
-plan.configs_of = lambda document: {way["name"]: Config() for way in document["ways"]}
+plan.configs_of = lambda document: {variant["name"]: Config() for variant in document["variants"]}
 sys.exit(run.run(CompareConfig(run=sys.argv[1])))
 """
 
@@ -150,12 +150,12 @@ def test_a_run_whose_records_are_damaged_is_run_again(plan, file, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"seconds": 1}', '{"seconds": 1, "ways": {}}', '{"seconds": 1, "ways": {"a": {}}}']
+    "text", ["{", "[]", '{"seconds": 1}', '{"seconds": 1, "variants": {}}', '{"seconds": 1, "variants": {"a": {}}}']
 )
-def test_a_gate_that_cannot_be_read_or_lacks_a_way_is_passed_again(plan, monkeypatch, text):
+def test_a_gate_that_cannot_be_read_or_lacks_a_variant_is_passed_again(plan, monkeypatch, text):
     runner = plan(rounds=1, parity=True, a="works")
     (runner.folder / "parity.json").write_text(text)
-    failed = {"seconds": 1.0, "ways": {"a": {"state": "fail", "reason": "logits"}}}
+    failed = {"seconds": 1.0, "variants": {"a": {"state": "fail", "reason": "logits"}}}
     monkeypatch.setattr("nanogpt_mac.parity.gate.check", lambda *_: failed)
     runner.carry_out()
     assert outcomes(runner) == {"pilot-a": ("skipped", "failed the parity gate: logits")}
@@ -176,11 +176,11 @@ def test_only_a_comparison_that_can_be_read_goes_on(plan, tmp_path):
         ("{", "its plan.json cannot be read"),
         ("[1]", "its plan.json cannot be read"),
         (json.dumps(whole | {"schema": 99}), "its plan has schema 99; allowed is 1"),
-        (json.dumps({k: v for k, v in whole.items() if k != "ways"}), "its plan.json has no ways"),
+        (json.dumps({k: v for k, v in whole.items() if k != "variants"}), "its plan.json has no variants"),
         (json.dumps(whole | {"cwd": str(tmp_path / "gone")}), "which is not there any more"),
         (json.dumps(whole | {"cwd": 5}), "is damaged: cwd=5; allowed is what compare.py wrote"),
-        (json.dumps(whole | {"ways": []}), "is damaged: ways=[]"),
-        (json.dumps(whole | {"ways": [{"name": "a"}]}), "is damaged: ways="),
+        (json.dumps(whole | {"variants": []}), "is damaged: variants=[]"),
+        (json.dumps(whole | {"variants": [{"name": "a"}]}), "is damaged: variants="),
         (json.dumps(whole | {"asked": None}), "is damaged: asked=None"),
         (json.dumps(whole | {"overrides": 5}), "is damaged: overrides=5"),
         (json.dumps(whole | {"budget_minutes": "x"}), "is damaged: budget_minutes=x"),
@@ -213,7 +213,7 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(plan, monkeypatch, capsy
     assert said.count("\n") == 1
 
 
-def test_a_run_that_a_full_disk_has_failed_is_none_of_the_ways_failures(plan, monkeypatch):
+def test_a_run_that_a_full_disk_has_failed_is_none_of_the_variants_failures(plan, monkeypatch):
     runner = plan(rounds=1, a="raises")
     monkeypatch.setattr(child, "ROOM", sys.maxsize)
     with pytest.raises(OSError, match="No space left on device"):

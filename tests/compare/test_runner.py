@@ -19,7 +19,7 @@ def overrides_of(folder):
     return json.loads((folder / "log.txt").read_text())
 
 
-def test_every_way_runs_once_a_round_after_its_pilot(plan):
+def test_every_variant_runs_once_a_round_after_its_pilot(plan):
     runner = plan(rounds=3, a="works", b="works")
     runner.carry_out()
     assert set(outcomes(runner).values()) == {("done", None)}
@@ -32,8 +32,8 @@ def test_every_way_runs_once_a_round_after_its_pilot(plan):
     assert document["iters"] == {"a": 12, "b": 12}
     assert not (runner.folder / "cache").exists()
     record = json.loads((runner.folder / "rounds/0-a/outcome.json").read_text())
-    assert {"way", "round", "state", "code", "reason", "seconds", "started", "heat"} == record.keys()
-    assert (record["way"], record["round"], record["code"]) == ("a", 0, 0)
+    assert {"variant", "round", "state", "code", "reason", "seconds", "started", "heat"} == record.keys()
+    assert (record["variant"], record["round"], record["code"]) == ("a", 0, 0)
 
 
 def test_what_a_run_is_told(plan, tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ FAILURES = {
 }
 
 
-def test_every_failure_of_a_pilot_is_a_row_and_ends_that_way_alone(plan):
+def test_every_failure_of_a_pilot_is_a_row_and_ends_that_variant_alone(plan):
     runner = plan(rounds=1, fine="works", **{name.replace("-", "_"): name for name in FAILURES})
     runner.carry_out()
     found = outcomes(runner)
@@ -133,7 +133,7 @@ def test_a_pilot_that_was_done_when_it_was_asked_to_end_counts(plan, monkeypatch
     assert set(outcomes(runner).values()) == {("done", None)}
 
 
-def test_two_failed_rounds_end_a_way(plan):
+def test_two_failed_rounds_end_a_variant(plan):
     runner = plan(rounds=4, a="later-raises", b="works")
     runner.carry_out()
     found = outcomes(runner)
@@ -144,14 +144,14 @@ def test_two_failed_rounds_end_a_way(plan):
 
 
 @pytest.mark.parametrize("time_wrong", [False, True])
-def test_ways_that_failed_the_gate_are_timed_on_request_alone(plan, time_wrong):
+def test_variants_that_failed_the_gate_are_timed_on_request_alone(plan, time_wrong):
     runner = plan(rounds=1, parity=True, time_wrong=time_wrong, right="works", wrong="works", broken="works")
-    ways = {
+    variants = {
         "right": {"state": "pass", "reason": None},
         "wrong": {"state": "fail", "reason": "gradients 1.0e-02"},
         "broken": {"state": "error", "reason": "it crashed"},
     }
-    (runner.folder / "parity.json").write_text(json.dumps({"schema": 1, "ways": ways, "seconds": 1.0}))
+    (runner.folder / "parity.json").write_text(json.dumps({"schema": 1, "variants": variants, "seconds": 1.0}))
     runner.carry_out()
     found = outcomes(runner)
     assert found["0-right"] == ("done", None)
@@ -200,7 +200,7 @@ def test_time_that_is_left_adds_rounds(plan):
     runner._elapsed = lambda: next(elapsed)
     runner._rounds()
     document = json.loads((runner.folder / "plan.json").read_text())
-    counts = {way: [number for number, name in document["order"] if name == way] for way in "abc"}
+    counts = {variant: [number for number, name in document["order"] if name == variant] for variant in "abc"}
     assert document["rounds"] > 3
     assert counts["a"] == list(range(document["rounds"]))
     assert counts["b"] == [0, 1, 2]  # it had failed
@@ -228,7 +228,7 @@ def test_a_hot_machine_is_waited_for_within_bounds(plan, monkeypatch):
     assert 0.2 <= heat["waited_s"] < 1
 
 
-def test_no_way_left_is_no_crash(plan):
+def test_no_variant_left_is_no_crash(plan):
     runner = plan(a="raises")
     runner.carry_out()
     document = json.loads((runner.folder / "plan.json").read_text())

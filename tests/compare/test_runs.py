@@ -87,7 +87,7 @@ def test_load_run_with_one_file_alone(run_folder, tmp_path):
     assert found["series"][0]["loss"] == [None]
 
 
-def test_a_round_of_a_wrong_way_is_wrong_by_itself_too(tmp_path):
+def test_a_round_of_a_wrong_variant_is_wrong_by_itself_too(tmp_path):
     folder = write_comparison(tmp_path / "c", [CPU | {"parity": "fail"}], 1, 12, 0.0, 1) / "rounds/0-cpu"
     found = load_run(folder)
     assert (found["state"], found["parity"]) == ("wrong", "fail")

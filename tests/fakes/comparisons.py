@@ -50,21 +50,21 @@ LINUX = MAC | {
     "thermal_state": None,
 }
 
-WAYS = [
+VARIANTS = [
     {"name": "mps", "label": "MPS eager", "backend": "mps", "device": "mps", "compile": False, "ms": 260.0},
     {"name": "mps-compile", "label": "MPS compiled", "backend": "mps", "device": "mps", "compile": True, "ms": 330.0},
     {"name": "cpu", "label": "CPU eager", "backend": "cpu", "device": "cpu", "compile": False, "ms": 2100.0},
     {"name": "mlx", "label": "MLX compiled", "backend": "mlx", "device": "metal", "compile": True, "ms": 190.0},
 ]
-"""Four ways of a Mac, ready for write_comparison; the times are invented."""
+"""Four variants of a Mac, ready for write_comparison; the times are invented."""
 
 
 def write_comparison(
-    folder: Path, ways: list[dict], rounds: int, iters: int, noise: float, seed: int, **options
+    folder: Path, variants: list[dict], rounds: int, iters: int, noise: float, seed: int, **options
 ) -> Path:
     """Write a complete comparison folder and return it. Rounds count from 0, as plan.py's do.
 
-    Each way is a dict; only `name` is needed:
+    Each variant is a dict; only `name` is needed:
     - label, backend, device, compile, dtype, overrides, lever: as in plan.json (guessed from the name)
     - ms: median iteration time (100); first_s, first_warm_s: first iteration, cold and warm
     - drift: slower by this share at the end of each run; creep: the same from the first round to the last
@@ -75,62 +75,62 @@ def write_comparison(
 
     `noise`: log standard deviation of a round's level; iterations have 1 % of their own and a heavy tail.
     Options: machine (env.json, MAC), experiment (None), corpus ("shakespeare_char"), stand_in (False), gate (True),
-    pilot (True), evaluations (2 a run), levers (any way has one), stop_after (runs written; the rest is unfinished),
-    recipe (plan.json's, or None), measured_peak (FLOP/s or None), config and model (changes for all ways).
+    pilot (True), evaluations (2 a run), levers (any variant has one), stop_after (runs written; the rest is unfinished),
+    recipe (plan.json's, or None), measured_peak (FLOP/s or None), config and model (changes for all variants).
     """
     rng = np.random.default_rng(seed)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ways = [_filled(way) for way in ways]
-    order = [[r, ways[w]["name"]] for r in range(rounds) for w in rng.permutation(len(ways))]
+    variants = [_filled(variant) for variant in variants]
+    order = [[r, variants[w]["name"]] for r in range(rounds) for w in rng.permutation(len(variants))]
     plan = {
         "schema": 1,
         "created": "2026-02-03T10:00:00",
-        "ways": [{key: way[key] for key in ("name", "label", "overrides", "lever")} for way in ways],
+        "variants": [{key: variant[key] for key in ("name", "label", "overrides", "lever")} for variant in variants],
         "rounds": rounds,
-        "iters": {way["name"]: iters for way in ways},
+        "iters": {variant["name"]: iters for variant in variants},
         "order": order,
         "overrides": [],
         "experiment": options.get("experiment"),
         "seed": seed,
         "budget_minutes": 10.0,
-        "levers": options.get("levers", any(way["lever"] for way in ways)),
+        "levers": options.get("levers", any(variant["lever"] for variant in variants)),
         "gate": {"parity": options.get("gate", True), "time_wrong": True},
         "recipe": options.get("recipe", {"max_iters": 5000, "eval_interval": 250, "eval_iters": 200}),
     }
     _json(folder / "plan.json", plan)
     if options.get("gate", True):
-        _parity(folder, ways)
-    for way in ways:
-        if way["device"] == "mps":
-            _json(folder / "fallbacks" / f"{way['name']}.json", {"schema": 1, "fallbacks": [], "exit_state": "ok"})
-    by_name = {way["name"]: way for way in ways}
+        _parity(folder, variants)
+    for variant in variants:
+        if variant["device"] == "mps":
+            _json(folder / "fallbacks" / f"{variant['name']}.json", {"schema": 1, "fallbacks": [], "exit_state": "ok"})
+    by_name = {variant["name"]: variant for variant in variants}
     if options.get("pilot", True):
-        for way in ways:
-            if way["fail"].get(0) != "skipped":
-                _run(folder / "rounds" / f"pilot-{way['name']}", way, 12, 0.0, rng, options | {"cold": True})
-                _outcome(folder / "rounds" / f"pilot-{way['name']}", way, None, "done", 0)
-    level = {way["name"]: rng.normal(0, noise, rounds) for way in ways}
+        for variant in variants:
+            if variant["fail"].get(0) != "skipped":
+                _run(folder / "rounds" / f"pilot-{variant['name']}", variant, 12, 0.0, rng, options | {"cold": True})
+                _outcome(folder / "rounds" / f"pilot-{variant['name']}", variant, None, "done", 0)
+    level = {variant["name"]: rng.normal(0, noise, rounds) for variant in variants}
     for position, (r, name) in enumerate(order[: options.get("stop_after")]):
-        way, run = by_name[name], folder / "rounds" / f"{r}-{name}"
+        variant, run = by_name[name], folder / "rounds" / f"{r}-{name}"
         run.mkdir(parents=True, exist_ok=True)
-        state = way["fail"].get(r, "done")
+        state = variant["fail"].get(r, "done")
         if state == "done":
-            creep = way["creep"] * r / max(rounds - 1, 1)
-            _run(run, way, iters, level[name][r] + np.log1p(creep), rng, options)
+            creep = variant["creep"] * r / max(rounds - 1, 1)
+            _run(run, variant, iters, level[name][r] + np.log1p(creep), rng, options)
         (run / "log.txt").write_text("a log\n" if state == "done" else f"Traceback\nRuntimeError: {state}\n")
-        _outcome(run, way, r, state, position)
+        _outcome(run, variant, r, state, position)
     return folder
 
 
-def _filled(way: dict) -> dict:
-    name = way["name"]
-    backend = way.get("backend", name.split("-")[0])
+def _filled(variant: dict) -> dict:
+    name = variant["name"]
+    backend = variant.get("backend", name.split("-")[0])
     backend = backend if backend in ("cpu", "mps", "mlx", "cuda") else "cpu"
-    compiled = way.get("compile", "compile" in name)
-    device = way.get("device", {"mlx": "metal"}.get(backend, backend))
+    compiled = variant.get("compile", "compile" in name)
+    device = variant.get("device", {"mlx": "metal"}.get(backend, backend))
     overrides = [f"backend={backend}", f"compile={str(compiled).lower()}"]
-    fail = way.get("fail", {})
+    fail = variant.get("fail", {})
     defaults = {
         "label": name,
         "backend": backend,
@@ -152,40 +152,40 @@ def _filled(way: dict) -> dict:
         "config": {},
         "model": {},
     }
-    return defaults | way | {"fail": fail if isinstance(fail, dict) else dict.fromkeys(range(1000), fail)}
+    return defaults | variant | {"fail": fail if isinstance(fail, dict) else dict.fromkeys(range(1000), fail)}
 
 
-def _config(way: dict, iters: int, options: dict) -> Config:
-    config = Config(max_iters=iters, dtype=way["dtype"], compile=way["compile"], gemm_seconds=0.0)
-    config.backend.name = way["backend"]
+def _config(variant: dict, iters: int, options: dict) -> Config:
+    config = Config(max_iters=iters, dtype=variant["dtype"], compile=variant["compile"], gemm_seconds=0.0)
+    config.backend.name = variant["backend"]
     config.model.vocab_size = 65
     config.data.name = options.get("corpus", "shakespeare_char")
     config.eval_interval = max(iters // max(options.get("evaluations", 2) - 1, 1), 1)
     if options.get("evaluations", 2) == 0:
         config.eval_interval = 0
-    for key, value in {**options.get("config", {}), **way["config"]}.items():
+    for key, value in {**options.get("config", {}), **variant["config"]}.items():
         setattr(config, key, value)
-    for key, value in {**options.get("model", {}), **way["model"]}.items():
+    for key, value in {**options.get("model", {}), **variant["model"]}.items():
         setattr(config.model, key, value)
     return config
 
 
-def _run(folder: Path, way: dict, iters: int, level: float, rng: np.random.Generator, options: dict) -> None:
+def _run(folder: Path, variant: dict, iters: int, level: float, rng: np.random.Generator, options: dict) -> None:
     """One run folder, written by the recorder itself, so that it has the format of the day."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(way, iters, options)
+    config = _config(variant, iters, options)
     spec = GPTSpec(**dataclasses.asdict(config.model))
     (folder / ".hydra").mkdir(exist_ok=True)
     (folder / ".hydra" / "config.yaml").write_text(
         yaml.dump(dataclasses.asdict(config), Dumper=DUMPER, sort_keys=False)
     )
-    (folder / ".hydra" / "overrides.yaml").write_text(yaml.dump(way["overrides"], Dumper=DUMPER))
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.dump(variant["overrides"], Dumper=DUMPER))
     stand_in = options.get("stand_in", False)
     corpus = "stand-in" if stand_in else config.data.name
     facts = {
-        "backend": way["backend"],
-        "device": way["device"],
-        "compile": way["compile"],
+        "backend": variant["backend"],
+        "device": variant["device"],
+        "compile": variant["compile"],
         "dtype": config.dtype,
         "matmul_precision": config.matmul_precision,
         "sync": config.sync,
@@ -203,26 +203,26 @@ def _run(folder: Path, way: dict, iters: int, level: float, rng: np.random.Gener
     _json(folder / "env.json", options.get("machine", MAC) | {"backend": facts})
 
     tokens = config.batch_size * config.gradient_accumulation_steps * spec.block_size
-    simulated = way["device"] == "simulated-mps"
+    simulated = variant["device"] == "simulated-mps"
     peaks: dict = dict.fromkeys(("mfu", "mfu_measured", "mfu_a100"))
     if not simulated:
-        best = 1.6e3 * spec.flops_per_token() * tokens / way["ms"]  # an MFU of about 60 %
+        best = 1.6e3 * spec.flops_per_token() * tokens / variant["ms"]  # an MFU of about 60 %
         measured = options.get("measured_peak", best) if options.get("cold") else None
         peaks = {"mfu": None, "mfu_measured": measured, "mfu_a100": A100_BF16}
-        if way["device"] in ("mps", "metal") and options.get("machine", MAC)["gpu"] == "Apple M4 Pro":
+        if variant["device"] in ("mps", "metal") and options.get("machine", MAC)["gpu"] == "Apple M4 Pro":
             peaks["mfu"] = 8.08e12
     recorder = Recorder(folder, Work(float(spec.flops_per_token() * tokens), tokens, peaks))
-    memory = {"current": way["peak_memory"] // 2, "peak": way["peak_memory"]}
+    memory = {"current": variant["peak_memory"] // 2, "peak": variant["peak_memory"]}
     jitter = 0.01 * rng.standard_t(4, iters) / np.sqrt(2)
-    slower = np.log1p(way["drift"] * np.arange(iters) / max(iters - 1, 1))
-    times = way["ms"] * np.exp(level + jitter + slower)
-    times[rng.random(iters) < way["outliers"]] *= 3
-    first = 1e3 * (way["first_s"] if options.get("cold") else way["first_warm_s"])
+    slower = np.log1p(variant["drift"] * np.arange(iters) / max(iters - 1, 1))
+    times = variant["ms"] * np.exp(level + jitter + slower)
+    times[rng.random(iters) < variant["outliers"]] *= 3
+    first = 1e3 * (variant["first_s"] if options.get("cold") else variant["first_warm_s"])
     count = 0
     for i in range(iters + 1):
         if (config.eval_interval and i % config.eval_interval == 0) or (config.eval_interval and i == iters):
             loss = 4.28 * np.exp(-i / 700)
-            recorder.evaluation(i, float(loss), float(loss + 0.01), way["eval_s"] * (1.4 if count == 0 else 1.0))
+            recorder.evaluation(i, float(loss), float(loss + 0.01), variant["eval_s"] * (1.4 if count == 0 else 1.0))
             recorder.event("pause", i, power_source="ac", thermal_state="nominal", gpu_utilisation=None)
             count += 1
         if i == iters:
@@ -239,8 +239,8 @@ def _run(folder: Path, way: dict, iters: int, level: float, rng: np.random.Gener
         recorder.iteration(done, 1e-3, memory)
     seconds = (first + times[1:].sum()) / 1e3
     energy = None
-    if way["energy"] is not None:
-        energy = {"joules": way["energy"] * seconds, "gpu_joules": None, "cpu_joules": None}
+    if variant["energy"] is not None:
+        energy = {"joules": variant["energy"] * seconds, "gpu_joules": None, "cpu_joules": None}
         energy |= {"source": "zeus-apple-silicon", "seconds": seconds}
     ending = {"exit_state": "finished", "signal": None, "error": None, "resumed_at": None}
     process = {"wall": seconds + 3, "user": 2.0, "system": 1.0, "max_rss_bytes": 600_000_000}
@@ -248,10 +248,10 @@ def _run(folder: Path, way: dict, iters: int, level: float, rng: np.random.Gener
     recorder.close()
 
 
-def _outcome(folder: Path, way: dict, r: int | None, state: str, position: int) -> None:
+def _outcome(folder: Path, variant: dict, r: int | None, state: str, position: int) -> None:
     reasons = {"timeout": "no end within 60 s", "oom": "out of memory", "missing_op": "aten::foo is not there"}
     document = {
-        "way": way["name"],
+        "variant": variant["name"],
         "round": r,
         "state": state,
         "code": {"done": 0, "timeout": None, "skipped": None}.get(state, 1),
@@ -263,12 +263,12 @@ def _outcome(folder: Path, way: dict, r: int | None, state: str, position: int) 
     _json(folder / "outcome.json", document)
 
 
-def _parity(folder: Path, ways: list[dict]) -> None:
+def _parity(folder: Path, variants: list[dict]) -> None:
     shape = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 2}
     limits = {"logits": 1e-4, "loss": 1e-5, "gradients": 1e-3, "weights after 3 steps": 1e-3, "causality": 0.0}
     entries = {}
-    for way in ways:
-        state = way["parity"]
+    for variant in variants:
+        state = variant["parity"]
         if state is None:
             continue
         checks = [
@@ -282,8 +282,8 @@ def _parity(folder: Path, ways: list[dict]) -> None:
             for quantity, limit in limits.items()
         ]
         reason = {"fail": "gradients: 0.03, allowed 0.001", "error": "RuntimeError: the check crashed"}.get(state)
-        entry = {"state": state, "reason": reason, "device": way["device"], "seconds": 3.0}
-        entries[way["name"]] = entry | {"checks": [] if state == "error" else checks}
+        entry = {"state": state, "reason": reason, "device": variant["device"], "seconds": 3.0}
+        entries[variant["name"]] = entry | {"checks": [] if state == "error" else checks}
     document = {
         "schema": 1,
         "reference": "torch float64, CPU",
@@ -292,7 +292,7 @@ def _parity(folder: Path, ways: list[dict]) -> None:
         "tolerances": [
             {"dtype": "float32", "quantity": q, "limit": limit, "reason": "rounding"} for q, limit in limits.items()
         ],
-        "ways": entries,
+        "variants": entries,
     }
     _json(folder / "parity.json", document)
 

@@ -11,59 +11,63 @@ EVIL = "<script>alert('x')</script> | `a` $x_1$ [b]"  # a label may be anything
 
 
 def collected(folder):
-    """Four ways of a Mac, one of them wrong, and a fifth that ran out of memory; 5 rounds."""
-    ways = [dict(way) for way in fakes.WAYS]
-    ways[0] |= {"energy": 21.5}
-    ways[1] |= {"parity": "fail"}
-    ways[3] |= {"outliers": 0.02, "drift": 0.05}
-    ways.append({"name": "cpu-compile", "label": "CPU compiled", "fail": "oom"})
-    return collect(fakes.write_comparison(folder, ways, 5, 40, 0.003, 1, experiment="quick"))
+    """Four variants of a Mac, one of them wrong, and a fifth that ran out of memory; 5 rounds."""
+    variants = [dict(variant) for variant in fakes.VARIANTS]
+    variants[0] |= {"energy": 21.5}
+    variants[1] |= {"parity": "fail"}
+    variants[3] |= {"outliers": 0.02, "drift": 0.05}
+    variants.append({"name": "cpu-compile", "label": "CPU compiled", "fail": "oom"})
+    return collect(fakes.write_comparison(folder, variants, 5, 40, 0.003, 1, experiment="quick"))
 
 
-def many(comparison, ways=12, rounds=10, points=400):
-    """The comparison with so many ways of so many rounds and points."""
+def many(comparison, variants=12, rounds=10, points=400):
+    """The comparison with so many variants of so many rounds and points."""
     rng = np.random.default_rng(0)
     made = copy.deepcopy(comparison)
-    base = next(way for way in made["ways"] if way["name"] == "mlx")
-    made["ways"] = []
-    for i in range(ways):
-        way = copy.deepcopy(base) | {"name": f"way-{i}", "label": f"Way number {i}, with a long name"}
+    base = next(variant for variant in made["variants"] if variant["name"] == "mlx")
+    made["variants"] = []
+    for i in range(variants):
+        variant = copy.deepcopy(base) | {"name": f"variant-{i}", "label": f"Variant number {i}, with a long name"}
         iterations = list(range(0, 5 * points, 5))
-        way["series"] = [
+        variant["series"] = [
             {
                 "round": r,
                 "iter": iterations,
-                "iter_ms": (way["iter_ms"]["median"] * rng.lognormal(0, 0.02, points)).tolist(),
+                "iter_ms": (variant["iter_ms"]["median"] * rng.lognormal(0, 0.02, points)).tolist(),
                 "loss": (4.2 * np.exp(-np.arange(points) / 150) + 0.05 * rng.normal(size=points)).tolist(),
                 "seconds": np.linspace(0, 60 + i, points).tolist(),
             }
             for r in range(rounds)
         ]
-        way["rounds"] = [way["rounds"][0] | {"round": r} for r in range(rounds)]
-        way["ratio"] = {"value": 1 + 0.01 * i, "ci": [1, 1.2], "tie": i < 3, "pairs": [1.01] * rounds} if i else None
-        made["ways"].append(way)
-    made["verdict"] |= {"fastest": "way-0", "ties": []}
+        variant["rounds"] = [variant["rounds"][0] | {"round": r} for r in range(rounds)]
+        variant["ratio"] = (
+            {"value": 1 + 0.01 * i, "ci": [1, 1.2], "tie": i < 3, "pairs": [1.01] * rounds} if i else None
+        )
+        made["variants"].append(variant)
+    made["verdict"] |= {"fastest": "variant-0", "ties": []}
     return made
 
 
 def alone(comparison):
-    """One way and one round."""
+    """One variant and one round."""
     made = copy.deepcopy(comparison)
-    made["ways"] = [way for way in made["ways"] if way["name"] == "mlx"]
+    made["variants"] = [variant for variant in made["variants"] if variant["name"] == "mlx"]
     for key in ("rounds", "series", "evaluations"):
-        made["ways"][0][key] = made["ways"][0][key][:1]
-    made["ways"][0]["ratio"] = None
+        made["variants"][0][key] = made["variants"][0][key][:1]
+    made["variants"][0]["ratio"] = None
     return made | {"levers": None, "published": []}
 
 
 def sparse(comparison):
     """What an old version might have left: names and medians."""
-    ways = [{"name": way["name"], "iter_ms": {"median": get_median(way)}} for way in comparison["ways"]]
-    return {"ways": [*ways, {}]}
+    variants = [
+        {"name": variant["name"], "iter_ms": {"median": get_median(variant)}} for variant in comparison["variants"]
+    ]
+    return {"variants": [*variants, {}]}
 
 
-def get_median(way):
-    return (way.get("iter_ms") or {}).get("median")
+def get_median(variant):
+    return (variant.get("iter_ms") or {}).get("median")
 
 
 def with_levers(comparison):
@@ -75,8 +79,8 @@ def with_levers(comparison):
         {"name": n, "base": "mlx", "key": k, "value": v, "what": f"{k} {EVIL}", "ratio": r, "worth_percent": 9.0}
         for n, k, v, r in rows
     ]
-    made["ways"][0]["label"] = EVIL
-    made["ways"][0]["reason"] = EVIL
-    made["ways"][0]["fallbacks"] = {"findings": [{"op": EVIL, "count": 2, "phase": "backward"}]}
-    made["ways"][0]["compile_report"] = {"graph_breaks": 0, "launches": {EVIL: 3}}
+    made["variants"][0]["label"] = EVIL
+    made["variants"][0]["reason"] = EVIL
+    made["variants"][0]["fallbacks"] = {"findings": [{"op": EVIL, "count": 2, "phase": "backward"}]}
+    made["variants"][0]["compile_report"] = {"graph_breaks": 0, "launches": {EVIL: 3}}
     return made

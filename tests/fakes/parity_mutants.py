@@ -1,11 +1,11 @@
 """A child of the parity gate that plants faults: what tests pass as `check(child=...)`.
 
-The task's `wandb.name` says what to plant, so that ways that differ in it share one reference:
+The task's `wandb.name` says what to plant, so that variants that differ in it share one reference:
 
 - a name in MUTANTS: that source text is changed before the back end is made;
 - `op:NAME`: the simulated device's operator is off by 1.01;
 - `crash`, `hang`, `killed`, `raise`: this process ends so;
-- `all:a,b,...`: check the way once for each of these in this process; the result is {"mutants": {name: checks}}.
+- `all:a,b,...`: check the variant once for each of these in this process; the result is {"mutants": {name: checks}}.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def planted(what):
 
 
 def many(task, names):
-    """`check_way` once for each fault, in this process."""
+    """`check_variant` once for each fault, in this process."""
     from nanogpt_mac import simulator
     from nanogpt_mac.errors import InputError
     from nanogpt_mac.parity import check as parity_child
@@ -172,7 +172,7 @@ def many(task, names):
     for name in names:
         try:
             with planted(name):
-                found[name] = parity_child.check_way(config, Path(task["folder"]))["checks"]
+                found[name] = parity_child.check_variant(config, Path(task["folder"]))["checks"]
         except InputError as error:
             found[name] = str(error)
     Path(task["result"]).write_text(json.dumps({"mutants": found}))
@@ -184,7 +184,7 @@ def main():
     text = sys.stdin.read()
     task = json.loads(text)
     what = task["config"]["wandb"]["name"] or ""
-    if task["role"] == "way":
+    if task["role"] == "variant":
         if what == "crash":
             os.abort()
         if what == "killed":

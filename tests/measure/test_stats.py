@@ -93,9 +93,9 @@ def test_ratio_with_little_to_go_by():
     assert all(math.isfinite(bound) for bound in wild["ci"])
 
 
-def equal_ways_differ(ways, rounds, confidence, trials, seed=0):
-    """Share of comparisons of equal ways in which any is called different from the fastest, in numpy alone."""
-    logs = np.random.default_rng(seed).normal(0, 0.01, (trials, ways, rounds))
+def equal_variants_differ(variants, rounds, confidence, trials, seed=0):
+    """Share of comparisons of equal variants in which any is called different from the fastest, in numpy alone."""
+    logs = np.random.default_rng(seed).normal(0, 0.01, (trials, variants, rounds))
     fastest = logs.mean(2).argmin(1)
     difference = logs - logs[np.arange(trials), fastest][:, None]
     spread = difference.std(2, ddof=1) / math.sqrt(rounds)
@@ -103,12 +103,12 @@ def equal_ways_differ(ways, rounds, confidence, trials, seed=0):
     return (np.abs(difference.mean(2) / spread) > scipy_stats.t.ppf((1 + confidence) / 2, rounds - 1)).any(1).mean()
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4, 6, 12])
+@pytest.mark.parametrize("variants", [2, 3, 4, 6, 12])
 @pytest.mark.parametrize("rounds", [5, 8, 12])
-def test_equal_ways_are_called_different_in_five_percent_at_most(ways, rounds):
-    confidence = stats.confidence_for(ways)
+def test_equal_variants_are_called_different_in_five_percent_at_most(variants, rounds):
+    confidence = stats.confidence_for(variants)
     assert confidence >= 0.99
-    assert equal_ways_differ(ways, rounds, confidence, 20_000) < 0.05 + 0.003
+    assert equal_variants_differ(variants, rounds, confidence, 20_000) < 0.05 + 0.003
 
 
 def test_power_is_what_a_simulation_finds():
@@ -135,17 +135,17 @@ def test_rounds_needed_and_detectable_agree_with_power():
     assert stats.detectable(0.0, 8) == 0
 
 
-# -- A/A, and a way slowed by 3 % -------------------------------------------------------------------------------------
+# -- A/A, and a variant slowed by 3 % -------------------------------------------------------------------------------------
 
 
 def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
-    """Ways as collect.py makes them, of a machine that has moods and warms up by 4 % while the comparison runs.
+    """Variants as collect.py makes them, of a machine that has moods and warms up by 4 % while the comparison runs.
 
     `noise`: log standard deviation of a process; `bad`: share of processes that something else disturbs, by 5 % in
     the mean. Iterations have heavy tails, 1 % outliers and a drift of 1 % in each round.
     """
-    ways = [
-        {"name": f"way-{i}", "device": "cpu", "ranked": True, "parity": "pass", "rounds": []}
+    variants = [
+        {"name": f"variant-{i}", "device": "cpu", "ranked": True, "parity": "pass", "rounds": []}
         for i in range(len(factors))
     ]
     for r in range(rounds):
@@ -155,19 +155,19 @@ def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
             level = mood + heat + rng.normal(0, noise) + (rng.random() < bad) * rng.exponential(0.05)
             times = 100 * factors[i] * np.exp(level + 0.006 * rng.standard_t(3, iters) + np.linspace(0, 0.01, iters))
             times[rng.random(iters) < 0.01] *= 1.5
-            ways[i]["rounds"].append({"round": r, "median": float(np.median(times))})
-    for way in ways:
-        way["iter_ms"] = {"median": float(np.median([found["median"] for found in way["rounds"]]))}
-    return ways
+            variants[i]["rounds"].append({"round": r, "median": float(np.median(times))})
+    for variant in variants:
+        variant["iter_ms"] = {"median": float(np.median([found["median"] for found in variant["rounds"]]))}
+    return variants
 
 
-def called_slower(ways):
-    ranked, sure = verdict.rank(ways), verdict.confidence(ways)
-    others = [way for way in ways if way is not ranked[0]]
-    return {way["name"] for way in others if verdict.ratio(way, ranked[0], sure)["tie"] is False}
+def called_slower(variants):
+    ranked, sure = verdict.rank(variants), verdict.confidence(variants)
+    others = [variant for variant in variants if variant is not ranked[0]]
+    return {variant["name"] for variant in others if verdict.ratio(variant, ranked[0], sure)["tie"] is False}
 
 
-def test_twenty_comparisons_of_a_way_with_itself():
+def test_twenty_comparisons_of_a_variant_with_itself():
     """Fifty times twenty: at most one of twenty called different, in nearly every set."""
     rng = np.random.default_rng(11)
     different = [[bool(called_slower(simulate(rng, [1, 1], 8, 0.01))) for _ in range(20)] for _ in range(50)]
@@ -179,27 +179,29 @@ def test_twenty_comparisons_of_a_way_with_itself():
 @pytest.mark.parametrize(("rounds", "noise"), [(8, 0.005), (8, 0.01), (12, 0.0125)])
 def test_three_percent_are_found(rounds, noise):
     rng = np.random.default_rng(12)
-    found = [called_slower(simulate(rng, [1, 1.03], rounds, noise)) == {"way-1"} for _ in range(100)]
+    found = [called_slower(simulate(rng, [1, 1.03], rounds, noise)) == {"variant-1"} for _ in range(100)]
     assert np.mean(found) >= 0.9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ways", [2, 4])
+@pytest.mark.parametrize("variants", [2, 4])
 @pytest.mark.parametrize("rounds", [8, 12])
 @pytest.mark.parametrize("noise", [0.005, 0.01, 0.015])
 @pytest.mark.parametrize("bad", [0.0, 0.05])
-def test_power_and_false_alarms_under_realistic_noise(ways, rounds, noise, bad, record_property):
-    rng = np.random.default_rng([ways, rounds, int(1e4 * noise), int(100 * bad)])
+def test_power_and_false_alarms_under_realistic_noise(variants, rounds, noise, bad, record_property):
+    rng = np.random.default_rng([variants, rounds, int(1e4 * noise), int(100 * bad)])
     trials = 300
-    alarms = np.mean([bool(called_slower(simulate(rng, [1] * ways, rounds, noise, bad))) for _ in range(trials)])
-    slowed = [1.0] * (ways - 1) + [1.03]
+    alarms = np.mean([bool(called_slower(simulate(rng, [1] * variants, rounds, noise, bad))) for _ in range(trials)])
+    slowed = [1.0] * (variants - 1) + [1.03]
     found = np.mean(
-        [f"way-{ways - 1}" in called_slower(simulate(rng, slowed, rounds, noise, bad)) for _ in range(trials)]
+        [f"variant-{variants - 1}" in called_slower(simulate(rng, slowed, rounds, noise, bad)) for _ in range(trials)]
     )
     record_property("false alarms", alarms)
     record_property("3 % found", found)
-    print(f"{ways} ways, {rounds} rounds, noise {noise}, disturbed {bad}: alarms {alarms:.3f}, 3 % found {found:.3f}")
-    assert alarms <= (0.03 if ways == 2 else 0.09)  # 1 % and 5 %, and three standard errors
+    print(
+        f"{variants} variants, {rounds} rounds, noise {noise}, disturbed {bad}: alarms {alarms:.3f}, 3 % found {found:.3f}"
+    )
+    assert alarms <= (0.03 if variants == 2 else 0.09)  # 1 % and 5 %, and three standard errors
     if not bad:
         expected = stats.power(rounds, math.hypot(noise, 0.002))
         assert found >= min(expected, 0.99) - 0.08
@@ -280,14 +282,14 @@ def test_doubts_are_raised_where_there_is_reason():
 
 
 def test_pairs_decide_where_medians_mislead():
-    """The slower way ran in two cold rounds more: its median is lower, and every pair says that it is slower."""
+    """The slower variant ran in two cold rounds more: its median is lower, and every pair says that it is slower."""
     base = [100.0, 110, 121, 133, 146, 161, 177, 195]
     fast = {"name": "fast", "device": "cpu", "ranked": True, "parity": "pass", "iter_ms": {"median": np.median(base)}}
     fast["rounds"] = [{"round": r, "median": ms} for r, ms in enumerate(base)]
     slow = fast | {"name": "slow", "rounds": [{"round": r, "median": 1.02 * ms} for r, ms in enumerate(base[:6])]}
     slow["iter_ms"] = {"median": 1.02 * np.median(base[:6])}
     assert slow["iter_ms"]["median"] < fast["iter_ms"]["median"]
-    assert [way["name"] for way in verdict.rank([slow, fast])] == ["fast", "slow"]
+    assert [variant["name"] for variant in verdict.rank([slow, fast])] == ["fast", "slow"]
 
 
 def test_unstable_says_what_can_still_be_found():

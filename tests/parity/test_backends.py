@@ -1,17 +1,17 @@
-"""The one test that every way of computing the model must pass: the same numbers from the same weights and batches."""
+"""The one test that every variant of computing the model must pass: the same numbers from the same weights and batches."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from fakes.support import WAYS
+from fakes.support import VARIANTS
 
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.gpt.torch_gpt import GPT
 
-ways = pytest.mark.parametrize(("name", "compiled"), WAYS)
+variants = pytest.mark.parametrize(("name", "compiled"), VARIANTS)
 
 
 def float64(spec):
@@ -37,7 +37,7 @@ def batch(spec, tokens):
     return window[:, :-1], window[:, 1:]
 
 
-@ways
+@variants
 def test_logits_loss_and_gradients_are_those_of_float64(make, spec, batch, name, compiled):
     idx, targets = batch
     model, backend = float64(spec), make(name, compile=compiled)
@@ -54,7 +54,7 @@ def test_logits_loss_and_gradients_are_those_of_float64(make, spec, batch, name,
         assert np.linalg.norm(grads[parameter] - expected) < 1e-4 * np.linalg.norm(expected), parameter
 
 
-@ways
+@variants
 def test_no_token_sees_a_later_one(make, batch, name, compiled):
     idx, _ = batch
     backend = make(name, compile=compiled)
@@ -67,14 +67,14 @@ def test_no_token_sees_a_later_one(make, batch, name, compiled):
         assert (np.abs(after[:, t:] - before[:, t:]).max(axis=(0, 2)) > 1e-6).all()
 
 
-@ways
+@variants
 def test_a_hundred_iterations_end_at_the_same_loss(make, starts, name, compiled):
     """Clip, decay groups, bias correction, schedule and accumulation, against torch's own eager AdamW."""
     losses = {}
-    for way in (("cpu", False), (name, compiled)):
-        backend = make(way[0], compile=way[1])
+    for variant in (("cpu", False), (name, compiled)):
+        backend = make(variant[0], compile=variant[1])
         rates = [1e-3 * min(1, (i + 1) / 10) for i in range(100)]
-        losses[way] = [backend.wait(backend.step(starts(i, 2), lr))[0] for i, lr in enumerate(rates)]
+        losses[variant] = [backend.wait(backend.step(starts(i, 2), lr))[0] for i, lr in enumerate(rates)]
     ours, reference = losses[name, compiled], losses["cpu", False]
     assert reference[-1] < reference[0] - 1
     assert np.abs(np.array(ours) - reference).max() < 2e-3
@@ -92,7 +92,7 @@ def adamw_by_hand(weights, grads, lr, step, decay=0.1, betas=(0.9, 0.99)):
     return w
 
 
-@ways
+@variants
 @pytest.mark.parametrize("clip", [0.05, 0.0])
 def test_first_update_is_adamw_after_the_clip(make, spec, tokens, starts, name, compiled, clip):
     backend = make(name, compile=compiled, grad_clip=clip)
@@ -109,7 +109,7 @@ def test_first_update_is_adamw_after_the_clip(make, spec, tokens, starts, name, 
         assert np.linalg.norm(state.weights[parameter] - expected) < 1e-4 * np.linalg.norm(expected - start), parameter
 
 
-@ways
+@variants
 @pytest.mark.parametrize("gelu", ["exact", "tanh"])
 def test_twins_agree_with_biases_and_either_gelu(make, tokens, name, compiled, gelu):
     spec = GPTSpec(2, 4, 32, 16, 65, bias=True, gelu=gelu)
@@ -117,10 +117,10 @@ def test_twins_agree_with_biases_and_either_gelu(make, tokens, name, compiled, g
     weights = {n: (0.3 * rng.standard_normal(s)).astype(np.float32) for n, s in spec.shapes().items()}
     idx = tokens.windows("val", np.arange(3))[:, :-1]
     logits = {}
-    for way in (("cpu", False), (name, compiled)):
-        backend = make(way[0], compile=way[1], spec=spec)
+    for variant in (("cpu", False), (name, compiled)):
+        backend = make(variant[0], compile=variant[1], spec=spec)
         backend.load(weights)
-        logits[way] = backend.logits(idx)
+        logits[variant] = backend.logits(idx)
     np.testing.assert_allclose(logits[name, compiled], logits["cpu", False], atol=1e-4, rtol=1e-4)
 
 
@@ -132,7 +132,7 @@ RECIPES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-@ways
+@variants
 def test_parity_at_full_size(make, name, compiled, recipe):
     """The figures of the README: run with -s to read them."""
     spec, batch = RECIPES[recipe]

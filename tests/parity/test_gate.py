@@ -1,4 +1,4 @@
-"""The parity gate: its reference against transformers and torch.optim, clean ways pass, planted faults are caught."""
+"""The parity gate: its reference against transformers and torch.optim, clean variants pass, planted faults are caught."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from nanogpt_mac.gpt.pretrained import TRANSPOSED
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.parity import gate as parity
 from nanogpt_mac.parity import reference, tolerances
-from nanogpt_mac.parity.check import LOSS_SCALE, check_way, config_from_json, drawn_weights, make_reference
+from nanogpt_mac.parity.check import LOSS_SCALE, check_variant, config_from_json, drawn_weights, make_reference
 from nanogpt_mac.simulator import VARIABLE
 
 pytestmark = pytest.mark.xdist_group("parity")  # what its fixtures make is dear: one worker makes it
@@ -36,7 +36,7 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture
-def way(text):
+def variant(text):
     def build(*overrides, plant=None):
         corpus = ("data=text", f"data.path={text}", f"data.dir={text.parent / 'data'}")
         config = compose(["experiment=smoke", *corpus, "compile=false", *overrides])
@@ -113,26 +113,26 @@ def test_the_references_steps_are_torchs_adamw(clip):
 # -- the gate ---------------------------------------------------------------------------------------------------------
 
 
-def test_ways_pass_fail_or_end_each_as_a_row(way, tmp_path):
-    """One comparison: a clean way, a wrong one, and one for each way to break; one reference for all."""
+def test_variants_pass_fail_or_end_each_as_a_row(variant, tmp_path):
+    """One comparison: a clean variant, a wrong one, and one for each variant to break; one reference for all."""
     configs = {
-        "mlx": way("backend=mlx", "compile=true"),
-        "wrong": way("backend=mlx", plant="mlx: AdamW eps 1e-6"),
-        **{name: way("backend=cpu", plant=name) for name in ("crash", "killed", "raise")},
+        "mlx": variant("backend=mlx", "compile=true"),
+        "wrong": variant("backend=mlx", plant="mlx: AdamW eps 1e-6"),
+        **{name: variant("backend=cpu", plant=name) for name in ("crash", "killed", "raise")},
     }
     found = parity.check(configs, tmp_path / "new", child=PLANTING)
     assert found == json.loads((tmp_path / "new" / "parity.json").read_text())
-    ways = found["ways"]
-    states = {name: checked["state"] for name, checked in ways.items()}
+    variants = found["variants"]
+    states = {name: checked["state"] for name, checked in variants.items()}
     expected = {"mlx": "pass", "wrong": "fail", **dict.fromkeys(("crash", "killed", "raise"), "error")}
-    assert states == expected, {name: checked["reason"] for name, checked in ways.items()}
-    assert ways["wrong"]["reason"].startswith("update rule: transformer.h.")
-    assert "allowed is 0.0002, and" in ways["wrong"]["reason"]
-    assert ways["crash"]["reason"] == "killed by SIGABRT"
-    assert ways["killed"]["reason"] == "killed by SIGKILL: out of memory?"
-    assert ways["raise"]["reason"].startswith("exit code 1: ")
+    assert states == expected, {name: checked["reason"] for name, checked in variants.items()}
+    assert variants["wrong"]["reason"].startswith("update rule: transformer.h.")
+    assert "allowed is 0.0002, and" in variants["wrong"]["reason"]
+    assert variants["crash"]["reason"] == "killed by SIGABRT"
+    assert variants["killed"]["reason"] == "killed by SIGKILL: out of memory?"
+    assert variants["raise"]["reason"].startswith("exit code 1: ")
     quantities = list(tolerances.limits("float32", "highest"))
-    assert [c["quantity"] for c in ways["mlx"]["checks"]] == quantities
+    assert [c["quantity"] for c in variants["mlx"]["checks"]] == quantities
     assert [t["quantity"] for t in found["tolerances"]] == quantities
     assert found["shape"]["full"] == {"batch": 4, "block_size": 32, "accumulation": 1}
     kept = {p.name for p in (tmp_path / "new").iterdir()}  # no reference, and logs of what ended badly alone
@@ -144,20 +144,20 @@ def test_ways_pass_fail_or_end_each_as_a_row(way, tmp_path):
 
 
 @pytest.mark.parametrize("cores", [2, 8])
-def test_back_ends_are_checked_side_by_side_where_there_are_cores(way, tmp_path, monkeypatch, cores):
+def test_back_ends_are_checked_side_by_side_where_there_are_cores(variant, tmp_path, monkeypatch, cores):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     program = "import json, sys, time; task = json.load(sys.stdin); begun = time.time(); time.sleep(0.3)"
     program += "; json.dump({'shape': None, 'span': [begun, time.time()]}, open(task['result'], 'w'))"
     spans = {}
     monkeypatch.setattr(parity, "_ended", lambda result: spans.update({len(spans): result["span"]}))
-    configs = {name: way(f"backend={name.split('-')[0]}") for name in ("mlx", "mlx-eager", "cpu")}
+    configs = {name: variant(f"backend={name.split('-')[0]}") for name in ("mlx", "mlx-eager", "cpu")}
     parity.check(configs, tmp_path, child=(sys.executable, "-c", program))
     mlx, eager, cpu = spans.values()
     assert mlx[1] <= eager[0]
     assert (cpu[0] < mlx[1]) == (cores == 8)
 
 
-def test_a_gate_that_is_stopped_leaves_no_process(way, tmp_path, monkeypatch):
+def test_a_gate_that_is_stopped_leaves_no_process(variant, tmp_path, monkeypatch):
     started = []
     popen = subprocess.Popen
 
@@ -168,28 +168,28 @@ def test_a_gate_that_is_stopped_leaves_no_process(way, tmp_path, monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", stopping)
-    job = ("a", task(way(), tmp_path), tmp_path / "a.log")
+    job = ("a", task(variant(), tmp_path), tmp_path / "a.log")
     with pytest.raises(KeyboardInterrupt):
         parity._run_all((sys.executable, "-c", "import time; time.sleep(60)"), [[job]] * 3, 60.0)
     assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
 
 
-def test_a_hang_ends_and_a_reference_that_cannot_be_made_says_why(way, tmp_path):
-    hung = parity._run(PLANTING, task(way(plant="hang"), tmp_path), 3.0, tmp_path / "log")
+def test_a_hang_ends_and_a_reference_that_cannot_be_made_says_why(variant, tmp_path):
+    hung = parity._run(PLANTING, task(variant(plant="hang"), tmp_path), 3.0, tmp_path / "log")
     assert hung["error"] == "no answer within 3 s"
-    missing = dataclasses.replace(way("backend=cpu"), init_from=str(tmp_path / "no.pt"))
+    missing = dataclasses.replace(variant("backend=cpu"), init_from=str(tmp_path / "no.pt"))
     found = parity.check({"cpu": missing}, tmp_path)
-    assert found["ways"]["cpu"]["state"] == "error"
-    assert found["ways"]["cpu"]["reason"].startswith(f"no reference: init_from={tmp_path / 'no.pt'}: no such file")
+    assert found["variants"]["cpu"]["state"] == "error"
+    assert found["variants"]["cpu"]["reason"].startswith(f"no reference: init_from={tmp_path / 'no.pt'}: no such file")
 
 
-def task(config, folder, role="way"):
+def task(config, folder, role="variant"):
     return {"role": role, "config": dataclasses.asdict(config), "folder": str(folder)}
 
 
 def mutants(config, folder, names, **environment):
     """The checks of each planted fault: one reference, unless `folder` has it, and one child for all."""
-    result, roles = folder / "result.json", [("reference", ""), ("way", "all:" + ",".join(names))]
+    result, roles = folder / "result.json", [("reference", ""), ("variant", "all:" + ",".join(names))]
     for role, plant in roles[folder.exists() :]:
         folder.mkdir(exist_ok=True)
         config.wandb.name = plant
@@ -205,14 +205,14 @@ def caught(checks):
 
 
 def survivors(found):
-    """Names of planted faults that nothing noticed; the clean way must pass."""
+    """Names of planted faults that nothing noticed; the clean variant must pass."""
     assert caught(found.pop("clean")) == []
     alive = {name for name, checks in found.items() if not caught(checks)}
     print(f"\n{len(found) - len(alive)} of {len(found)} caught; not: {sorted(alive)}")
     return alive
 
 
-def test_faults_of_torch_and_mlx_are_caught(way, tmp_path):
+def test_faults_of_torch_and_mlx_are_caught(variant, tmp_path):
     """A few of the table, those that are hardest to see; the whole table is below."""
     for backend, names in {
         "cpu": [
@@ -227,21 +227,21 @@ def test_faults_of_torch_and_mlx_are_caught(way, tmp_path):
         "mlx": ["no causal mask with dropout", "always scaled to the clip", "update 0.1 % off", "no decay"],
     }.items():
         planted = [f"{'torch' if backend == 'cpu' else backend}: {name}" for name in names]
-        config = way(f"backend={backend}", "model.dropout=0.1", "batch_size=2")
+        config = variant(f"backend={backend}", "model.dropout=0.1", "batch_size=2")
         assert survivors(mutants(config, tmp_path / "x", ["clean", *planted])) == set()
 
 
 @pytest.mark.parametrize("block_size", [1, 2])
-def test_the_shortest_windows_pass(way, tmp_path, block_size):
-    config = way("backend=cpu", f"model.block_size={block_size}", "model.n_layer=1")
+def test_the_shortest_windows_pass(variant, tmp_path, block_size):
+    config = variant("backend=cpu", f"model.block_size={block_size}", "model.n_layer=1")
     make_reference(config, tmp_path)
-    checks = check_way(config, tmp_path)["checks"]
+    checks = check_variant(config, tmp_path)["checks"]
     assert [c["quantity"] for c in checks if not c["pass"]] == []
     assert ("causality" in [c["quantity"] for c in checks]) == (block_size > 1)
 
 
-def test_config_survives_the_way_to_a_child(way):
-    config = way("model.bias=true", "data.val_fraction=0.2")
+def test_config_survives_the_variant_to_a_child(variant):
+    config = variant("model.bias=true", "data.val_fraction=0.2")
     assert config_from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
@@ -279,17 +279,17 @@ COMPILED = ["mm", "bmm", "_fused_adamw_", "linalg_vector_norm"]
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("backend", ["cpu", "mlx"])
-def test_every_fault_of_torch_and_mlx_is_caught(way, tmp_path, backend, dtype):
+def test_every_fault_of_torch_and_mlx_is_caught(variant, tmp_path, backend, dtype):
     names = [name for name in MUTANTS if name.startswith("torch:" if backend == "cpu" else "mlx:")]
-    config = way(f"backend={backend}", f"dtype={dtype}", "model.dropout=0.1", "model.bias=true")
+    config = variant(f"backend={backend}", f"dtype={dtype}", "model.dropout=0.1", "model.bias=true")
     assert survivors(mutants(config, tmp_path / "x", ["clean", *names])) <= BENEATH[dtype]
 
 
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_operator_that_is_1_percent_off_is_caught(way, tmp_path, dtype):
-    config = way("backend=mps", f"dtype={dtype}", "model.bias=true")
+def test_every_operator_that_is_1_percent_off_is_caught(variant, tmp_path, dtype):
+    config = variant("backend=mps", f"dtype={dtype}", "model.bias=true")
     names = [f"op:{name}" for name in OPERATORS]
     alive = survivors(mutants(config, tmp_path / "x", ["clean", *names], **{VARIABLE: "1"}))
     # bfloat16: an operator of evaluation alone, whose 1 % is less than its logits' rounding.
@@ -300,21 +300,21 @@ def test_every_operator_that_is_1_percent_off_is_caught(way, tmp_path, dtype):
 
 @linux
 @pytest.mark.slow
-def test_operators_of_the_unfused_adamw_are_caught(way, tmp_path):
-    config = way("backend=mps", "backend.fused_adamw=false")
+def test_operators_of_the_unfused_adamw_are_caught(variant, tmp_path):
+    config = variant("backend=mps", "backend.fused_adamw=false")
     names = [f"op:{name}" for name in UNFUSED]
     assert survivors(mutants(config, tmp_path / "x", ["clean", *names], **{VARIABLE: "1"})) == set()
 
 
 @linux
 @pytest.mark.slow
-def test_operators_in_compiled_code_are_caught(way, tmp_path):
+def test_operators_in_compiled_code_are_caught(variant, tmp_path):
     """Only what Inductor leaves to operators can be planted.
 
     torch 2.13's Inductor adds each position's gradient once for every row of a batch above 8 (an atomic add that all
     threads of a reduction make): case odd shows it unplanted. Case full, 4 rows, is sound.
     """
-    config = way("backend=mps", "compile=true")
+    config = variant("backend=mps", "compile=true")
     found = mutants(config, tmp_path / "x", ["clean", *(f"op:{name}" for name in COMPILED)], **{VARIABLE: "1"})
     clean = {c["quantity"]: c for c in found.pop("clean") if not c["pass"]}
     assert not clean or clean["gradients"]["worst"] == "transformer.wpe.weight (odd)"

@@ -35,10 +35,12 @@ def against_time(comparison: Any) -> Chart | None:
     )  # fmt: skip
 
 
-def _line(way: dict[str, Any], key: str) -> tuple[Any, Any, Any, Any] | None:
-    """x and loss of the way's longest round, and x and validation loss of that round's evaluations."""
+def _line(variant: dict[str, Any], key: str) -> tuple[Any, Any, Any, Any] | None:
+    """x and loss of the variant's longest round, and x and validation loss of that round's evaluations."""
     rounds = [
-        part for part in dicts(way.get("series")) if all(isinstance(part.get(k), list) for k in (key, "loss", "iter"))
+        part
+        for part in dicts(variant.get("series"))
+        if all(isinstance(part.get(k), list) for k in (key, "loss", "iter"))
     ]
     if not rounds:
         return None
@@ -53,7 +55,7 @@ def _line(way: dict[str, Any], key: str) -> tuple[Any, Any, Any, Any] | None:
     x, y, iterations = (np.array(column) for column in zip(*triples, strict=True))
     found = [  # the first evaluation is before the first iteration, at 0
         (float(np.interp(i, [0, *iterations], [0, *x])), v)
-        for e in dicts(way.get("evaluations"))
+        for e in dicts(variant.get("evaluations"))
         if e.get("round") in (chosen.get("round"), None)
         and (i := num(e.get("iter"))) is not None
         and (v := num(e.get("val_loss"))) is not None
@@ -66,29 +68,29 @@ def _line(way: dict[str, Any], key: str) -> tuple[Any, Any, Any, Any] | None:
 def _chart(
     comparison: Any, key: str, unit: str, identifier: str, title: str, words: Any
 ) -> Chart | None:  # fmt: skip
-    lines = [(way, line) for way in shown(comparison) if (line := _line(way, key)) is not None]
+    lines = [(variant, line) for variant in shown(comparison) if (line := _line(variant, key)) is not None]
     if not lines:
         return None
     figure, axes = svg.figure(270)
     axes.grid()
     rows, legend = [], []
-    for number, (way, (x, y, at, validation)) in enumerate(lines):
-        colour = "wrong" if state(way) == "wrong" else f"s{number % 7 + 1}"
+    for number, (variant, (x, y, at, validation)) in enumerate(lines):
+        colour = "wrong" if state(variant) == "wrong" else f"s{number % 7 + 1}"
         dash, marker = _DASHES[number % len(_DASHES)], _MARKERS[number // len(_DASHES) % len(_MARKERS)]
         (drawn,) = axes.plot(x, y, color=COLOURS[colour], linewidth=1.3)
         if dash:
             drawn.set_dashes([float(part) / 1.3 for part in dash.split()])
         axes.plot(at, validation, marker, color=COLOURS[colour], markersize=4.5, markeredgecolor=COLOURS["page"],
                   markeredgewidth=0.6)  # fmt: skip
-        legend.append((label(way), _swatch(colour, dash, marker if len(at) else "")))
+        legend.append((label(variant), _swatch(colour, dash, marker if len(at) else "")))
         middle = len(x) // 2
         rows.append(
             Row(
                 [
-                    label(way), loss(float(y[0])), words(float(x[middle])), loss(float(y[middle])), words(float(x[-1])),
+                    label(variant), loss(float(y[0])), words(float(x[middle])), loss(float(y[middle])), words(float(x[-1])),
                     loss(float(y[-1])), loss(float(validation[-1])) if len(validation) else DASH,
                 ],
-                "wrong" if state(way) == "wrong" else "",
+                "wrong" if state(variant) == "wrong" else "",
             )
         )  # fmt: skip
     axes.set_xlabel(unit)
@@ -98,7 +100,7 @@ def _chart(
         f"{row.cells[0]}: from {row.cells[1]} to {row.cells[5]} after {row.cells[4]} {unit.split()[0]}" for row in rows
     )
     columns = [
-        "way",
+        "variant",
         "first loss",
         f"{unit.split()[0]}, midway",
         "loss",

@@ -14,8 +14,8 @@ from nanogpt_mac.report.svg import COLOURS
 from nanogpt_mac.report.table import Row, Table
 from nanogpt_mac.report.words import get, label, num, state
 
-_LABEL = 30  # characters of a way's label that fit a chart
-_ROW_PT = 38  # a way's label and its bar
+_LABEL = 30  # characters of a variant's label that fit a chart
+_ROW_PT = 38  # a variant's label and its bar
 BAR = 0.1  # how far under its row's middle a bar or dot is drawn
 
 
@@ -31,12 +31,12 @@ class Chart:
     legend: list[tuple[str, str]] = field(default_factory=list)
 
 
-def short(way: Any) -> str:
-    """A label that fits; what is to be said against the way is never cut off."""
-    whole = label(way)
+def short(variant: Any) -> str:
+    """A label that fits; what is to be said against the variant is never cut off."""
+    whole = label(variant)
     if len(whole) <= _LABEL:
         return whole
-    name, _, said = whole.rpartition(" (") if state(way) != "ok" else (whole, "", "")
+    name, _, said = whole.rpartition(" (") if state(variant) != "ok" else (whole, "", "")
     kept = _LABEL - (len(said) + 2 if said else 0)
     return f"{name[: kept - 1]}…" + (f" ({said}" if said else "") if len(name) > kept else whole
 
@@ -62,13 +62,13 @@ def at_right(axes: Any, row: int, words: str, colour: str = "ink") -> None:
     axes.text(1, row - 0.22, words, transform=where, ha="right", va="bottom", color=COLOURS[colour], in_layout=False)
 
 
-def colour_of(way: dict[str, Any], comparison: Any) -> str:
+def colour_of(variant: dict[str, Any], comparison: Any) -> str:
     """The colour's name: one accent, for the fastest."""
-    return {"fastest": "accent", "wrong": "wrong"}.get(mark(way, comparison), "bar")
+    return {"fastest": "accent", "wrong": "wrong"}.get(mark(variant, comparison), "bar")
 
 
 def bar(axes: Any, row: int, value: float, words: str, colour: str) -> None:
-    """A bar with words at its end; one of a wrong way is hollow."""
+    """A bar with words at its end; one of a wrong variant is hollow."""
     fill = "none" if colour == "wrong" else COLOURS[colour]
     axes.barh(row + BAR, value, 0.36, color=fill, edgecolor=COLOURS[colour], linewidth=1)
     axes.annotate(words, (value, row + BAR), (4, 0), textcoords="offset points", va="center", in_layout=False)
@@ -82,28 +82,28 @@ def bar_chart(
     words: Callable[[Any], str],
     scale: float = 1.0,
 ) -> Callable[[Any], Chart | None]:
-    """What makes a chart of one figure a way: `value` of a way times `scale` is the bar, `words` stand at its end."""
+    """What makes a chart of one figure a variant: `value` of a variant times `scale` is the bar, `words` stand at its end."""
 
     def chart(comparison: Any) -> Chart | None:
-        ways = [way for way in shown(comparison) if value(way) is not None]
-        if not ways:
+        variants = [variant for variant in shown(comparison) if value(variant) is not None]
+        if not variants:
             return None
-        figure, axes = rows_axes([short(way) for way in ways])
-        values = [(value(way) or 0.0) * scale for way in ways]
-        for i, (way, long) in enumerate(zip(ways, values, strict=True)):
-            bar(axes, i, long, words(way), colour_of(way, comparison))
+        figure, axes = rows_axes([short(variant) for variant in variants])
+        values = [(value(variant) or 0.0) * scale for variant in variants]
+        for i, (variant, long) in enumerate(zip(variants, values, strict=True)):
+            bar(axes, i, long, words(variant), colour_of(variant, comparison))
         axes.set_xlim(0, max(values) * 1.32 or 1)
         axes.set_xlabel(unit)
-        rows = [Row([label(way), words(way)]) for way in ways]
+        rows = [Row([label(variant), words(variant)]) for variant in variants]
         description = "Bars. " + "; ".join(": ".join(row.cells) for row in rows) + "."
         drawn = svg.inline(figure, identifier, title, description)
-        return Chart(identifier, title, description, drawn, Table(title, ["way", unit], rows))
+        return Chart(identifier, title, description, drawn, Table(title, ["variant", unit], rows))
 
     return chart
 
 
 def shown(comparison: Any) -> list[dict[str, Any]]:
-    return [way for way in plain(comparison) if (num(get(way, "iter_ms", "median")) or 0) > 0]
+    return [variant for variant in plain(comparison) if (num(get(variant, "iter_ms", "median")) or 0) > 0]
 
 
 def log_x(axes: Any) -> None:

@@ -25,47 +25,53 @@ from nanogpt_mac.report.words import DASH, dicts, get, interval, label, ms, num,
 
 
 def ratios(comparison: Any) -> Chart | None:
-    ways = [way for way in shown(comparison) if num(get(way, "ratio", "value")) or mark(way, comparison) == "fastest"]
-    if len(ways) < 2:
+    variants = [
+        variant
+        for variant in shown(comparison)
+        if num(get(variant, "ratio", "value")) or mark(variant, comparison) == "fastest"
+    ]
+    if len(variants) < 2:
         return None
-    fastest = next((label(way) for way in ways if mark(way, comparison) == "fastest"), "the fastest")
+    fastest = next((label(variant) for variant in variants if mark(variant, comparison) == "fastest"), "the fastest")
     title = f"Times as long as {fastest}"
-    figure, axes = rows_axes([short(way) for way in ways])
+    figure, axes = rows_axes([short(variant) for variant in variants])
     axes.axvline(1, color=COLOURS["accent"], linewidth=1.2)
     rows, drawn = [], [1.0]
-    for i, way in enumerate(ways):
-        value, bounds = num(get(way, "ratio", "value")) or 1.0, nums(get(way, "ratio", "ci"), 2)
-        pairs = get(way, "ratio", "pairs")
+    for i, variant in enumerate(variants):
+        value, bounds = num(get(variant, "ratio", "value")) or 1.0, nums(get(variant, "ratio", "ci"), 2)
+        pairs = get(variant, "ratio", "pairs")
         pairs = [v for v in map(num, pairs) if v] if isinstance(pairs, list) else []
-        colour = {"fastest": "accent", "wrong": "wrong"}.get(mark(way, comparison), "ink")
+        colour = {"fastest": "accent", "wrong": "wrong"}.get(mark(variant, comparison), "ink")
         axes.plot(pairs, [i + BAR] * len(pairs), "|", color=COLOURS["muted"], markersize=9)
         if bounds:
             axes.plot(bounds, [i + BAR] * 2, color=COLOURS[colour], linewidth=2.2, solid_capstyle="butt")
         axes.plot(value, i + BAR, "o", color=COLOURS[colour], markersize=5.5)
         drawn += [value, *pairs, *(bounds or [])]
         said = (
-            "1" if mark(way, comparison) == "fastest" else ratio(value) + (" tie" if get(way, "ratio", "tie") else "")
+            "1"
+            if mark(variant, comparison) == "fastest"
+            else ratio(value) + (" tie" if get(variant, "ratio", "tie") else "")
         )
         at_right(axes, i, said)
-        rows.append(Row([label(way), said, interval(bounds, ratio), ", ".join(map(ratio, pairs)) or DASH]))
+        rows.append(Row([label(variant), said, interval(bounds, ratio), ", ".join(map(ratio, pairs)) or DASH]))
     if max(drawn) > 3 and min(drawn) > 0:
         log_x(axes)
     else:
         few_ticks(axes)
     axes.set_xlabel("dot and interval; thin ticks are single rounds")
     description = "Dots with intervals. " + "; ".join(f"{r.cells[0]}: {r.cells[1]} {r.cells[2]}" for r in rows) + "."
-    table = Table(title, ["way", "ratio", "interval", "by round"], rows)
+    table = Table(title, ["variant", "ratio", "interval", "by round"], rows)
     return Chart("chart-ratio", title, description, svg.inline(figure, "chart-ratio", title, description), table)
 
 
 # -- iteration times ---------------------------------------------------------------------------------------------------
 
 
-def _relative(way: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Per round, (round, iteration times over the way's median less 1)."""
-    median = num(get(way, "iter_ms", "median"))
+def _relative(variant: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Per round, (round, iteration times over the variant's median less 1)."""
+    median = num(get(variant, "iter_ms", "median"))
     found: list[tuple[Any, Any]] = []
-    for part in dicts(way.get("series")):
+    for part in dicts(variant.get("series")):
         values = [v for v in map(num, part.get("iter_ms") or []) if v] if isinstance(part.get("iter_ms"), list) else []
         if values and median:
             found.append((text(part.get("round")), np.array(values) / median - 1))
@@ -79,30 +85,30 @@ def _band(values: Any) -> tuple[float, float]:
 
 
 def over_time(comparison: Any) -> Chart | None:
-    known = {id(way): _relative(way) for way in shown(comparison)}
-    ways = [way for way in shown(comparison) if known[id(way)]]
-    if not ways:
+    known = {id(variant): _relative(variant) for variant in shown(comparison)}
+    variants = [variant for variant in shown(comparison) if known[id(variant)]]
+    if not variants:
         return None
-    low, high = _band(np.concatenate([values for way in ways for _, values in known[id(way)]]))
-    numbers = list(dict.fromkeys(number for way in ways for number, _ in known[id(way)]))
+    low, high = _band(np.concatenate([values for variant in variants for _, values in known[id(variant)]]))
+    numbers = list(dict.fromkeys(number for variant in variants for number, _ in known[id(variant)]))
     rounds = len(numbers)
     most = max(12, 240 // rounds)
-    figure, axes = rows_axes([short(way) for way in ways], 50)
+    figure, axes = rows_axes([short(variant) for variant in variants], 50)
     axes.grid(visible=False)
     rows = []
-    for i, way in enumerate(ways):
-        colour = COLOURS[colour_of(way, comparison)]
+    for i, variant in enumerate(variants):
+        colour = COLOURS[colour_of(variant, comparison)]
         axes.plot([0, rounds], [_height(0, low, high, i)] * 2, color=COLOURS["rule"], linewidth=0.8)
-        for number, values in known[id(way)]:
+        for number, values in known[id(variant)]:
             r = numbers.index(number)
             x, y, slowest = _stretches(values, most)
             axes.plot(r + 0.03 + 0.94 * x, _height(y, low, high, i), color=colour, linewidth=0.9)
             outside = slowest > high
             axes.plot(r + 0.03 + 0.94 * x[outside], np.full(outside.sum(), _height(high, low, high, i)), "^",
                       color=COLOURS["ink"], markersize=3)  # fmt: skip
-        medians = ", ".join(f"{100 * float(np.median(values)):+.1f} %" for _, values in known[id(way)])
-        worst = max(float(values.max()) for _, values in known[id(way)])
-        rows.append(Row([label(way), medians, f"{100 * worst:+.0f} %"], ""))
+        medians = ", ".join(f"{100 * float(np.median(values)):+.1f} %" for _, values in known[id(variant)])
+        worst = max(float(values.max()) for _, values in known[id(variant)])
+        rows.append(Row([label(variant), medians, f"{100 * worst:+.0f} %"], ""))
     for r in range(1, rounds):
         axes.axvline(r, color=COLOURS["rule"], linewidth=0.8)
     axes.set_xlim(0, rounds)
@@ -111,10 +117,10 @@ def over_time(comparison: Any) -> Chart | None:
     axes.set_xlabel("round" if rounds > 1 else "one round, from its first to its last iteration")
     title = "Iteration time as the runs went on"
     description = (
-        f"One band a way, each from {100 * low:+.0f} % to {100 * high:+.0f} % of the way's own median. Lines: medians "
+        f"One band a variant, each from {100 * low:+.0f} % to {100 * high:+.0f} % of the variant's own median. Lines: medians "
         "of short stretches; triangles: iterations beyond the band."
     )
-    table = Table(title, ["way", "median of each round against the way's own", "slowest iteration"], rows)
+    table = Table(title, ["variant", "median of each round against the variant's own", "slowest iteration"], rows)
     return Chart("chart-series", title, description, svg.inline(figure, "chart-series", title, description), table)
 
 
@@ -131,44 +137,44 @@ def _stretches(values: Any, most: int) -> tuple[Any, Any, Any]:
 
 
 def distribution(comparison: Any) -> Chart | None:
-    found = [(way, values) for way in shown(comparison) if (values := _values(way)) is not None]
+    found = [(variant, values) for variant in shown(comparison) if (values := _values(variant)) is not None]
     if not found:
         return None
     low, high = _band(np.concatenate([values for _, values in found]))
     edges = np.linspace(low, high, 61)
-    figure, axes = rows_axes([short(way) for way, _ in found], 50)
+    figure, axes = rows_axes([short(variant) for variant, _ in found], 50)
     rows = []
-    for i, (way, values) in enumerate(found):
+    for i, (variant, values) in enumerate(found):
         counts, _ = np.histogram(values, edges)
-        wrong, top = state(way) == "wrong", max(int(counts.max()), 1)
+        wrong, top = state(variant) == "wrong", max(int(counts.max()), 1)
         axes.stairs(i + 0.38 - 0.54 * counts / top, edges, baseline=i + 0.38, fill=not wrong, linewidth=1,
-                    color=COLOURS[colour_of(way, comparison)])  # fmt: skip
+                    color=COLOURS[colour_of(variant, comparison)])  # fmt: skip
         beyond = float((values > high).mean())
         if beyond:
             at_right(axes, i, f"{percent(beyond)} slower ▸", "muted")
-        quantiles = [ms(get(way, "iter_ms", key)) for key in ("p10", "median", "p90", "max")]
-        rows.append(Row([label(way), *quantiles, percent(beyond)]))
+        quantiles = [ms(get(variant, "iter_ms", key)) for key in ("p10", "median", "p90", "max")]
+        rows.append(Row([label(variant), *quantiles, percent(beyond)]))
     axes.axvline(0, color=COLOURS["rule"], linewidth=1)
     axes.set_xlim(low, high)
     few_ticks(axes)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g} %" if abs(value) > 1e-9 else "median")
-    axes.set_xlabel("difference from the way's own median")
+    axes.set_xlabel("difference from the variant's own median")
     title = "Distribution of iteration times"
-    description = "Histograms, one a way, each against the way's own median. " + "; ".join(
+    description = "Histograms, one a variant, each against the variant's own median. " + "; ".join(
         f"{r.cells[0]}: 10th percentile {r.cells[1]} ms, 90th {r.cells[3]} ms" for r in rows
     )
-    table = Table(title, ["way", "p10", "median", "p90", "max", "beyond the chart"], rows)
+    table = Table(title, ["variant", "p10", "median", "p90", "max", "beyond the chart"], rows)
     return Chart("chart-spread", title, description, svg.inline(figure, "chart-spread", title, description), table)
 
 
-def _values(way: dict[str, Any]) -> Any:
-    """Iteration times over the way's median less 1: of the series, or the middles of the histogram's bins."""
-    series = [values for _, values in _relative(way)]
+def _values(variant: dict[str, Any]) -> Any:
+    """Iteration times over the variant's median less 1: of the series, or the middles of the histogram's bins."""
+    series = [values for _, values in _relative(variant)]
     if series:
         return np.concatenate(series)
-    counts, median = get(way, "histogram", "counts"), num(get(way, "iter_ms", "median"))
+    counts, median = get(variant, "histogram", "counts"), num(get(variant, "iter_ms", "median"))
     counts = nums(counts, len(counts)) if isinstance(counts, list) else None
-    edges = nums(get(way, "histogram", "edges"), len(counts) + 1) if counts else None
+    edges = nums(get(variant, "histogram", "edges"), len(counts) + 1) if counts else None
     if not counts or not edges or not median or sum(counts) <= 0:
         return None
     middles = (np.array(edges[1:]) + np.array(edges[:-1])) / 2

@@ -75,50 +75,56 @@ _MFU = (
 
 
 def _mfu(comparison: Any) -> Chart | None:
-    ways = [way for way in shown(comparison) if any(num(way.get(key)) is not None for key, *_ in _MFU)]
-    if not ways:
+    variants = [variant for variant in shown(comparison) if any(num(variant.get(key)) is not None for key, *_ in _MFU)]
+    if not variants:
         return None
-    shares = [share for way in ways for key, *_ in _MFU if (share := num(way.get(key))) is not None]
-    figure, axes = rows_axes([short(way) for way in ways])
+    shares = [share for variant in variants for key, *_ in _MFU if (share := num(variant.get(key))) is not None]
+    figure, axes = rows_axes([short(variant) for variant in variants])
     rows = []
-    for i, way in enumerate(ways):
+    for i, variant in enumerate(variants):
         axes.plot([0, 100], [i + BAR] * 2, color=COLOURS["rule"], linewidth=1)
         values = []
         for key, _, marker, _ in _MFU:
-            share = num(way.get(key))
+            share = num(variant.get(key))
             values.append(percent(share))
             if share is not None:
-                colour = COLOURS["wrong"] if state(way) == "wrong" else COLOURS["accent" if marker == "o" else "ink"]
+                colour = (
+                    COLOURS["wrong"] if state(variant) == "wrong" else COLOURS["accent" if marker == "o" else "ink"]
+                )
                 axes.plot(100 * share, i + BAR, marker, color=colour, markersize=6.5, clip_on=False)
         said = " · ".join(value for value in values if value != DASH)
         at_right(axes, i, said)
-        rows.append(Row([label(way), *values]))
+        rows.append(Row([label(variant), *values]))
     axes.set_xlim(0, 105 * max(shares) if max(shares) > 1 else 100)  # a disputed peak may be too low
     axes.set_xlabel("% of the peak")
     title = "Model FLOPs utilisation"
-    table = Table(title, ["way", *(name for _, name, _, _ in _MFU)], rows)
+    table = Table(title, ["variant", *(name for _, name, _, _ in _MFU)], rows)
     description = "Dots from 0 to 100 %. " + "; ".join(
         f"{r.cells[0]}: {r.cells[1]} of this chip's peak, {r.cells[2]} of the best matmul measured here" for r in rows
     )
-    legend = [_key(shape, name) for key, name, _, shape in _MFU if any(num(way.get(key)) is not None for way in ways)]
+    legend = [
+        _key(shape, name)
+        for key, name, _, shape in _MFU
+        if any(num(variant.get(key)) is not None for variant in variants)
+    ]
     return Chart("chart-mfu", title, description, svg.inline(figure, "chart-mfu", title, description), table, legend)
 
 
 def _roofline(comparison: Any) -> Chart | None:
-    ways = [way for way in shown(comparison) if num(get(way, "roofline", "floor_ms"))]
-    if not ways:
+    variants = [variant for variant in shown(comparison) if num(get(variant, "roofline", "floor_ms"))]
+    if not variants:
         return None
-    figure, axes = rows_axes([short(way) for way in ways])
+    figure, axes = rows_axes([short(variant) for variant in variants])
     rows = []
-    for i, way in enumerate(ways):
-        floor, measured = (num(v) or 0.0 for v in (way["roofline"]["floor_ms"], get(way, "iter_ms", "median")))
-        colour = COLOURS["wrong" if state(way) == "wrong" else "ink"]
+    for i, variant in enumerate(variants):
+        floor, measured = (num(v) or 0.0 for v in (variant["roofline"]["floor_ms"], get(variant, "iter_ms", "median")))
+        colour = COLOURS["wrong" if state(variant) == "wrong" else "ink"]
         axes.plot([floor, measured], [i + BAR] * 2, color=COLOURS["bar"], linewidth=2)
         axes.plot(floor, i + BAR, "|", color=COLOURS["accent"], markersize=13, markeredgewidth=2.4)
         axes.plot(measured, i + BAR, "o", color=colour, markersize=6)
         said = f"{ratio(measured / floor)} x its floor"
         at_right(axes, i, said)
-        rows.append(Row([label(way), ms(floor), ms(measured), said, text(get(way, "roofline", "bound"))]))
+        rows.append(Row([label(variant), ms(floor), ms(measured), said, text(get(variant, "roofline", "bound"))]))
     log_x(axes)
     low, high = axes.get_xlim()
     axes.set_xlim(low * 0.9, high * 1.1)
@@ -127,7 +133,7 @@ def _roofline(comparison: Any) -> Chart | None:
     description = "Bar ends. " + "; ".join(
         f"{r.cells[0]}: floor {r.cells[1]} ms, measured {r.cells[2]} ms" for r in rows
     )
-    table = Table(title, ["way", "floor ms", "measured ms", "measured", "bound by"], rows)
+    table = Table(title, ["variant", "floor ms", "measured ms", "measured", "bound by"], rows)
     legend = [
         _key('<path d="M6 0v12" stroke="var(--accent)" stroke-width="3"/>', "floor: arithmetic"),
         _key('<circle cx="6" cy="6" r="4" fill="var(--ink)"/>', "measured median"),
@@ -140,24 +146,26 @@ def _roofline(comparison: Any) -> Chart | None:
 def _phases(comparison: Any) -> Chart | None:
     """Compiling once, then the projected recipe: what is not its iterations is its evaluations."""
     found = []
-    for way in shown(comparison):
-        iterations, whole = num(get(way, "recipe", "iters")), num(get(way, "recipe", "seconds"))
-        median = num(get(way, "iter_ms", "median"))
+    for variant in shown(comparison):
+        iterations, whole = num(get(variant, "recipe", "iters")), num(get(variant, "recipe", "seconds"))
+        median = num(get(variant, "iter_ms", "median"))
         if iterations is not None and whole is not None and median is not None:
-            compiling, training = max(num(way.get("compile_s")) or 0.0, 0.0), iterations * median / 1e3
-            found.append((way, [compiling, training, max(whole - training, 0.0)]))
+            compiling, training = max(num(variant.get("compile_s")) or 0.0, 0.0), iterations * median / 1e3
+            found.append((variant, [compiling, training, max(whole - training, 0.0)]))
     if not found:
         return None
-    figure, axes = rows_axes([short(way) for way, _ in found])
+    figure, axes = rows_axes([short(variant) for variant, _ in found])
     names, colours = ("compiling", "training", "evaluating"), ("ink", "bar", "page")
     rows = []
-    for i, (way, parts) in enumerate(found):
+    for i, (variant, parts) in enumerate(found):
         left = 0.0
         for part, colour in zip(parts, colours, strict=True):
             axes.barh(i + BAR, part, 0.36, left=left, color=COLOURS[colour], edgecolor=COLOURS["ink"], linewidth=0.7)
             left += part
         axes.annotate(seconds(left), (left, i + BAR), (4, 0), textcoords="offset points", va="center", in_layout=False)
-        rows.append(Row([label(way), *map(seconds, parts), seconds(left)], "wrong" if state(way) == "wrong" else ""))
+        rows.append(
+            Row([label(variant), *map(seconds, parts), seconds(left)], "wrong" if state(variant) == "wrong" else "")
+        )
     longest = max(sum(parts) for _, parts in found)
     axes.set_xlim(0, longest * 1.32 or 1)
     unit, name = next(
@@ -169,7 +177,7 @@ def _phases(comparison: Any) -> Chart | None:
     description = "Stacked bars. " + "; ".join(
         f"{r.cells[0]}: compiling {r.cells[1]}, training {r.cells[2]}, evaluating {r.cells[3]}" for r in rows
     )
-    table = Table(title, ["way", *names, "together"], rows)
+    table = Table(title, ["variant", *names, "together"], rows)
     square = '<path d="M1 1h10v10H1z" fill="var(--{})" stroke="var(--ink)"/>'
     legend = [_key(square.format(colour), name) for colour, name in zip(colours, names, strict=True)]
     return Chart(
@@ -181,11 +189,15 @@ def _levers(comparison: Any) -> Chart | None:
     found = [lever for lever in dicts(get(comparison, "levers")) if num(get(lever, "ratio", "value")) is not None]
     if not found:
         return None
-    ways = {way.get("name"): way for way in dicts(get(comparison, "ways")) if isinstance(way.get("name"), str)}
+    variants = {
+        variant.get("name"): variant
+        for variant in dicts(get(comparison, "variants"))
+        if isinstance(variant.get("name"), str)
+    }
     labels, wrong = [], []
     for lever in found:
-        base = ways.get(str(lever.get("base")))
-        wrong.append(state(ways.get(str(lever.get("name")), {"state": "ok"})) == "wrong")
+        base = variants.get(str(lever.get("base")))
+        wrong.append(state(variants.get(str(lever.get("name")), {"state": "ok"})) == "wrong")
         on = short(base) if base else text(lever.get("base"), 30)
         what = text(lever.get("what") or lever.get("name"), 40 - len(on))
         labels.append(f"{what}, {on}" + (" (WRONG)" if wrong[-1] else ""))
@@ -212,22 +224,24 @@ def _levers(comparison: Any) -> Chart | None:
     return Chart("chart-levers", title, description, svg.inline(figure, "chart-levers", title, description), table)
 
 
-def _joules(way: Any) -> float | None:
-    return num(get(way, "energy", "joules_per_1000_tokens"))
+def _joules(variant: Any) -> float | None:
+    return num(get(variant, "energy", "joules_per_1000_tokens"))
 
 
 _median = bar_chart(
-    "chart-median", "Milliseconds an iteration", "ms, median", lambda way: num(get(way, "iter_ms", "median")),
-    lambda way: f"{ms(get(way, 'iter_ms', 'median'))} ms",
+    "chart-median", "Milliseconds an iteration", "ms, median", lambda variant: num(get(variant, "iter_ms", "median")),
+    lambda variant: f"{ms(get(variant, 'iter_ms', 'median'))} ms",
 )  # fmt: skip
 _memory = bar_chart(
-    "chart-memory", "Peak memory", "GiB", lambda way: num(way.get("peak_memory")),
-    lambda way: size(way.get("peak_memory")), 2**-30,
+    "chart-memory", "Peak memory", "GiB", lambda variant: num(variant.get("peak_memory")),
+    lambda variant: size(variant.get("peak_memory")), 2**-30,
 )  # fmt: skip
-_energy = bar_chart("chart-energy", "Energy", "J per 1000 tokens", _joules, lambda way: f"{text(_joules(way))} J")
+_energy = bar_chart(
+    "chart-energy", "Energy", "J per 1000 tokens", _joules, lambda variant: f"{text(_joules(variant))} J"
+)
 
 _CHARTS = {
-    "ways": (_median, chart_times.ratios),
+    "variants": (_median, chart_times.ratios),
     "times": (chart_times.over_time, chart_times.distribution),
     "loss": (chart_loss.against_iteration, chart_loss.against_time),
     "utilisation": (_mfu, _roofline),

@@ -32,9 +32,9 @@ def problems_section(comparison: Any) -> Section:
 
 def parity_section(comparison: Any) -> Section:
     parity = get(comparison, "parity")
-    checked = get(parity, "ways")
+    checked = get(parity, "variants")
     found = {text(name): entry for name, entry in checked.items()} if isinstance(checked, dict) else {}
-    known = {text(way.get("name")): way for way in ordered(comparison)}
+    known = {text(variant.get("name")): variant for variant in ordered(comparison)}
     quantities = list(dict.fromkeys(text(c.get("quantity")) for e in found.values() for c in dicts(get(e, "checks"))))
     rows = []
     for name in sorted(found, key=lambda name: list(known).index(name) if name in known else len(known)):
@@ -63,8 +63,10 @@ def parity_section(comparison: Any) -> Section:
     notes = []
     if rows:
         against, sizes = text(get(parity, "reference") or "the reference"), f" ({text(shape)})" if shape else ""
-        notes.append(f"Before any timing, each way computed the same model on the same batches as {against}{sizes}.")
-    columns = ["way", "result", *quantities, "reason, or nearest to its limit", "device"]
+        notes.append(
+            f"Before any timing, each variant computed the same model on the same batches as {against}{sizes}."
+        )
+    columns = ["variant", "result", *quantities, "reason, or nearest to its limit", "device"]
     return Section(
         "parity",
         "Parity",
@@ -73,7 +75,7 @@ def parity_section(comparison: Any) -> Section:
             Table("Largest difference from the reference", columns, rows),
             Table("What is allowed, and why", ["dtype", "quantity", "limit", "reason"], limits),
         ],
-        "The parity gate was not run: nothing here says that the ways compute the same.",
+        "The parity gate was not run: nothing here says that the variants compute the same.",
     )
 
 
@@ -104,14 +106,14 @@ def _tiny(value: Any) -> str:
 
 def fallbacks_section(comparison: Any) -> Section:
     tables, items = [], []
-    for way in ordered(comparison):
-        document = way.get("fallbacks")
+    for variant in ordered(comparison):
+        document = variant.get("fallbacks")
         if not isinstance(document, dict):
             continue
         findings = dicts(document.get("findings"))
-        items.append(f"{label(way)}: {_found(document, len(findings))}")
+        items.append(f"{label(variant)}: {_found(document, len(findings))}")
         if findings:
-            tables.append(_free_table(f"Fallbacks of {label(way)}", findings))
+            tables.append(_free_table(f"Fallbacks of {label(variant)}", findings))
     empty = "The detector of CPU fallbacks looks at MPS, which this comparison did not run or did not record."
     return Section("fallbacks", "CPU fallbacks", [], tables, empty, items)
 
@@ -137,15 +139,15 @@ def _free_table(caption: str, rows: list[dict[str, Any]]) -> Table:
 
 def compile_section(comparison: Any) -> Section:
     tables = []
-    for way in ordered(comparison):
-        document = way.get("compile_report")
+    for variant in ordered(comparison):
+        document = variant.get("compile_report")
         if isinstance(document, dict) and document:
-            caption = f"Compile report of {label(way)}"
+            caption = f"Compile report of {label(variant)}"
             facts, lists = _taken_apart(document)
             more = f" (the first {_MOST_ROWS} of {len(facts)} facts)" if len(facts) > _MOST_ROWS else ""
             tables.append(Table(caption + more, ["fact", "value"], [Row([*fact]) for fact in facts[:_MOST_ROWS]]))
             tables += [_free_table(f"{caption}: {name}", rows) for name, rows in lists]
-    empty = "No way here left a compile report; compiled MPS runs do."
+    empty = "No variant here left a compile report; compiled MPS runs do."
     return Section("compile", "Compile report", [], tables, empty)
 
 
@@ -169,7 +171,7 @@ def _taken_apart(
 
 
 def published_section(comparison: Any) -> Section:
-    keys = ("machine", "way", "ms_per_iter", "work", "date", "source", "url", "note")
+    keys = ("machine", "variant", "ms_per_iter", "work", "date", "source", "url", "note")
     rows = []
     for published in dicts(get(comparison, "published")):
         values = {key: text(published.get(key)) for key in keys}
@@ -177,7 +179,7 @@ def published_section(comparison: Any) -> Section:
         values["machine"] = f"published: {values['machine']}"
         link = values["url"] if values["url"].startswith("https://") else ""
         rows.append(Row(list(values.values()), "published", link))
-    columns = ["machine", "way", "ms an iteration", "work", "date", "source", "where", "note"]
+    columns = ["machine", "variant", "ms an iteration", "work", "date", "source", "where", "note"]
     return Section(
         "published", "Published elsewhere",
         ["Taken from the named sources: not measured here, not checked for parity, not ranked."] if rows else [],
@@ -190,7 +192,7 @@ def environment_section(comparison: Any) -> Section:
     environment, machine, plan = (get(comparison, key) for key in ("environment", "machine", "plan"))
     rows = [Row(["machine", text(get(machine, "name"))])] if get(machine, "name") else []
     for key, value in (environment if isinstance(environment, dict) else {}).items():
-        if key == "backend":  # one run's own facts, which the sections above have for every way
+        if key == "backend":  # one run's own facts, which the sections above have for every variant
             continue
         if key == "versions" and isinstance(value, dict):
             rows += [Row([f"version of {text(name)}", text(v)]) for name, v in value.items()]
@@ -208,22 +210,22 @@ def environment_section(comparison: Any) -> Section:
     ):
         if value != DASH:
             rows.append(Row([name, value]))
-    started = [_started(way) for way in ordered(comparison)]
-    columns = ["way", "back end", "device", "compiled", "dtype", "overrides", "details"]
+    started = [_started(variant) for variant in ordered(comparison)]
+    columns = ["variant", "back end", "device", "compiled", "dtype", "overrides", "details"]
     return Section(
         "environment",
         "Environment",
         [],
         [
             Table("Machine, software and plan", ["fact", "value"], rows),
-            Table("How each way was started", columns, started),
+            Table("How each variant was started", columns, started),
         ],
         "No environment was recorded.",
     )
 
 
-def _started(way: dict[str, Any]) -> Row:
-    overrides = way.get("overrides")
-    cells = [label(way), *(text(way.get(key)) for key in ("backend", "device", "compile", "dtype"))]
-    cells += [" ".join(map(text, overrides)) if isinstance(overrides, list) else DASH, text(way.get("details"))]
-    return Row(cells, state(way) if state(way) != "ok" else "")
+def _started(variant: dict[str, Any]) -> Row:
+    overrides = variant.get("overrides")
+    cells = [label(variant), *(text(variant.get(key)) for key in ("backend", "device", "compile", "dtype"))]
+    cells += [" ".join(map(text, overrides)) if isinstance(overrides, list) else DASH, text(variant.get("details"))]
+    return Row(cells, state(variant) if state(variant) != "ok" else "")

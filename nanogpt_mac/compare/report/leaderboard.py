@@ -43,9 +43,9 @@ _MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropo
 
 @dataclass(frozen=True)
 class Entry:
-    """One way on one machine."""
+    """One variant on one machine."""
 
-    way: dict[str, Any]
+    variant: dict[str, Any]
     work: dict[str, Any]
     machine: dict[str, Any]
     environment: dict[str, Any]
@@ -54,12 +54,12 @@ class Entry:
 
     @property
     def median(self) -> float:
-        return max(num(get(self.way, "iter_ms", "median")) or 0.0, 0.0)
+        return max(num(get(self.variant, "iter_ms", "median")) or 0.0, 0.0)
 
     @property
     def bounds(self) -> list[float] | None:
         """The median's interval; None where it is not known, or does not hold the median."""
-        found = nums(get(self.way, "iter_ms", "ci95"), 2)
+        found = nums(get(self.variant, "iter_ms", "ci95"), 2)
         return found if found and 0 < found[0] <= self.median <= found[1] else None
 
     def where(self) -> str:
@@ -73,18 +73,18 @@ class Entry:
 
     def unranked(self) -> str | None:
         """Why it takes no rank; None for an entry that does."""
-        device = self.way.get("device")
+        device = self.variant.get("device")
         if device == simulator.DEVICE_NAME or (device is None and get(self.machine, "simulated") is True):
             return "simulated device: its times are no Mac's"
-        if state(self.way) == "wrong":
-            return f"WRONG: {text(self.way.get('reason') or 'failed the parity check')}"
+        if state(self.variant) == "wrong":
+            return f"WRONG: {text(self.variant.get('reason') or 'failed the parity check')}"
         if not self.median:
-            return text(self.way.get("reason") or "nothing was timed")
-        if str(self.way.get("reason") or "").startswith("diverged"):
-            return text(self.way["reason"])
-        if self.way.get("parity") == "error":
+            return text(self.variant.get("reason") or "nothing was timed")
+        if str(self.variant.get("reason") or "").startswith("diverged"):
+            return text(self.variant["reason"])
+        if self.variant.get("parity") == "error":
             return "its parity could not be checked"
-        if self.way.get("same_work") is False:
+        if self.variant.get("same_work") is False:
             return "did other work than the rest of its comparison"
         model = get(self.work, "model") or {}
         unknown = [key for key in WORK_KEYS if get(self.work, key) is None]
@@ -166,12 +166,12 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """What a folder brings to a leaderboard: a comparison's ways without ablations, or the one run."""
+    """What a folder brings to a leaderboard: a comparison's variants without ablations, or the one run."""
     document = read(folder) if _is_comparison(folder) else load_run(folder)
-    ways = plain(document) if _is_comparison(folder) else [document]
+    variants = plain(document) if _is_comparison(folder) else [document]
     facts = [get(document, key) for key in ("work", "machine", "environment")]
     work, machine, environment = (fact if isinstance(fact, dict) else {} for fact in facts)
-    return [Entry(way, work, machine, environment, folder, document.get("created")) for way in ways]
+    return [Entry(variant, work, machine, environment, folder, document.get("created")) for variant in variants]
 
 
 # -- the board --------------------------------------------------------------------------------------------------------
@@ -223,12 +223,14 @@ class Board:
     def sections(self) -> list[Section]:
         made = [_group_section(i, group) for i, group in enumerate(self.groups, 1)]
         rows = [
-            Row([label(entry.way), entry.where(), ms(entry.median or None), entry.unranked() or "",
+            Row([label(entry.variant), entry.where(), ms(entry.median or None), entry.unranked() or "",
                  text(str(entry.folder))],
-                state(entry.way) if state(entry.way) != "ok" else "")
+                state(entry.variant) if state(entry.variant) != "ok" else "")
             for entry in self.rest
         ]  # fmt: skip
-        unranked = Table("Entries without a rank, and why", ["way", "machine", "ms an iteration", "why", "from"], rows)
+        unranked = Table(
+            "Entries without a rank, and why", ["variant", "machine", "ms an iteration", "why", "from"], rows
+        )
         made.append(Section("unranked", "Not ranked", [], [unranked], "Every entry is ranked."))
         made.append(_sources(self.entries))
         return made
@@ -249,7 +251,7 @@ class Board:
 
 
 def _on(entry: Entry) -> str:
-    return f"{label(entry.way)} on {text(get(entry.machine, 'name') or 'a machine not known')}"
+    return f"{label(entry.variant)} on {text(get(entry.machine, 'name') or 'a machine not known')}"
 
 
 def ranks(group: list[Entry]) -> list[int | None]:
@@ -259,28 +261,31 @@ def ranks(group: list[Entry]) -> list[int | None]:
 
 
 def _named(group: list[Entry]) -> list[tuple[str, float, str]]:
-    return [(f"{label(e.way)}, {text(get(e.machine, 'name'))}", e.median, f"{ms(e.median)} ms") for e in group]
+    return [(f"{label(e.variant)}, {text(get(e.machine, 'name'))}", e.median, f"{ms(e.median)} ms") for e in group]
 
 
 def _group_section(number: int, group: list[Entry]) -> Section:
     given = ranks(group)
     rows = []
     for entry, rank in zip(group, given, strict=True):
-        way, best = entry.way, group[0].median
+        variant, best = entry.variant, group[0].median
         shared = "=" if given.count(rank) > 1 else ""
         median = ms(entry.median) + (f" {interval(entry.bounds)}" if entry.bounds else "")
         cells = [
-            label(way), DASH if rank is None else f"{rank}{shared}", text(get(entry.machine, "name")), median,
-            ratio(entry.median / best), count(way.get("tokens_per_s")), percent(way.get("mfu")),
-            percent(way.get("mfu_measured")), size(way.get("peak_memory")),
-            text(num(get(way, "energy", "joules_per_1000_tokens"))), text(way.get("parity")), count(way.get("runs")),
+            label(variant), DASH if rank is None else f"{rank}{shared}", text(get(entry.machine, "name")), median,
+            ratio(entry.median / best), count(variant.get("tokens_per_s")), percent(variant.get("mfu")),
+            percent(variant.get("mfu_measured")), size(variant.get("peak_memory")),
+            text(num(get(variant, "energy", "joules_per_1000_tokens"))), text(variant.get("parity")), count(variant.get("runs")),
             count(get(entry.machine, "gpu_cores")), size(get(entry.machine, "memory_bytes")),
             text(get(entry.machine, "os")), _framework(entry), text(get(entry.environment, "power_source")),
         ]  # fmt: skip
         rows.append(
-            Row(cells, "fastest" if rank == 1 and None not in given else "partial" if state(way) == "partial" else "")
+            Row(
+                cells,
+                "fastest" if rank == 1 and None not in given else "partial" if state(variant) == "partial" else "",
+            )
         )
-    columns = ["way", "rank", "machine", "ms an iteration [95 %]", "x the fastest", "tokens/s", "MFU: chip",
+    columns = ["variant", "rank", "machine", "ms an iteration [95 %]", "x the fastest", "tokens/s", "MFU: chip",
                "MFU: measured", "peak memory", "J per 1000 tokens", "parity", "runs", "GPU cores", "memory", "system",
                "framework", "power"]  # fmt: skip
     board = Table("Ranked by median; entries whose intervals overlap share a rank (=)", columns, rows)
@@ -292,25 +297,25 @@ def _group_section(number: int, group: list[Entry]) -> Section:
     notes = [work_facts(group[0].work) + "."]
     if any(rank is None for rank in given):
         notes.append("An entry without an interval has no rank: its comparison had too few rounds to bound its median.")
-    if any("problems" in entry.way for entry in group):  # a single run
+    if any("problems" in entry.variant for entry in group):  # a single run
         notes.append("A single run's interval is that of its own iterations: how runs differ is not in it.")
     return Section(f"work-{number}", title, notes, tables)
 
 
 def _by_machine(group: list[Entry], machines: list[str]) -> Table:
-    """Ways against machines: the best median of each."""
+    """Variants against machines: the best median of each."""
     rows = []
-    for name in dict.fromkeys(label(entry.way) for entry in group):
+    for name in dict.fromkeys(label(entry.variant) for entry in group):
         best = {}
         for entry in reversed(group):  # the fastest last, which stays
-            if label(entry.way) == name:
+            if label(entry.variant) == name:
                 best[entry.where()] = ms(entry.median)
         rows.append(Row([name, *(best.get(machine, DASH) for machine in machines)]))
-    return Table("Milliseconds an iteration by machine", ["way", *machines], rows)
+    return Table("Milliseconds an iteration by machine", ["variant", *machines], rows)
 
 
 def _framework(entry: Entry) -> str:
-    name = "mlx" if entry.way.get("backend") == "mlx" else "torch"
+    name = "mlx" if entry.variant.get("backend") == "mlx" else "torch"
     version = get(entry.environment, "versions", name)
     return f"{name} {text(version)}" if version else DASH
 
@@ -319,8 +324,8 @@ def _sources(entries: list[Entry]) -> Section:
     rows = []
     for folder in dict.fromkeys(entry.folder for entry in entries):
         some = [entry for entry in entries if entry.folder == folder]
-        problems = some[0].way.get("problems")
-        what = _plural(len(some), "way", "ways") if _is_comparison(folder) else "one run"
+        problems = some[0].variant.get("problems")
+        what = _plural(len(some), "variant", "variants") if _is_comparison(folder) else "one run"
         cells = [text(str(folder)), what, some[0].where(), when(some[0].created)]
         cells += [text(get(some[0].environment, "git", "commit"))[:9], text(problems)]
         rows.append(Row(cells))

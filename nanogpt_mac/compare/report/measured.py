@@ -27,10 +27,10 @@ from nanogpt_mac.report.words import (
 )
 
 
-def against_fastest(way: dict[str, Any], comparison: Any) -> str:
+def against_fastest(variant: dict[str, Any], comparison: Any) -> str:
     """1.231 [1.225, 1.238], with the word tie where the interval contains 1."""
-    found = way.get("ratio")
-    if mark(way, comparison) == "fastest":
+    found = variant.get("ratio")
+    if mark(variant, comparison) == "fastest":
         return "tie" if get(comparison, "verdict", "ties") else "fastest"
     value = ratio(get(found, "value"))
     if value == DASH:
@@ -38,36 +38,42 @@ def against_fastest(way: dict[str, Any], comparison: Any) -> str:
     return f"{value} {interval(get(found, 'ci'), ratio)}" + (" tie" if get(found, "tie") else "")
 
 
-def ways_section(comparison: Any) -> Section:
-    ways = ordered(comparison)
-    confidences = {num(get(way, "ratio", "confidence")) for way in ways} - {None}
+def variants_section(comparison: Any) -> Section:
+    variants = ordered(comparison)
+    confidences = {num(get(variant, "ratio", "confidence")) for variant in variants} - {None}
     confidence = f"{max(c for c in confidences if c):.0%} interval" if confidences else "interval"
     columns = [
-        "way", "ms an iteration [95 %]", f"x the fastest [{confidence}]", "tokens/s", "MFU: chip", "MFU: measured",
+        "variant", "ms an iteration [95 %]", f"x the fastest [{confidence}]", "tokens/s", "MFU: chip", "MFU: measured",
         "peak memory", "full recipe", "parity", "rounds",
     ]  # fmt: skip
     rows = rows_of(
         comparison,
-        ways,
-        lambda way: _with(ms(get(way, "iter_ms", "median")), interval(get(way, "iter_ms", "ci95"))),
-        lambda way: against_fastest(way, comparison),
-        lambda way: count(way.get("tokens_per_s")),
-        lambda way: percent(way.get("mfu")),
-        lambda way: percent(way.get("mfu_measured")),
-        lambda way: size(way.get("peak_memory")),
-        lambda way: seconds(get(way, "recipe", "seconds")),
-        lambda way: _parity(way),
-        lambda way: _rounds(way),
+        variants,
+        lambda variant: _with(ms(get(variant, "iter_ms", "median")), interval(get(variant, "iter_ms", "ci95"))),
+        lambda variant: against_fastest(variant, comparison),
+        lambda variant: count(variant.get("tokens_per_s")),
+        lambda variant: percent(variant.get("mfu")),
+        lambda variant: percent(variant.get("mfu_measured")),
+        lambda variant: size(variant.get("peak_memory")),
+        lambda variant: seconds(get(variant, "recipe", "seconds")),
+        lambda variant: _parity(variant),
+        lambda variant: _rounds(variant),
     )
     said = work_facts(get(comparison, "work"))
-    other = [label(way) for way in ways if way.get("same_work") is False and not way.get("lever")]
-    every = f"Every way but {', '.join(other)}" if other else "Every way"
+    other = [label(variant) for variant in variants if variant.get("same_work") is False and not variant.get("lever")]
+    every = f"Every variant but {', '.join(other)}" if other else "Every variant"
     trained = f"{every} trained the same" if timed(comparison) else "What was to be trained"
     notes = [f"{trained}: {said}." if said else "What was trained is not recorded."]
-    formulas = dict.fromkeys(text(get(way, "recipe", "formula")) for way in ways if get(way, "recipe", "formula"))
+    formulas = dict.fromkeys(
+        text(get(variant, "recipe", "formula")) for variant in variants if get(variant, "recipe", "formula")
+    )
     notes += [f"Full recipe: {formula}." for formula in list(formulas)[:1]]
     return Section(
-        "ways", "Ways side by side", notes, [Table("Ways of training, the fastest first", columns, rows)], "No way ran."
+        "variants",
+        "Variants side by side",
+        notes,
+        [Table("Variants of training, the fastest first", columns, rows)],
+        "No variant ran.",
     )
 
 
@@ -75,70 +81,78 @@ def _with(value: str, bounds: str) -> str:
     return value if DASH in (value, bounds) else f"{value} {bounds}"
 
 
-def _parity(way: dict[str, Any]) -> str:
-    return {"fail": "WRONG", "error": "could not be checked"}.get(str(way.get("parity")), text(way.get("parity")))
+def _parity(variant: dict[str, Any]) -> str:
+    return {"fail": "WRONG", "error": "could not be checked"}.get(
+        str(variant.get("parity")), text(variant.get("parity"))
+    )
 
 
-def _rounds(way: dict[str, Any]) -> str:
-    failed = len(dicts(way.get("failed_runs")))
-    return DASH if num(way.get("runs")) is None else count(way["runs"]) + (f", {failed} failed" if failed else "")
+def _rounds(variant: dict[str, Any]) -> str:
+    failed = len(dicts(variant.get("failed_runs")))
+    return (
+        DASH if num(variant.get("runs")) is None else count(variant["runs"]) + (f", {failed} failed" if failed else "")
+    )
 
 
 def times_section(comparison: Any) -> Section:
-    ways = timed(comparison)
+    variants = timed(comparison)
 
     def part(key: str) -> Any:
-        return lambda way: ms(get(way, "iter_ms", key))
+        return lambda variant: ms(get(variant, "iter_ms", key))
 
     spread = Table(
         "Milliseconds an iteration over all rounds; outliers are counted and kept",
-        ["way", "median", "mean", "p10", "p90", "min", "max", "iterations", "outliers", "drift in a round", "between"],
+        ["variant", "median", "mean", "p10", "p90", "min", "max", "iterations", "outliers", "drift in a round", "between"],
         rows_of(
-            comparison, ways, *(part(key) for key in ("median", "mean", "p10", "p90", "min", "max")),
-            lambda way: count(get(way, "iter_ms", "count")),
-            lambda way: _with(count(get(way, "outliers", "count")), f"({percent(get(way, 'outliers', 'share'), 2)})"),
-            lambda way: _drift(way, "within_percent") + (" throttled" if get(way, "drift", "throttled") else ""),
-            lambda way: _drift(way, "between_percent"),
+            comparison, variants, *(part(key) for key in ("median", "mean", "p10", "p90", "min", "max")),
+            lambda variant: count(get(variant, "iter_ms", "count")),
+            lambda variant: _with(count(get(variant, "outliers", "count")), f"({percent(get(variant, 'outliers', 'share'), 2)})"),
+            lambda variant: _drift(variant, "within_percent") + (" throttled" if get(variant, "drift", "throttled") else ""),
+            lambda variant: _drift(variant, "between_percent"),
         ),
     )  # fmt: skip
-    medians = {id(way): {r["round"]: r.get("median") for r in _numbered(way)} for way in ways}
+    medians = {id(variant): {r["round"]: r.get("median") for r in _numbered(variant)} for variant in variants}
     rounds = sorted({r for found in medians.values() for r in found})
     by_round = Table(
         "Median milliseconds by round, in the order in which they ran",
-        ["way", *(f"round {r}" for r in rounds)],
-        rows_of(comparison, ways, *((lambda way, r=r: ms(medians[id(way)].get(r))) for r in rounds)) if rounds else [],
+        ["variant", *(f"round {r}" for r in rounds)],
+        rows_of(comparison, variants, *((lambda variant, r=r: ms(medians[id(variant)].get(r))) for r in rounds))
+        if rounds
+        else [],
     )
     return Section("times", "Iteration times", [], [spread, by_round], "No iteration was timed.")
 
 
-def _numbered(way: dict[str, Any]) -> list[dict[str, Any]]:
-    return [part for part in dicts(way.get("rounds")) if isinstance(part.get("round"), int)]
+def _numbered(variant: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in dicts(variant.get("rounds")) if isinstance(part.get("round"), int)]
 
 
-def _drift(way: dict[str, Any], key: str) -> str:
-    value = num(get(way, "drift", key))
+def _drift(variant: dict[str, Any], key: str) -> str:
+    value = num(get(variant, "drift", key))
     return DASH if value is None else f"{value:+.1f} %"
 
 
 def loss_section(comparison: Any) -> Section:
     rows = []
-    for way in timed(comparison):
-        found = dicts(way.get("evaluations"))
+    for variant in timed(comparison):
+        found = dicts(variant.get("evaluations"))
         last = found[-1] if found else {}
         values = [num(e.get("val_loss")) for e in found]
         best = min((v for v in values if v is not None), default=None)
         numbers = [count(last.get("iter")), loss(last.get("train_loss")), loss(last.get("val_loss")), loss(best)]
-        rows.append(Row([label(way), *numbers], mark(way, comparison)))
+        rows.append(Row([label(variant), *numbers], mark(variant, comparison)))
     return Section(
         "loss",
         "Loss",
         [
-            "Every way starts from the same weights and sees the same batches. Without dropout the curves lie "
+            "Every variant starts from the same weights and sees the same batches. Without dropout the curves lie "
             "together; with it each framework draws its own masks, and they agree in the mean."
         ],
         [
             Table(
-                "Losses at the last evaluation", ["way", "iteration", "training", "validation", "best validation"], rows
+                "Losses at the last evaluation",
+                ["variant", "iteration", "training", "validation", "best validation"],
+                rows,
             )
         ],
         "No loss was recorded.",
@@ -149,40 +163,42 @@ _PEAKS = {
     "mfu": "this chip's peak",
     "mfu_measured": "best matmul measured here",
     "mfu_a100": "A100's 312 TFLOP/s",
-}  # a way's key -> its denominator
+}  # a variant's key -> its denominator
 
 
 def utilisation_section(comparison: Any) -> Section:
-    ways = timed(comparison)
-    columns, cells = ["way"], []
+    variants = timed(comparison)
+    columns, cells = ["variant"], []
     for key, name in _PEAKS.items():
         columns += [f"share of {name}", "that peak"]
-        cells.append(lambda way, key=key: percent(way.get(key), 2 if key == "mfu_a100" else 1))
-        cells.append(lambda way, key=key: rate(get(way, "mfu_denominators", key), "FLOP/s"))
-    shares = Table("Model FLOPs utilisation, each against its named peak", columns, rows_of(comparison, ways, *cells))
-    roofs = [way for way in ways if num(get(way, "roofline", "floor_ms")) is not None]
+        cells.append(lambda variant, key=key: percent(variant.get(key), 2 if key == "mfu_a100" else 1))
+        cells.append(lambda variant, key=key: rate(get(variant, "mfu_denominators", key), "FLOP/s"))
+    shares = Table(
+        "Model FLOPs utilisation, each against its named peak", columns, rows_of(comparison, variants, *cells)
+    )
+    roofs = [variant for variant in variants if num(get(variant, "roofline", "floor_ms")) is not None]
     roofline = Table(
         "The floor of an iteration: the larger of matmul FLOPs over peak and bytes over bandwidth",
-        ["way", "measured ms", "floor ms", "floor of measured", "bound by", "compute ms", "memory ms", "peak",
+        ["variant", "measured ms", "floor ms", "floor of measured", "bound by", "compute ms", "memory ms", "peak",
          "its source", "bandwidth", "its source"],
         rows_of(
             comparison, roofs,
-            lambda way: ms(get(way, "iter_ms", "median")),
-            lambda way: ms(get(way, "roofline", "floor_ms")),
-            lambda way: percent(get(way, "roofline", "share")),
-            lambda way: text(get(way, "roofline", "bound")),
-            lambda way: ms(get(way, "roofline", "compute_ms")),
-            lambda way: ms(get(way, "roofline", "memory_ms")),
-            lambda way: rate(get(way, "roofline", "peak"), "FLOP/s"),
-            lambda way: text(get(way, "roofline", "peak_source")),
-            lambda way: rate(get(way, "roofline", "bandwidth"), "B/s"),
-            lambda way: text(get(way, "roofline", "bandwidth_source")),
+            lambda variant: ms(get(variant, "iter_ms", "median")),
+            lambda variant: ms(get(variant, "roofline", "floor_ms")),
+            lambda variant: percent(get(variant, "roofline", "share")),
+            lambda variant: text(get(variant, "roofline", "bound")),
+            lambda variant: ms(get(variant, "roofline", "compute_ms")),
+            lambda variant: ms(get(variant, "roofline", "memory_ms")),
+            lambda variant: rate(get(variant, "roofline", "peak"), "FLOP/s"),
+            lambda variant: text(get(variant, "roofline", "peak_source")),
+            lambda variant: rate(get(variant, "roofline", "bandwidth"), "B/s"),
+            lambda variant: text(get(variant, "roofline", "bandwidth_source")),
         ),
     )  # fmt: skip
     notes = []
     if roofs:
         notes.append("The floor is arithmetic, not a measurement.")
-    elif ways:
+    elif variants:
         notes.append("No roofline: neither this chip's peak and bandwidth nor measured ones are known.")
     return Section("utilisation", "MFU and roofline", notes, [shares, roofline], "No iteration was timed.")
 
@@ -191,12 +207,12 @@ def phases_section(comparison: Any) -> Section:
     rows = rows_of(
         comparison,
         timed(comparison),
-        lambda way: seconds(way.get("first_iter_s")),
-        lambda way: _at_least_0(way.get("compile_s")),
-        lambda way: seconds(way.get("eval_s")),
-        lambda way: seconds(get(way, "recipe", "seconds")),
+        lambda variant: seconds(variant.get("first_iter_s")),
+        lambda variant: _at_least_0(variant.get("compile_s")),
+        lambda variant: seconds(variant.get("eval_s")),
+        lambda variant: seconds(get(variant, "recipe", "seconds")),
     )
-    columns = ["way", "first iteration", "of it compiling", "one evaluation", "full recipe"]
+    columns = ["variant", "first iteration", "of it compiling", "one evaluation", "full recipe"]
     return Section(
         "phases",
         "Phases: compile, train, evaluate",
@@ -217,9 +233,9 @@ def _at_least_0(value: Any) -> str:
 
 
 def memory_section(comparison: Any) -> Section:
-    ways = [way for way in timed(comparison) if num(way.get("peak_memory")) is not None]
+    variants = [variant for variant in timed(comparison) if num(variant.get("peak_memory")) is not None]
     rows = rows_of(
-        comparison, ways, lambda way: size(way.get("peak_memory")), lambda way: text(way.get("device"))
+        comparison, variants, lambda variant: size(variant.get("peak_memory")), lambda variant: text(variant.get("device"))
     )  # fmt: skip
     notes = [
         "What is counted differs by back end: the allocator's peak (CUDA, MLX), the driver's pool (MPS), the process's "
@@ -229,25 +245,27 @@ def memory_section(comparison: Any) -> Section:
         "memory",
         "Memory",
         notes if rows else [],
-        [Table("Peak memory", ["way", "peak", "device"], rows)],
-        "No way recorded its memory.",
+        [Table("Peak memory", ["variant", "peak", "device"], rows)],
+        "No variant recorded its memory.",
     )
 
 
 def energy_section(comparison: Any) -> Section:
-    ways = [way for way in timed(comparison) if num(get(way, "energy", "joules_per_1000_tokens")) is not None]
+    variants = [
+        variant for variant in timed(comparison) if num(get(variant, "energy", "joules_per_1000_tokens")) is not None
+    ]
     rows = rows_of(
         comparison,
-        ways,
-        lambda way: text(num(get(way, "energy", "joules_per_1000_tokens"))),
-        lambda way: text(num(get(way, "energy", "watts"))),
-        lambda way: text(get(way, "energy", "source")),
+        variants,
+        lambda variant: text(num(get(variant, "energy", "joules_per_1000_tokens"))),
+        lambda variant: text(num(get(variant, "energy", "watts"))),
+        lambda variant: text(get(variant, "energy", "source")),
     )
     return Section(
         "energy",
         "Energy",
         [],
-        [Table("Energy of training", ["way", "J per 1000 tokens", "W", "source"], rows)],
+        [Table("Energy of training", ["variant", "J per 1000 tokens", "W", "source"], rows)],
         "This machine did not tell its energy: Apple silicon does through zeus-apple-silicon, NVIDIA through NVML.",
     )
 
@@ -258,14 +276,18 @@ def _override(value: Any) -> str:
 
 
 def levers_section(comparison: Any) -> Section:
-    known = {way.get("name"): way for way in dicts(get(comparison, "ways")) if isinstance(way.get("name"), str)}
+    known = {
+        variant.get("name"): variant
+        for variant in dicts(get(comparison, "variants"))
+        if isinstance(variant.get("name"), str)
+    }
     rows = []
     for lever in dicts(get(comparison, "levers")):
         name = lever.get("name")
-        way = known.get(name, {}) if isinstance(name, str) else {}
+        variant = known.get(name, {}) if isinstance(name, str) else {}
         base = known.get(str(lever.get("base")))
         worth = num(lever.get("worth_percent"))
-        marked = f" ({MARKS[state(way)]})" if way and state(way) != "ok" else ""
+        marked = f" ({MARKS[state(variant)]})" if variant and state(variant) != "ok" else ""
         cells = [
             text(lever.get("what") or name) + marked,
             label(base) if base else text(lever.get("base")),
@@ -274,11 +296,13 @@ def levers_section(comparison: Any) -> Section:
             + (" tie" if get(lever, "ratio", "tie") else ""),
             DASH if worth is None else f"{worth:+.1f} %",
         ]
-        rows.append(Row(cells, state(way) if marked else ""))
+        rows.append(Row(cells, state(variant) if marked else ""))
     return Section(
         "levers",
         "Levers",
-        ["One switch at a time against the same way without it. Below 1 the switch makes it faster."] if rows else [],
+        ["One switch at a time against the same variant without it. Below 1 the switch makes it faster."]
+        if rows
+        else [],
         [Table("What each switch is worth", ["lever", "on", "override", "time against without it", "worth"], rows)],
         "No lever was ablated; python compare.py levers=true does.",
     )

@@ -59,9 +59,9 @@ def comparison_page(comparison: Any) -> str:
     from nanogpt_mac.compare.report import charts
 
     said = verdict(comparison)
-    wrong = [way for way in ordered(comparison) if mark(way, comparison) in ("wrong", "failed")]
-    untold = [way for way in wrong if text(way.get("label") or way.get("name")) not in said]
-    alarms = [f"{label(way)}: {text(way.get('reason'))}" for way in untold]
+    wrong = [variant for variant in ordered(comparison) if mark(variant, comparison) in ("wrong", "failed")]
+    untold = [variant for variant in wrong if text(variant.get("label") or variant.get("name")) not in said]
+    alarms = [f"{label(variant)}: {text(variant.get('reason'))}" for variant in untold]
     if get(comparison, "machine", "simulated") and "simulated" not in said:
         alarms.insert(0, "The MPS device here is simulated on a CPU: its times say nothing about a Mac.")
     return filled(
@@ -80,21 +80,21 @@ def comparison_page(comparison: Any) -> str:
 
 
 def _figures(comparison: Any) -> list[tuple[str, str, str]]:
-    """The fastest way's own figures, as far as they are known; of ways that tie, the first's, by name."""
-    way = next((w for w in ordered(comparison) if mark(w, comparison) == "fastest"), None)
-    if way is None:
+    """The fastest variant's own figures, as far as they are known; of variants that tie, the first's, by name."""
+    variant = next((w for w in ordered(comparison) if mark(w, comparison) == "fastest"), None)
+    if variant is None:
         return []
-    bounds = interval(get(way, "iter_ms", "ci95"))
-    share, of = way.get("mfu"), "MFU, of this chip's peak"
+    bounds = interval(get(variant, "iter_ms", "ci95"))
+    share, of = variant.get("mfu"), "MFU, of this chip's peak"
     if percent(share) == DASH:
-        share, of = way.get("mfu_measured"), "MFU, of the best matmul measured here"
+        share, of = variant.get("mfu_measured"), "MFU, of the best matmul measured here"
     found = [
-        (f"{ms(get(way, 'iter_ms', 'median'))} ms", f"an iteration of {label(way)}",
+        (f"{ms(get(variant, 'iter_ms', 'median'))} ms", f"an iteration of {label(variant)}",
          "" if bounds == DASH else f"95 % {bounds}"),
-        (count(way.get("tokens_per_s")), "tokens a second", ""),
+        (count(variant.get("tokens_per_s")), "tokens a second", ""),
         (percent(share), of, ""),
-        (seconds(get(way, "recipe", "seconds")), "for the full recipe", "projected"),
-        (size(way.get("peak_memory")), "peak memory", ""),
+        (seconds(get(variant, "recipe", "seconds")), "for the full recipe", "projected"),
+        (size(variant.get("peak_memory")), "peak memory", ""),
     ]  # fmt: skip
     return [figure for figure in found if figure[0] != DASH]
 

@@ -10,7 +10,7 @@ from nanogpt_mac.report.show import markdown_page, show_page
 from nanogpt_mac.report.table import Section
 from nanogpt_mac.report.words import get, text
 
-_IN_TERMINAL = ("ways", "times", "levers")
+_IN_TERMINAL = ("variants", "times", "levers")
 
 
 def sections(comparison: Any) -> list[Section]:
@@ -18,7 +18,7 @@ def sections(comparison: Any) -> list[Section]:
     return [
         part(comparison)
         for part in (
-            measured.ways_section,
+            measured.variants_section,
             evidence.problems_section,
             measured.times_section,
             measured.loss_section,
@@ -44,13 +44,13 @@ def html(comparison: Any) -> str:
 
 
 def markdown(comparison: Any) -> str:
-    """report.md: the verdict and the ways in sight, everything long folded away."""
+    """report.md: the verdict and the variants in sight, everything long folded away."""
     heading = "Comparison: " + ", ".join(headline(comparison))
     return markdown_page(heading, verdict(comparison), sections(comparison), text(get(comparison, "version")))
 
 
 def show(comparison: Any) -> None:
-    """The verdict, what speaks against it, the ways side by side, rounds and levers, on standard output."""
+    """The verdict, what speaks against it, the variants side by side, rounds and levers, on standard output."""
     show_page(
         verdict(comparison),
         ", ".join(headline(comparison)),

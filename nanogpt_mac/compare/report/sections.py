@@ -1,4 +1,4 @@
-"""What a comparison's report says first: its verdict, its ways in order, and what speaks against them.
+"""What a comparison's report says first: its verdict, its variants in order, and what speaks against them.
 
 Every key of a comparison may be missing or null: a cell becomes an em dash, a section a sentence that says why.
 """
@@ -15,24 +15,24 @@ _ORDER = {"ok": 0, "partial": 0, "wrong": 1, "waiting": 2, "failed": 3}
 
 
 def ordered(comparison: Any) -> list[dict[str, Any]]:
-    """The ways, the fastest first; wrong ones after all that may be ranked, failed ones last."""
+    """The variants, the fastest first; wrong ones after all that may be ranked, failed ones last."""
 
-    def key(way: dict[str, Any]) -> tuple[int, float]:
-        return _ORDER[state(way)], num(get(way, "iter_ms", "median")) or float("inf")
+    def key(variant: dict[str, Any]) -> tuple[int, float]:
+        return _ORDER[state(variant)], num(get(variant, "iter_ms", "median")) or float("inf")
 
-    return sorted(dicts(get(comparison, "ways")), key=key)
+    return sorted(dicts(get(comparison, "variants")), key=key)
 
 
 def plain(comparison: Any) -> list[dict[str, Any]]:
-    """The ways without ablations of a lever, which have a section of their own."""
-    ways = ordered(comparison)
-    return [way for way in ways if not way.get("lever") or way.get("ranked") is True] or ways
+    """The variants without ablations of a lever, which have a section of their own."""
+    variants = ordered(comparison)
+    return [variant for variant in variants if not variant.get("lever") or variant.get("ranked") is True] or variants
 
 
-def mark(way: dict[str, Any], comparison: Any) -> str:
-    """How a way's row is set off: fastest, a state that is not ok, or nothing. Its label says the state too."""
-    found = state(way)
-    if found in ("ok", "partial") and way.get("name") and way["name"] == get(comparison, "verdict", "fastest"):
+def mark(variant: dict[str, Any], comparison: Any) -> str:
+    """How a variant's row is set off: fastest, a state that is not ok, or nothing. Its label says the state too."""
+    found = state(variant)
+    if found in ("ok", "partial") and variant.get("name") and variant["name"] == get(comparison, "verdict", "fastest"):
         return "fastest"
     return "" if found == "ok" else found
 
@@ -86,32 +86,34 @@ def work_facts(work: Any) -> str:
 
 
 def problems(comparison: Any) -> list[str]:
-    """Every warning, and every way that is wrong, failed or partial with its reason; the worst first."""
+    """Every warning, and every variant that is wrong, failed or partial with its reason; the worst first."""
     lines = []
-    for way in ordered(comparison):
-        if state(way) == "wrong":
+    for variant in ordered(comparison):
+        if state(variant) == "wrong":
             lines.append(
-                f"{label(way)}: {text(way.get('reason') or 'failed the parity check')}. Its times do not count."
+                f"{label(variant)}: {text(variant.get('reason') or 'failed the parity check')}. Its times do not count."
             )
-        elif state(way) == "failed":
-            lines.append(f"{label(way)}: {text(way.get('reason') or 'the reason was not recorded')}")
+        elif state(variant) == "failed":
+            lines.append(f"{label(variant)}: {text(variant.get('reason') or 'the reason was not recorded')}")
     general = get(comparison, "warnings")
     lines += [text(line) for line in general] if isinstance(general, list) else []
-    for way in ordered(comparison):
+    for variant in ordered(comparison):
         lines += [
-            f"{label(way)}: round {text(run.get('round'))} {text(run.get('state'))}: {text(run.get('reason'))}"
-            for run in dicts(way.get("failed_runs"))
-            if state(way) != "failed"
+            f"{label(variant)}: round {text(run.get('round'))} {text(run.get('state'))}: {text(run.get('reason'))}"
+            for run in dicts(variant.get("failed_runs"))
+            if state(variant) != "failed"
         ]
-        own = way.get("warnings")
-        lines += [f"{label(way)}: {text(line)}" for line in own] if isinstance(own, list) else []
+        own = variant.get("warnings")
+        lines += [f"{label(variant)}: {text(line)}" for line in own] if isinstance(own, list) else []
     return list(dict.fromkeys(lines))
 
 
 def timed(comparison: Any) -> list[dict[str, Any]]:
-    return [way for way in ordered(comparison) if (num(get(way, "iter_ms", "median")) or 0) > 0]
+    return [variant for variant in ordered(comparison) if (num(get(variant, "iter_ms", "median")) or 0) > 0]
 
 
-def rows_of(comparison: Any, ways: Sequence[dict[str, Any]], *cells: Any) -> list[Row]:
-    """A row a way: its label, then each cell made from it."""
-    return [Row([label(way), *(cell(way) for cell in cells)], mark(way, comparison)) for way in ways]
+def rows_of(comparison: Any, variants: Sequence[dict[str, Any]], *cells: Any) -> list[Row]:
+    """A row a variant: its label, then each cell made from it."""
+    return [
+        Row([label(variant), *(cell(variant) for cell in cells)], mark(variant, comparison)) for variant in variants
+    ]

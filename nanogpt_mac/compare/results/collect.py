@@ -20,7 +20,7 @@ _ROUND = re.compile(r"(\d+|pilot)-(.+)")
 
 
 def load_run(folder: Path) -> dict[str, Any]:
-    """One run folder as a way of comparison.json, with its work, machine and environment.
+    """One run folder as a variant of comparison.json, with its work, machine and environment.
 
     Any schema and any state: what is missing is None, and `problems` says what could not be read. Further keys:
     folder, schema, created (the folder's own word, or None), problems, work, machine, environment. state: ok (it
@@ -28,7 +28,7 @@ def load_run(folder: Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     run = read(folder)
-    found = figures.of_way({0: run}, planned=1)
+    found = figures.of_variant({0: run}, planned=1)
     if found["iter_ms"]:  # one process: iterations are all there is to go by
         told = run.summary.get("iter_ms")
         found["iter_ms"]["ci95"] = told.get("ci95") if isinstance(told, dict) else None
@@ -74,24 +74,34 @@ def collect(folder: Path) -> dict[str, Any]:
         what = "holds no comparison" if folder.is_dir() else "is no folder"
         raise InputError(f"{folder}: {what}; allowed is a folder that compare.py wrote, with plan.json and rounds/")
     parity = _parity(folder, said_of_files)
-    planned = _planned_ways(plan, runs, pilots)
-    work = _common_work([way for way in planned if not way["lever"]] or planned, runs, pilots)
+    planned = _planned_variants(plan, runs, pilots)
+    work = _common_work([variant for variant in planned if not variant["lever"]] or planned, runs, pilots)
     recipe = _recipe(plan)
     count = len({r for r, _ in plan.get("order") or []}) or plan.get("rounds")
     complete = _complete(plan, runs, pilots)
-    ways = [
-        _way(way, runs.get(way["name"], {}), pilots.get(way["name"]), parity, recipe, count, work, folder, complete)
-        for way in planned
+    variants = [
+        _variant(
+            variant,
+            runs.get(variant["name"], {}),
+            pilots.get(variant["name"]),
+            parity,
+            recipe,
+            count,
+            work,
+            folder,
+            complete,
+        )
+        for variant in planned
     ]
-    ranked = verdict.rank(ways)
-    sure = verdict.confidence(ways)
-    for way in ways:
-        others = ranked and way is not ranked[0] and way["same_work"] and not verdict.is_simulated(way)
-        way["ratio"] = verdict.ratio(way, ranked[0], sure) if others else None
-    said = verdict.verdict(ways, ranked, complete)
+    ranked = verdict.rank(variants)
+    sure = verdict.confidence(variants)
+    for variant in variants:
+        others = ranked and variant is not ranked[0] and variant["same_work"] and not verdict.is_simulated(variant)
+        variant["ratio"] = verdict.ratio(variant, ranked[0], sure) if others else None
+    said = verdict.verdict(variants, ranked, complete)
     finished = [run for _, run in _finished(runs, pilots)]
     environment = next((run.env for run in finished if run.env), {})
-    devices = [way.get("device") for way in ways]
+    devices = [variant.get("device") for variant in variants]
     if work.get("stand_in"):
         said["sentence"] += " The corpus is the stand-in: losses say nothing about Shakespeare."
     return {
@@ -105,11 +115,11 @@ def collect(folder: Path) -> dict[str, Any]:
         "environment": environment or None,
         "plan": _plan_facts(plan, runs, pilots, complete),
         "verdict": said,
-        "warnings": said_of_files + _warnings(plan, ways, work, parity, finished),
+        "warnings": said_of_files + _warnings(plan, variants, work, parity, finished),
         "parity": parity,
-        "levers": verdict.lever_table(ways) if any(way["lever"] for way in ways) else None,
+        "levers": verdict.lever_table(variants) if any(variant["lever"] for variant in variants) else None,
         "published": published.beside(work),
-        "ways": ways,
+        "variants": variants,
     }
 
 
@@ -119,7 +129,7 @@ def collect(folder: Path) -> dict[str, Any]:
 def _plan(folder: Path, said: list[str]) -> dict[str, Any]:
     """plan.json without what cannot be what its key says, which goes into `said`."""
     plan = document(folder / "plan.json", said)
-    kinds: dict[str, Any] = {"ways": list, "order": list, "rounds": int, "iters": dict, "recipe": dict, "cut": dict,
+    kinds: dict[str, Any] = {"variants": list, "order": list, "rounds": int, "iters": dict, "recipe": dict, "cut": dict,
                              "created": str, "version": str, "experiment": str}  # fmt: skip
     for key, kind in kinds.items():
         if plan.get(key) is not None and not isinstance(plan[key], kind):
@@ -127,38 +137,40 @@ def _plan(folder: Path, said: list[str]) -> dict[str, Any]:
             said.append(f"plan.json: {key} cannot be read")
     if isinstance(schema := plan.get("schema"), int) and schema > SCHEMA:
         said.append(f"plan.json has schema {schema}, newer than this program's {SCHEMA}: something may be missing")
-    for way in (ways := plan.get("ways") or []):
-        if not isinstance(way, dict) or not isinstance(way.get("name"), str):
-            said.append("plan.json: a way cannot be read")
-    plan["ways"] = [way for way in ways if isinstance(way, dict) and isinstance(way.get("name"), str)]
+    for variant in (variants := plan.get("variants") or []):
+        if not isinstance(variant, dict) or not isinstance(variant.get("name"), str):
+            said.append("plan.json: a variant cannot be read")
+    plan["variants"] = [
+        variant for variant in variants if isinstance(variant, dict) and isinstance(variant.get("name"), str)
+    ]
     if not all(_is_place(place) for place in plan.get("order") or []):
         plan["order"] = None
         said.append("plan.json: order cannot be read")
-    return plan if plan["ways"] or len(plan) > 1 else {}
+    return plan if plan["variants"] or len(plan) > 1 else {}
 
 
 def _is_place(place: Any) -> bool:
-    """Whether it is [round, name of a way]."""
+    """Whether it is [round, name of a variant]."""
     return isinstance(place, list) and len(place) == 2 and isinstance(place[0], int) and isinstance(place[1], str)
 
 
 def _parity(folder: Path, said: list[str]) -> dict[str, Any] | None:
-    """parity.json; None where there is none. What it cannot mean is an error of that way's check, never a pass."""
+    """parity.json; None where there is none. What it cannot mean is an error of that variant's check, never a pass."""
     if not (folder / "parity.json").exists():
         return None
     parity = document(folder / "parity.json", said)
-    ways = parity.get("ways")
-    if parity and not isinstance(ways, dict):
-        said.append("parity.json: ways cannot be read")
-        ways = parity["ways"] = {}
-    for name, found in (ways or {}).items():
+    variants = parity.get("variants")
+    if parity and not isinstance(variants, dict):
+        said.append("parity.json: variants cannot be read")
+        variants = parity["variants"] = {}
+    for name, found in (variants or {}).items():
         if not isinstance(found, dict) or found.get("state") not in ("pass", "fail", "error"):
-            parity["ways"][name] = {"state": "error", "reason": "parity.json does not say how it ended"}
+            parity["variants"][name] = {"state": "error", "reason": "parity.json does not say how it ended"}
     return parity or None
 
 
 def _runs(folder: Path) -> tuple[dict[str, dict[int, Run]], dict[str, Run]]:
-    """Every run that left a trace: way -> round -> run, and way -> pilot run."""
+    """Every run that left a trace: variant -> round -> run, and variant -> pilot run."""
     runs: dict[str, dict[int, Run]] = {}
     pilots: dict[str, Run] = {}
     for path in sorted((folder / "rounds").glob("*-*")):
@@ -176,25 +188,25 @@ def _runs(folder: Path) -> tuple[dict[str, dict[int, Run]], dict[str, Run]]:
     return runs, pilots
 
 
-def _planned_ways(plan: dict[str, Any], *found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The plan's ways, then any that only a folder tells of."""
-    planned = list(plan.get("ways") or [])
-    names = {way["name"] for way in planned}
+def _planned_variants(plan: dict[str, Any], *found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The plan's variants, then any that only a folder tells of."""
+    planned = list(plan.get("variants") or [])
+    names = {variant["name"] for variant in planned}
     for name in sorted({name for runs in found for name in runs} - names):
         planned.append({"name": name})
     return [
         {
-            "name": way["name"],
-            "label": text(way.get("label") or way["name"], 80),
-            "overrides": way.get("overrides"),
-            "lever": _lever(way.get("lever")),
+            "name": variant["name"],
+            "label": text(variant.get("label") or variant["name"], 80),
+            "overrides": variant.get("overrides"),
+            "lever": _lever(variant.get("lever")),
         }
-        for way in planned
+        for variant in planned
     ]
 
 
 def _lever(told: Any) -> dict[str, Any] | None:
-    """A plan's lever; one that cannot be read is still no way of its own."""
+    """A plan's lever; one that cannot be read is still no variant of its own."""
     if not told:
         return None
     lever = told if isinstance(told, dict) else {}
@@ -202,7 +214,7 @@ def _lever(told: Any) -> dict[str, Any] | None:
 
 
 def _finished(runs: dict[str, dict[int, Run]], pilots: dict[str, Run]) -> list[tuple[str, Run]]:
-    """(way, run) of all that ended well, by round, the pilots last."""
+    """(variant, run) of all that ended well, by round, the pilots last."""
     rounds = sorted(((r, name) for name, some in runs.items() for r in some), key=lambda pair: (pair[0], pair[1]))
     ordered = [(name, runs[name][r]) for r, name in rounds] + sorted(pilots.items())
     return [(name, run) for name, run in ordered if run.state == "done"]
@@ -211,9 +223,9 @@ def _finished(runs: dict[str, dict[int, Run]], pilots: dict[str, Run]) -> list[t
 def _common_work(
     planned: list[dict[str, Any]], runs: dict[str, dict[int, Run]], pilots: dict[str, Run]
 ) -> dict[str, Any]:
-    """The work that most of these ways' runs did; the first planned decides where as many did one as another."""
+    """The work that most of these variants' runs did; the first planned decides where as many did one as another."""
     works = []
-    for name in (way["name"] for way in planned):
+    for name in (variant["name"] for variant in planned):
         some = [run.work() for _, run in _finished({name: runs.get(name, {})}, {})]
         works += some or ([pilots[name].work()] if name in pilots else [])
     if not works:
@@ -238,8 +250,8 @@ def _recipe(plan: dict[str, Any]) -> dict[str, Any] | None:
     return {key: getattr(config, key) for key in ("max_iters", "eval_interval", "eval_iters")}
 
 
-def _way(
-    way: dict[str, Any],
+def _variant(
+    variant: dict[str, Any],
     runs: dict[int, Run],
     pilot: Run | None,
     parity: dict[str, Any] | None,
@@ -264,43 +276,43 @@ def _way(
     ]
     if pilot and pilot.state not in ("done", "unfinished"):
         failed.insert(0, (None, pilot.state, pilot.reason))  # type: ignore[arg-type]
-    gate = (parity or {}).get("ways")
-    checked = gate.get(way["name"], {"state": "error", "reason": "parity.json does not name it"}) if gate else {}
-    found = figures.of_way(done, pilot, recipe, planned)
+    gate = (parity or {}).get("variants")
+    checked = gate.get(variant["name"], {"state": "error", "reason": "parity.json does not name it"}) if gate else {}
+    found = figures.of_variant(done, pilot, recipe, planned)
     told = next(iter(done.values()), pilot)
     same_work = told is not None and work_key(told.work()) == work_key(work)
-    way |= found
-    way |= {
+    variant |= found
+    variant |= {
         "parity": checked.get("state") or "not run",
         "runs": len(done),
         "failed_runs": [{"round": r, "state": state, "reason": reason} for r, state, reason in failed],
         "ratio": None,
         "same_work": same_work,
-        # A lever is an ablation, ranked only where it is also a way of its own: compiled or not.
-        "ranked": same_work and (not way["lever"] or way["lever"].get("key") == "compile"),
-        "fallbacks": document(folder / "fallbacks" / f"{way['name']}.json") or None,
+        # A lever is an ablation, ranked only where it is also a variant of its own: compiled or not.
+        "ranked": same_work and (not variant["lever"] or variant["lever"].get("key") == "compile"),
+        "fallbacks": document(folder / "fallbacks" / f"{variant['name']}.json") or None,
     }
-    way["compile_report"] = (way["fallbacks"] or {}).get("compile_report")
-    way["state"], way["reason"] = _state(way, checked, complete)
-    if done and not same_work and not way["lever"]:
-        way["warnings"].append(f"not ranked: it does other work ({_difference(told.work(), work)})")  # type: ignore[union-attr]
-    return way
+    variant["compile_report"] = (variant["fallbacks"] or {}).get("compile_report")
+    variant["state"], variant["reason"] = _state(variant, checked, complete)
+    if done and not same_work and not variant["lever"]:
+        variant["warnings"].append(f"not ranked: it does other work ({_difference(told.work(), work)})")  # type: ignore[union-attr]
+    return variant
 
 
-def _state(way: dict[str, Any], checked: dict[str, Any], complete: bool) -> tuple[str, str | None]:
-    failed = way["failed_runs"]
+def _state(variant: dict[str, Any], checked: dict[str, Any], complete: bool) -> tuple[str, str | None]:
+    failed = variant["failed_runs"]
     reason = f"{failed[0]['state'].replace('_', ' ')}: {failed[0]['reason']}" if failed else None
-    if way["parity"] == "fail":
+    if variant["parity"] == "fail":
         return "wrong", _failed_parity(checked)
-    if not way["runs"]:
-        if way["parity"] == "error" and not failed:
+    if not variant["runs"]:
+        if variant["parity"] == "error" and not failed:
             reason = f"parity could not be checked: {checked.get('reason')}"
         if not complete and not reason:
             return "waiting", None
         return "failed", reason or "no run has finished"
     if failed:
         return "partial", reason
-    return "ok", f"parity could not be checked: {checked.get('reason')}" if way["parity"] == "error" else None
+    return "ok", f"parity could not be checked: {checked.get('reason')}" if variant["parity"] == "error" else None
 
 
 def _failed_parity(checked: dict[str, Any]) -> str:
@@ -311,8 +323,8 @@ def _own_parity(folder: Path) -> dict[str, Any]:
     """What the gate said of a run that is a comparison's: rounds/2-mps. Empty for any other."""
     place = folder.resolve()
     matched = _ROUND.fullmatch(place.name) if place.parent.name == "rounds" else None
-    ways = (_parity(place.parent.parent, []) or {}).get("ways") if matched else None
-    return (ways or {}).get(matched[2], {}) if matched else {}
+    variants = (_parity(place.parent.parent, []) or {}).get("variants") if matched else None
+    return (variants or {}).get(matched[2], {}) if matched else {}
 
 
 def _difference(work: dict[str, Any], other: dict[str, Any]) -> str:
@@ -331,8 +343,8 @@ def _median(found: dict[str, Any]) -> float | None:
 def _complete(plan: dict[str, Any], runs: dict[str, dict[int, Run]], pilots: dict[str, Run]) -> bool:
     """Whether every planned run has ended, well or not."""
     order = plan.get("order")
-    if not order:  # nothing to time: complete when every way's pilot has failed
-        names = [way["name"] for way in plan.get("ways") or []]
+    if not order:  # nothing to time: complete when every variant's pilot has failed
+        names = [variant["name"] for variant in plan.get("variants") or []]
         return order == [] and all(name in pilots for name in names)
     ended = {(r, name) for name, some in runs.items() for r, run in some.items() if run.state != "unfinished"}
     return all((r, name) in ended for r, name in order)
@@ -363,7 +375,7 @@ def _span(outcome: dict[str, Any]) -> tuple[datetime, datetime] | None:
 
 def _warnings(
     plan: dict[str, Any],
-    ways: list[dict[str, Any]],
+    variants: list[dict[str, Any]],
     work: dict[str, Any],
     parity: dict[str, Any] | None,
     finished: list[Run],
@@ -371,12 +383,12 @@ def _warnings(
     said = []
     if isinstance(cut := plan.get("cut"), dict):
         said.append(f"{plan.get('rounds')} of {cut.get('rounds')} rounds were run: {cut.get('reason')}")
-    if any(verdict.is_simulated(way) for way in ways):
+    if any(verdict.is_simulated(variant) for variant in variants):
         said.append("simulated device: its times mean nothing about any Mac")
     if work.get("stand_in"):
         said.append("the corpus is the built-in stand-in: the work is the same, losses are those of another text")
     if parity is None:
-        said.append("parity was not checked: the ways may compute different things")
+        said.append("parity was not checked: the variants may compute different things")
     powers = {run.env.get("power_source") for run in finished}
     powers |= {event.get("power_source") for run in finished for event in run.events}
     if "battery" in powers:
@@ -388,7 +400,7 @@ def _warnings(
         heat |= {str((run.outcome.get("heat") or {}).get(when)) for when in ("at_start", "after")}
     if hot := heat & {"moderate", "heavy", "trapping", "sleeping"}:
         said.append(f"thermal pressure was {' and '.join(sorted(hot))} at times: the chip was held back")
-    throttled = [way["label"] for way in ways if (way.get("drift") or {}).get("throttled")]
+    throttled = [variant["label"] for variant in variants if (variant.get("drift") or {}).get("throttled")]
     if throttled:
         said.append(f"throttled: {', '.join(throttled)} became slower by more than {stats.THROTTLED_PERCENT:g} %")
     said += _mixed(finished)

@@ -1,4 +1,4 @@
-"""The figures of one way, from its run folders: what stands in comparison.json for it."""
+"""The figures of one variant, from its run folders: what stands in comparison.json for it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BINS = 40
 MFUS = ("mfu", "mfu_measured", "mfu_a100")
 
 
-def of_way(
+def of_variant(
     runs: Mapping[int, Run], pilot: Run | None = None, recipe: dict[str, Any] | None = None, planned: int | None = None
 ) -> dict[str, Any]:
-    """Everything that a way's finished runs (round -> run) tell; keys as in comparison.json, None where unknown.
+    """Everything that a variant's finished runs (round -> run) tell; keys as in comparison.json, None where unknown.
 
     `pilot`: the cold run before the rounds, which has the measured matmul peak and enters no time statistic.
     `recipe`: max_iters (or iters), eval_interval and eval_iters of the full recipe.
@@ -71,7 +71,7 @@ def of_way(
 
 
 def machine(env: dict[str, Any], devices: Sequence[str | None]) -> dict[str, Any]:
-    """Name and size of the machine: the GPU's name where a way ran on one, else the processor's."""
+    """Name and size of the machine: the GPU's name where a variant ran on one, else the processor's."""
     on_gpu = any(device in ON_GPU for device in devices)
     name = (env.get("gpu") if on_gpu else None) or env.get("chip")
     system = "macOS" if env.get("os") == "Darwin" else env.get("os")

@@ -33,7 +33,7 @@ class Row:
     url: str
     date: str | None
     machine: str
-    way: str
+    variant: str
     ms_per_iter: float
     note: str
     work: str = WORK
