@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from nanogpt_mac import simulator
-from nanogpt_mac.backends import base, detect
+from nanogpt_mac.backends import base, kinds
 from nanogpt_mac.backends.base import BackendOptions, Tokens
 from nanogpt_mac.fallbacks import profiled, signs
 from nanogpt_mac.fallbacks.phases import Phased
@@ -116,7 +116,7 @@ class Session:
         tokens = Tokens({"train": text, "val": text}, spec.block_size)
         if not task["resident"]:
             base.RESIDENT_TOKENS = 0
-        backend: Any = detect.create(spec, options, tokens)
+        backend: Any = kinds.create(spec, options, tokens)
         backend.load(spec.init_weights(0))
         self.backend, self.compiled = backend, options.compile
         shape = (task["gradient_accumulation_steps"], task["batch_size"])
