@@ -144,7 +144,7 @@ def test_an_absent_back_end_names_those_that_are_there(compose, tmp_path, monkey
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     code, _, err = compose("backend=mps", task=run)
     assert code == 2
-    assert re.fullmatch(r"train\.py: backend=mps: not available here: .*Available: auto, cpu.*\n", err), err
+    assert re.fullmatch(r"train\.py: backend=mps: not available here: .*Available: auto, .*cpu.*\n", err), err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,7 +230,7 @@ def test_nothing_heavy_is_imported_before_it_is_used():
         "matplotlib",
     ]
     modules = "cli config corpus backends.base backends.kinds gpt.spec gpt.pretrained machine.probe machine.chips "
-    modules += "machine.energy machine.gemm train.loop train.recorder train.checkpoint train.run train.sample"
+    modules += "machine.energy machine.gemm train.loop train.recorder train.checkpoint train.session train.sample"
     imports = "; ".join(f"import nanogpt_mac.{m}" for m in modules.split())
     code = f"import sys; {imports}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -328,8 +328,10 @@ def found(seen):
 def test_error_ends_the_run_before_training(monkeypatch, tmp_path, capsys, found):
     create = kinds.create
 
-    def on_cpu(spec, options, tokens):
-        return create(spec, options("cpu"), tokens)
+    def on_cpu(spec, _options, tokens):
+        backend = create(spec, options("cpu"), tokens)
+        backend.capabilities = kinds.recorded("mps", "mps")
+        return backend
 
     doubtful = found | {"findings": [], "complete": False, "why_incomplete": ["not reached: clip"]}
     monkeypatch.setattr(kinds, "resolve", lambda name: name)
