@@ -10,6 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -27,13 +28,32 @@ MATMUL_PRECISIONS = ("highest", "high", "medium")
 # How the loss scale of float16 moves: torch.amp.GradScaler's own defaults.
 SCALE_GROWTH, SCALE_BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000
 
-# Tokens up to this many stay on the device as int32; larger corpora are gathered from the memory map.
-RESIDENT_TOKENS = 1 << 28
+# What a back end marks with `phase`, in the order of an iteration, an evaluation and the sampling of a token.
+PHASES = ("forward", "backward", "clip", "optimizer", "result", "evaluation", "sampling")
+
+Mark = Callable[[str], AbstractContextManager[Any]]  # a phase's name to a context that lasts as long as the phase
+_UNWATCHED = nullcontext()
+
+
+def unwatched(_phase: str) -> AbstractContextManager[Any]:
+    """`Backend.phase` while nobody looks: one shared context that does nothing."""
+    return _UNWATCHED
+
+
+@dataclass(frozen=True)
+class Meant:
+    """A copy or wait that a back end makes on purpose, declared beside its code; anything beyond these is a finding."""
+
+    phase: str
+    op: str  # torch's name, without aten::
+    to_host: bool
+    most: int  # times a phase: one iteration, one batch of an evaluation, a prompt and the token after it
+    reason: str
 
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """Everything but the model that decides what a step computes and how. Defaults are config.Config's alone."""
+    """Everything but the model that decides what a step computes and how. What Config has is given from there."""
 
     name: str  # of a Kind
     compile: bool
@@ -44,6 +64,7 @@ class BackendOptions:
     beta1: float
     beta2: float
     grad_clip: float  # global norm; 0 switches it off
+    resident_tokens: int = 1 << 28  # splits of up to this many stay on the device as int32; larger ones on the host
     settings: Mapping[str, Any] = field(default_factory=dict)  # the kind's own, by name; absent: at their defaults
 
 
@@ -121,6 +142,9 @@ class Backend(ABC):
     options: BackendOptions
     capabilities: Capabilities
     details: dict[str, Any]  # what was chosen where the options left a choice: written to the records
+    # `with self.phase("clip"):` marks what the back end does: one of PHASES. Whoever wants to look (the fallback
+    # detector, a trace) puts a function of its own here; until then it is `unwatched`.
+    phase: Mark = staticmethod(unwatched)
 
     @property
     def device_name(self) -> str:

@@ -8,11 +8,14 @@ such a file as absent.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from nanogpt_mac.files import plain
+
+__all__ = ["Amount", "Count", "DamagedError", "Document", "Number", "Record", "Share", "Size", "plain"]
 
 MOST = 1e30  # of anything that is counted or measured here; more is a damaged number
 
@@ -86,15 +89,6 @@ class Document(Record):
     def document(self) -> dict[str, Any]:
         """As it is written: JSON's own types, numbers that are not finite by their names."""
         return {"schema": self.SCHEMA} | plain(self.model_dump(mode="python", by_alias=True, exclude={"schema_"}))
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold; NaN and infinity become their names, never a silent null."""
-    if isinstance(value, dict):
-        return {str(key): plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def _first(error: ValidationError) -> str:
