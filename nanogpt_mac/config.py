@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any
 
-from nanogpt_mac.backends.base import COMPILE_MODES, DTYPES, MATMUL_PRECISIONS, NAMES
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import DTYPES, MATMUL_PRECISIONS, BackendOptions
 from nanogpt_mac.corpus import DataConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
@@ -45,8 +46,8 @@ def check_fields(config: Any, prefix: str = "") -> None:
             check_one_of(key, value, rule["allowed"])
         if "low" in rule and value is not None:
             low, below = rule["low"], rule["below"]
-            if not low <= value < (math.inf if below is None else below) and not (value == math.inf and below is None):
-                limit = "" if below in (None, math.inf) else f" and below {_spelt(below)}"
+            if not (low <= value and (below is None or value < below)):  # true for nan
+                limit = "" if below is None else " and finite" if below == math.inf else f" and below {_spelt(below)}"
                 raise InputError(f"{key}={_spelt(value)}: must be at least {_spelt(low)}{limit}")
 
 
@@ -67,11 +68,23 @@ def _spelt(value: Any) -> str:
 
 
 @dataclass
-class BackendConfig:
+class _BackendName:
     name: str = "auto"
-    compile_mode: str = "default"  # torch.compile's mode
-    fused_adamw: bool | None = None  # torch: null is "wherever torch has it"
-    blas: str = "own"  # MLX on a Linux CPU: "torch" borrows libtorch's matrix product
+
+
+if TYPE_CHECKING:
+
+    @dataclass
+    class BackendConfig(_BackendName):
+        def __getattr__(self, key: str) -> Any: ...
+
+else:  # `name` and every kind's own settings: a back end ignores those of others, so that a sweep can set them
+    BackendConfig = make_dataclass(
+        "BackendConfig",
+        [(key, type_, field(default=default)) for key, (type_, default, _) in kinds.settings().items()],
+        bases=(_BackendName,),
+        namespace={"__module__": __name__},
+    )
 
 
 @dataclass
@@ -219,6 +232,24 @@ def validate_sample(config: SampleConfig) -> None:
 
 
 def _check_backend(config: Config | SampleConfig) -> None:
-    check_one_of("backend", config.backend.name, ("auto", *NAMES))
-    check_one_of("backend.compile_mode", config.backend.compile_mode, COMPILE_MODES)
-    check_one_of("backend.blas", config.backend.blas, ("own", "torch"))
+    check_one_of("backend", config.backend.name, ("auto", *kinds.KINDS))
+    for key, (_, _, allowed) in kinds.settings().items():
+        if allowed:
+            check_one_of(f"backend.{key}", getattr(config.backend, key), allowed)
+
+
+def backend_options(config: Config | SampleConfig, name: str, compiled: bool = False) -> BackendOptions:
+    """What back end `name` is told of `config`; of sampling, which trains nothing, the recipe's defaults."""
+    recipe = config if isinstance(config, Config) else Config()
+    return BackendOptions(
+        name,
+        compile=compiled,
+        dtype=config.dtype,
+        matmul_precision=config.matmul_precision,
+        seed=config.seed,
+        weight_decay=recipe.weight_decay,
+        beta1=recipe.beta1,
+        beta2=recipe.beta2,
+        grad_clip=recipe.grad_clip,
+        settings=kinds.own_settings(name, asdict(config.backend)),
+    )

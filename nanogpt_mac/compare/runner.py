@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import Kind
 from nanogpt_mac.config import Config
 from nanogpt_mac.files import write_json
 from nanogpt_mac.machine import probe
@@ -46,6 +48,10 @@ class Training:
         return self.variant.label
 
     @property
+    def kind(self) -> Kind:
+        return kinds.KINDS[kinds.resolve(self.config.backend.name)]
+
+    @property
     def warmup(self) -> int:
         return self.config.timing_warmup
 
@@ -63,12 +69,12 @@ class Training:
 
     def environment(self, task: Task) -> dict[str, str]:
         """Compilers' caches belong to the variant: its pilot run compiles from cold, its rounds do not."""
-        caches = {"TORCHINDUCTOR_CACHE_DIR": task.cache / "inductor", "TRITON_CACHE_DIR": task.cache / "triton"}
-        if self.config.backend.name == "mlx" and sys.platform == "linux":  # its CPU build keeps compiled kernels there
-            caches["TMPDIR"] = task.cache / "tmp"
-            caches["TMPDIR"].mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-        return environment | {"PYTHONUNBUFFERED": "1"} | {name: str(folder) for name, folder in caches.items()}
+        for name in self.kind.caches:
+            folder = task.cache / name.lower()
+            folder.mkdir(parents=True, exist_ok=True)
+            environment[name] = str(folder)
+        return environment | {"PYTHONUNBUFFERED": "1"}
 
     def shown(self, folder: Path) -> Shown:
         summary = RunSummary.load(folder / "summary.json")
@@ -89,8 +95,9 @@ class Training:
         cold = max(0.0, shown.first - iteration)
         start = max(LEAST_START_S, seconds - iterating - self._gemm_s()) + FROM_CACHE * cold
         batches = EVALUATIONS * EVAL_ITERS / self.config.gradient_accumulation_steps
-        compiled = summary.compile and self.config.backend.name != "mlx"  # evaluation is one more graph for torch
-        return Cost(start, iteration, batches * FORWARD * iteration + (EVALUATION_GRAPH * cold if compiled else 0.0))
+        able = summary.capabilities or kinds.recorded(summary.backend, summary.device)
+        graph = EVALUATION_GRAPH * cold if summary.compile and able.compiles_evaluation else 0.0
+        return Cost(start, iteration, batches * FORWARD * iteration + graph)
 
     def _gemm_s(self) -> float:
         """Seconds that the pilot run spends on the measured peak: those of the command line, where it names them."""
@@ -143,7 +150,7 @@ class ComparisonRunner(Runner):
         """What leaves the GPU, of variants that can be asked; one whose detector fails is timed all the same."""
         for name, job in self.jobs.items():
             path = self.folder / "fallbacks" / f"{name}.json"
-            if job.config.backend.name != "mps" or path.exists():
+            if path.exists() or not any(device.detector for device in job.kind.devices):
                 continue
             from nanogpt_mac.corpus import prepare
             from nanogpt_mac.fallbacks import detect

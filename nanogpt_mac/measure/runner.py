@@ -216,7 +216,8 @@ class Runner:
 
     def _size(self, name: str) -> tuple[int, int]:
         """Iterations and warm-up of a run."""
-        assert self.plan.iters is not None and self.plan.warmup is not None  # decided with the order
+        assert self.plan.iters is not None  # decided with the order, as the next
+        assert self.plan.warmup is not None
         return self.plan.iters[name], self.plan.warmup[name]
 
     def _over(self, number: int, position: int) -> bool:

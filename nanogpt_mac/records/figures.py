@@ -1,4 +1,4 @@
-"""What statistics over rounds say: ratios, drift, outliers, and how far times can be trusted. Lasting: comparison.json."""
+"""What statistics over rounds say: ratios, drift, outliers, and how far times can be trusted."""
 
 from __future__ import annotations
 

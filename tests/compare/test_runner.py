@@ -54,7 +54,7 @@ def test_what_a_run_is_told(plan, tmp_path, monkeypatch):
         assert {"checkpoint=false", "sample_tokens=0", "wandb.mode=disabled", "backend=cpu"} <= some
     environments = [environment for _, environment in told.values()]
     caches = {environment["TORCHINDUCTOR_CACHE_DIR"] for environment in environments}
-    assert caches == {str(runner.folder / "cache" / "a" / "inductor")}
+    assert caches == {str(runner.folder / "cache" / "a" / "torchinductor_cache_dir")}
     assert not any("HYDRA_FULL_ERROR" in environment for environment in environments)
 
 
@@ -168,7 +168,7 @@ def test_variants_that_failed_the_gate_are_timed_on_request_alone(plan, time_wro
 def test_a_pilot_in_which_nothing_could_be_counted_is_run_twice_and_then_a_row(plan, tmp_path):
     runner = plan(rounds=1, a="works", b="works")
     script = tmp_path / "a.py"
-    text = script.read_text().replace('"median": 10.0, "min": 10.0, "count": ', '"count": 0 and ')
+    text = script.read_text().replace('"median": 10.0, "min": 10.0, "count": ', '"count": 0, "ignored": ')
     script.write_text(text.replace('"memory": 0}', '"memory": 0, "left_out": "slept"}'))
     runner.carry_out()
     assert outcomes(runner)["pilot-a"] == ("failed", "none of its iterations could be counted")

@@ -13,6 +13,7 @@ from nanogpt_mac.compare.results import figures, published, verdict
 from nanogpt_mac.compare.results.runs import Run, document, read, work_key
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.measure import stats
+from nanogpt_mac.records.plan import Plan
 from nanogpt_mac.report.words import text
 
 SCHEMA = 1
@@ -135,8 +136,8 @@ def _plan(folder: Path, said: list[str]) -> dict[str, Any]:
         if plan.get(key) is not None and not isinstance(plan[key], kind):
             plan[key] = None
             said.append(f"plan.json: {key} cannot be read")
-    if isinstance(schema := plan.get("schema"), int) and schema > SCHEMA:
-        said.append(f"plan.json has schema {schema}, newer than this program's {SCHEMA}: something may be missing")
+    if isinstance(schema := plan.get("schema"), int) and schema > Plan.SCHEMA:
+        said.append(f"plan.json has schema {schema}, newer than this program's {Plan.SCHEMA}: something may be missing")
     for variant in (variants := plan.get("variants") or []):
         if not isinstance(variant, dict) or not isinstance(variant.get("name"), str):
             said.append("plan.json: a variant cannot be read")

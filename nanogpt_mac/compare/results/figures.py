@@ -14,6 +14,7 @@ from nanogpt_mac.compare import roofline
 from nanogpt_mac.compare.results.runs import Run, number
 from nanogpt_mac.machine import chips
 from nanogpt_mac.measure import stats
+from nanogpt_mac.measure.times import summary
 
 ON_GPU = ("mps", "cuda", "metal")  # device names of back ends that compute on the GPU
 MOST_POINTS = 400  # of one round's series
@@ -33,7 +34,10 @@ def of_variant(
     times = {r: run.kept for r, run in rounds.items() if len(run.kept)}
     everything = ([pilot] if pilot else []) + list(rounds.values())
     any_run = next(iter(rounds.values()), pilot) or Run(Path(), {}, {}, {}, {})
-    iter_ms = stats.iteration_times(list(times.values()))
+    iter_ms = None
+    if times:
+        pooled = np.concatenate(list(times.values()))
+        iter_ms = summary(pooled, stats.median_interval(list(times.values()))).model_dump()
     median = iter_ms["median"] if iter_ms else None
     work = any_run.work()
     left_out = _sum(run.left_out() for run in rounds.values())
@@ -51,8 +55,8 @@ def of_variant(
         "iter_ms": iter_ms,
         "rounds": [_round(r, run) for r, run in rounds.items()],
         "left_out": left_out,
-        "drift": stats.drift(times),
-        "outliers": stats.outliers(list(times.values())),
+        "drift": (found := stats.drift(times)) and found.model_dump(),
+        "outliers": (wild := stats.outliers(list(times.values()))) and wild.model_dump(),
         "warnings": _warnings(rounds, times, left_out, utilisation, roof, planned),
         **_first_iterations(rounds, pilot, median),
         **evaluation,
@@ -267,7 +271,7 @@ def _warnings(
     planned: int | None,
 ) -> list[str]:
     sync = next((run.fact("sync") for run in rounds.values()), None)
-    said = stats.doubts(times, left_out.get("slept", 0), sync, planned)
+    said = doubts(times, left_out.get("slept", 0), sync, planned)
     peaks = utilisation["mfu_denominators"]
     if peaks["mfu_measured"] and times and utilisation["mfu_measured"] is None:
         said.append("mfu_measured would be above 100 %, which is impossible: the measured peak or the time is wrong")
@@ -276,3 +280,52 @@ def _warnings(
     said += [error for run in rounds.values() for error in run.summary.get("errors") or [] if isinstance(error, str)]
     said += [f"round {r}: {problem}" for r, run in rounds.items() for problem in run.problems]
     return list(dict.fromkeys(said))
+
+
+UNSTABLE = 0.02  # log standard deviation of round medians
+SHORT_SECONDS, FEW_ITERATIONS, FEW_ROUNDS = 0.5, 10, 5
+SLOW_START = 0.05
+MANY_OUTLIERS = 0.05
+
+
+def doubts(
+    rounds: Mapping[int, np.ndarray], slept: int = 0, sync: str | None = None, planned: int | None = None
+) -> list[str]:
+    """What a reader should know before believing these times, each a sentence.
+
+    `slept`: iterations left out because the machine slept; `sync`: the run's policy; `planned`: rounds that were.
+    """
+    figures = stats.steadiness(rounds)
+    if figures is None:
+        return []
+    said = []
+    if figures.rounds < FEW_ROUNDS and planned != 1:
+        said.append(f"too few rounds: {figures.rounds}; {FEW_ROUNDS} or more give intervals that mean something")
+    noise = figures.noise
+    if noise is not None and noise > UNSTABLE:
+        seen = figures.detectable or 0
+        least = f"differences of {100 * seen:.0f} % and more" if seen < 1 else "no difference below a factor of two"
+        said.append(
+            f"unstable: the rounds' medians vary by {100 * noise:.1f} % (standard deviation); unless the other variants "
+            f"varied with them, {figures.rounds} rounds find {least}"
+        )
+    count, seconds, start, wild = figures.iterations, figures.seconds, figures.slow_start, figures.outliers
+    if seconds < SHORT_SECONDS or count < FEW_ITERATIONS:
+        said.append(f"too short: a round has {count:.0f} timed iterations in {seconds:.2g} s; iters=... takes more")
+    if start is not None and start > SLOW_START:
+        said.append(
+            f"slow start: the first tenth of the timed iterations is {100 * start:.0f} % slower than the "
+            "rest; timing_warmup=... leaves more out"
+        )
+    if wild.share > MANY_OUTLIERS:
+        said.append(
+            f"outliers: {100 * wild.share:.0f} % of the iterations are far above their round's median, the worst "
+            f"{wild.worst_ms:.4g} ms; something else was running"
+        )
+    if slept:
+        said.append(f"slept: the machine slept in {slept} iterations, which are left out")
+    if sync == "interval":
+        said.append("clock: sync=interval shares time out evenly over iterations; single ones are not known")
+    elif figures.coarse:
+        said.append("clock: too coarse; more than half of a round's times are duplicates")
+    return said
