@@ -110,7 +110,10 @@ def test_names_are_unique_whatever_is_written():
         (['variants=["cpu nonsense=3"]'], "nonsense=3: there is no such key"),
         (['variants=["cpu dtype=int8"]'], "dtype=int8: use float32"),
         (['variants=["cpu compile=maybe"]'], "compile=maybe: use auto, true or false"),
-        (['variants=[cpu,"cpu batch_size=3"]'], "batch_size=3: all variants do the same work; use batch_size=3 for all of them"),
+        (
+            ['variants=[cpu,"cpu batch_size=3"]'],
+            "batch_size=3: all variants do the same work; use batch_size=3 for all of them",
+        ),
         (['variants=["cpu model.n_layer=2",mlx]'], r"model\.n_layer=2: all variants do the same work"),
         (["variants=[]"], r"variants=\[\]: use a list such as"),
         (["variants=[1]"], r"variants=\[1\]: use a list"),

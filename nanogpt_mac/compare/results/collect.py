@@ -13,7 +13,7 @@ from nanogpt_mac.compare.results import figures, published, verdict
 from nanogpt_mac.compare.results.runs import Run, document, read, work_key
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.measure import stats
-from nanogpt_mac.records.plan import Plan
+from nanogpt_mac.records.plan import Parity, Plan
 from nanogpt_mac.report.words import text
 
 SCHEMA = 1
@@ -129,7 +129,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 def _plan(folder: Path, said: list[str]) -> dict[str, Any]:
     """plan.json without what cannot be what its key says, which goes into `said`."""
-    plan = document(folder / "plan.json", said)
+    plan = Plan.migrated(document(folder / "plan.json", said), 1)
     kinds: dict[str, Any] = {"variants": list, "order": list, "rounds": int, "iters": dict, "recipe": dict, "cut": dict,
                              "created": str, "version": str, "experiment": str}  # fmt: skip
     for key, kind in kinds.items():
@@ -159,7 +159,7 @@ def _parity(folder: Path, said: list[str]) -> dict[str, Any] | None:
     """parity.json; None where there is none. What it cannot mean is an error of that variant's check, never a pass."""
     if not (folder / "parity.json").exists():
         return None
-    parity = document(folder / "parity.json", said)
+    parity = Parity.migrated(document(folder / "parity.json", said), 1)
     variants = parity.get("variants")
     if parity and not isinstance(variants, dict):
         said.append("parity.json: variants cannot be read")
