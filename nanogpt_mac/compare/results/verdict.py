@@ -56,7 +56,7 @@ def confidence(variants: Sequence[Variant]) -> float:
 
 def ratio(variant: Variant, base: Variant, sure: float) -> dict[str, Any] | None:
     found = stats.paired_ratio(medians(variant), medians(base), sure)
-    return found and {"to": base["name"]} | found.model_dump()
+    return {"to": base["name"]} | found.model_dump() if found else None
 
 
 def lever_table(variants: Sequence[Variant]) -> list[dict[str, Any]]:
