@@ -1,4 +1,8 @@
-"""One run in a process of its own: started, watched, ended when it hangs, and its ending put into words."""
+"""Every child process of the project: asked a question, or supervised while it works, or attended in this terminal.
+
+None outlives the wait for it: each has a session of its own, and whatever it has started there is killed with it.
+Programs of others (a compiler, pip) are run where they are needed.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,23 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.records.run import RunState
+
+ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.1  # seldom enough to leave the cores alone
+ANSWER_POLL_S = 0.05
 GRACE_S = 60.0  # for a run that was asked to end to finish its iteration
 ROOM = 64 * 1024  # bytes; less is a full disk
 FEWEST_PILOT = 4  # iterations, before a pilot run is asked to end
@@ -37,6 +48,253 @@ MISSING = re.compile(
 RAISED = re.compile(r"^(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Fault)\w*\b")
 
 
+# -- a question and its answer ----------------------------------------------------------------------------------------
+
+
+class ChildError(Exception):
+    """A child process that gave no answer; the text is one line that says why.
+
+    `code` is its exit code, None where it was ended for taking too long or could not be started.
+    """
+
+    def __init__(self, reason: str, code: int | None = None) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Question:
+    """One child process that reads `task` as JSON on its standard input and prints its answer as a line of JSON.
+
+    `what` is a module, run by `python -m` with this package on its path, or a whole command. What it says on standard
+    error, and prints beside the answer, stays in the file `log` where it fails. `timeout_s` ends it after so many
+    seconds without an answer.
+    """
+
+    what: str | Sequence[str | Path]
+    task: Any = None
+    python: str = sys.executable
+    environment: Mapping[str, str] | None = None  # by default this process's
+    timeout_s: float | None = None
+    log: Path | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a question: `value`, or `error` where there is none."""
+
+    value: Any
+    error: ChildError | None
+    seconds: float
+
+
+def ask(
+    what: str | Sequence[str | Path],
+    task: Any = None,
+    *,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+) -> Any:
+    """The answer to one `Question`. `ChildError` where there is none."""
+    with _Asked(Question(what, task, python, environment, timeout_s)) as asked:
+        while not asked.over():
+            asked.wait(ANSWER_POLL_S)
+        return asked.value()
+
+
+def ask_lines(question: Question) -> Iterator[Any]:
+    """Every line of JSON that a child prints, as it comes; `timeout_s` is then the longest silence.
+
+    `ChildError` at the end, where the child has failed, crashed or fallen silent.
+    """
+    with _Asked(question) as asked:
+        while True:
+            over = asked.over()
+            yield from asked.fresh()
+            if over:
+                break
+            asked.wait(ANSWER_POLL_S)
+        asked.check()
+
+
+def ask_side_by_side(queues: Iterable[Sequence[Question]]) -> list[list[Answer]]:
+    """Answers in the shape of `queues`: these side by side, what is in one of them in its order."""
+    waiting = [list(queue) for queue in queues]
+    answers: list[list[Answer]] = [[] for _ in waiting]
+    running: dict[int, _Asked] = {}
+    with ExitStack() as stack:
+        while any(waiting) or running:
+            for number, queue in enumerate(waiting):
+                if queue and number not in running:
+                    running[number] = stack.enter_context(_Asked(queue.pop(0)))
+            time.sleep(ANSWER_POLL_S)
+            for number, asked in list(running.items()):
+                if asked.over():
+                    answers[number].append(asked.answer())
+                    del running[number]
+    return answers
+
+
+def answer(function: Callable[[Any], Any]) -> None:
+    """The child's side of a question: print what `function` makes of the task. An InputError becomes the one line."""
+    try:
+        print(json.dumps(function(json.load(sys.stdin))), flush=True)
+    except InputError as error:
+        sys.exit(str(error))
+
+
+class _Asked:
+    """One question under way. Files stand in for pipes, which a helper of the child could keep open behind it."""
+
+    def __init__(self, question: Question) -> None:
+        self.question, self.began, self.heard = question, time.monotonic(), time.monotonic()
+        self.failure: ChildError | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.read = 0
+
+    def __enter__(self) -> _Asked:
+        q = self.question
+        given = dict(os.environ if q.environment is None else q.environment)
+        given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), given.get("PYTHONPATH", "")]))
+        argv = [q.python, "-m", q.what] if isinstance(q.what, str) else [str(part) for part in q.what]
+        self.output = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile() if q.log is None else q.log.open("w+b")
+        try:
+            with tempfile.TemporaryFile() as stdin:
+                stdin.write(json.dumps(q.task).encode())
+                stdin.seek(0)
+                self.process = subprocess.Popen(
+                    argv, stdin=stdin, stdout=self.output, stderr=self.errors, env=given, start_new_session=True
+                )
+        except OSError as error:
+            self.failure = ChildError(f"{argv[0]}: cannot be run: {error.strerror}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        self.output.close()
+        self.errors.close()
+
+    def wait(self, seconds: float) -> None:
+        if self.process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+
+    def over(self) -> bool:
+        """Whether it has ended, if need be by us."""
+        if self.process is None:
+            return True
+        if self.process.poll() is None:
+            timeout = self.question.timeout_s
+            if timeout is None or time.monotonic() - self.heard <= timeout:
+                return False
+            self.failure = ChildError(f"no answer within {timeout:g} s")
+        self._end()
+        return True
+
+    def _end(self) -> None:
+        if self.process is not None:
+            _end(self.process.pid)
+            self.process.wait()
+
+    def fresh(self) -> list[Any]:
+        """The lines of JSON since the last call; what else a kernel or a library prints is passed over."""
+        text = self._text(self.output, self.read)
+        whole, newline, _ = text.rpartition("\n")
+        self.read += len((whole + newline).encode(errors="surrogateescape"))
+        found = [value for line in whole.splitlines() if (value := _json(line)) is not None]
+        if found:
+            self.heard = time.monotonic()
+        return found
+
+    def value(self) -> Any:
+        self.check()
+        text = self._text(self.output)
+        found = next((v for line in reversed(text.splitlines()) if (v := _json(line)) is not None), None)
+        if found is None:
+            raise ChildError(f"its answer cannot be read: {_shortened(text, 100)!r}", 0)
+        return found
+
+    def check(self) -> None:
+        """`ChildError` unless it ended well by itself."""
+        if self.failure is not None:
+            raise self.failure
+        assert self.process is not None
+        code = self.process.returncode
+        if code < 0:
+            name = _signal(-code)
+            raise ChildError(f"killed by {name}" + (": out of memory?" if name == "SIGKILL" else ""), code)
+        if code:
+            raise ChildError(_last_words(self._text(self.errors)) or f"exit code {code}", code)
+
+    def answer(self) -> Answer:
+        """`value` or the error; the log goes where all went well."""
+        value, error = None, None
+        try:
+            value = self.value()
+        except ChildError as failure:
+            error = failure
+        if (log := self.question.log) is not None:
+            if error is None:
+                log.unlink()
+            else:
+                self.errors.seek(0, os.SEEK_END)
+                self.errors.write(self._text(self.output).encode(errors="surrogateescape"))
+                self.errors.flush()
+        return Answer(value, error, time.monotonic() - self.began)
+
+    def _text(self, file: Any, start: int = 0) -> str:
+        handle = file.fileno()
+        return os.pread(handle, os.fstat(handle).st_size - start, start).decode(errors="surrogateescape")
+
+
+def _json(line: str) -> Any:
+    """The object or the list that a line holds; None for anything else that is printed."""
+    if not line.startswith(("{", "[")):
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _last_words(text: str) -> str:
+    """Why a process says it failed, in one line: the exception of its last traceback, or else its last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    traces = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    raised = [line for line in lines[traces[-1] :] if RAISED.match(line)] if traces else []
+    return _shortened((raised or lines[-1:] or [""])[0], 300)
+
+
+def _signal(number: int) -> str:
+    return signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
+
+
+# -- in this terminal -------------------------------------------------------------------------------------------------
+
+
+def attend(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int | None]:
+    """Run `argv` in this terminal, handing SIGINT and SIGTERM on to it; its exit code, and the signal that came."""
+    received: list[int] = []
+    process = subprocess.Popen(argv, process_group=0, env=environment)
+
+    def forward(signum: int, _frame: Any) -> None:
+        received.append(signum)
+        process.send_signal(signum)
+
+    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    return code, received[0] if received else None
+
+
+# -- a supervised run -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Limits:
     """Seconds. What is exceeded ends the run."""
@@ -49,13 +307,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ending:
-    state: str  # done, failed, timeout, oom, missing_op
+    state: RunState  # done, failed, timeout, oom or missing_op
     code: int | None
     reason: str | None  # one line
     seconds: float
 
 
-def run(argv: Sequence[str], folder: Path, environment: Mapping[str, str], limits: Limits) -> Ending:
+def supervise(argv: Sequence[str], folder: Path, environment: Mapping[str, str], limits: Limits) -> Ending:
     """Run `argv`, which writes a run into `folder`; its output goes to log.txt there. Never leaves a process behind."""
     begun = time.monotonic()
     with (folder / "log.txt").open("ab") as log:
@@ -78,10 +336,10 @@ def run(argv: Sequence[str], folder: Path, environment: Mapping[str, str], limit
     seconds = time.monotonic() - begun
     code = process.returncode
     if overdue:
-        return Ending("timeout", code, overdue, seconds)
+        return Ending(RunState.TIMEOUT, code, overdue, seconds)
     well = (0, 128 + signal.SIGTERM, -signal.SIGTERM) if asked else (0,)  # the last: asked when it was done anyway
     if code in well and (folder / "summary.json").exists():
-        return Ending("done", code, None, seconds)
+        return Ending(RunState.DONE, code, None, seconds)
     state, reason = _why(code, (folder / "log.txt").read_text(errors="replace"))
     return Ending(state, code, reason, seconds)
 
@@ -152,22 +410,22 @@ def _end(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _why(code: int, log: str) -> tuple[str, str]:
+def _why(code: int, log: str) -> tuple[RunState, str]:
     """State and one-line reason of a run that ended by itself with `code`, from the log that it left."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for state, pattern in (("oom", OOM), ("missing_op", MISSING)):
+    for state, pattern in ((RunState.OOM, OOM), (RunState.MISSING_OP, MISSING)):
         found = [line for line in lines if pattern.search(line)]
         if found and code != 2:
             return state, _shortened(found[-1])
     if code < 0:
-        name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+        name = _signal(-code)
         if -code == signal.SIGKILL:
-            return "oom", f"killed ({name}) from outside, which systems do when memory runs out"
-        return "failed", f"crashed ({name})" + (f": {_shortened(lines[-1])}" if lines else "")
+            return RunState.OOM, f"killed by {name}, probably out of memory"
+        return RunState.FAILED, f"crashed ({name})" + (f": {_shortened(lines[-1])}" if lines else "")
     diverged = [line for line in lines if "training has diverged" in line]
     raised = [line for line in lines if RAISED.match(line)]
-    said = (diverged or raised or lines or ["it said nothing"])[-1]
-    return "failed", _shortened(said) if code else f"left no summary: {_shortened(said)}"
+    words = _shortened((diverged or raised or lines or ["it printed nothing"])[-1])
+    return RunState.FAILED, words if code else f"left no summary: {words}"
 
 
 def _shortened(line: str, most: int = 240) -> str:

@@ -319,7 +319,7 @@ class Runner:
         script = variant.script or str(cli.ROOT / "train.py")
         argv = [sys.executable, script, *merged(self.plan["overrides"], variant.overrides, overrides, fixed)]
         started = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        ending = child.run(argv, folder, self._environment(variant), limits)
+        ending = child.supervise(argv, folder, self._environment(variant), limits)
         if ending.state != "done":
             child.require_room(folder)
         if heat is not None:

@@ -8,11 +8,14 @@ such a file as absent.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from nanogpt_mac.files import plain
+
+__all__ = ["Amount", "Count", "DamagedError", "Document", "Number", "Record", "Share", "Size", "plain"]
 
 MOST = 1e30  # of anything that is counted or measured here; more is a damaged number
 
@@ -66,7 +69,7 @@ class Document(Record):
                 document = cls.migrated(dict(document), schema)
             return cls.model_validate(document)
         except ValidationError as error:
-            raise DamagedError(f"{name}: {_first(error)}") from error
+            raise DamagedError(f"{name}: {first(error)}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:  # what an older schema cannot have been
             raise DamagedError(f"{name}: schema {schema} cannot be read: {error!r}"[:300]) from error
 
@@ -88,19 +91,14 @@ class Document(Record):
         return {"schema": self.SCHEMA} | plain(self.model_dump(mode="python", by_alias=True, exclude={"schema_"}))
 
 
-def plain(value: Any) -> Any:
-    """What JSON can hold; NaN and infinity become their names, never a silent null."""
-    if isinstance(value, dict):
-        return {str(key): plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
-
-
-def _first(error: ValidationError) -> str:
+def first(error: ValidationError) -> str:
     """The first of pydantic's complaints: key, value, what was expected."""
     details = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in details["loc"]) or "document"
+    key = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "missing":
+        return f"has no {key}"
+    if not key:  # a rule about several keys, worded where it stands
+        return details["msg"].removeprefix("Value error, ")
     shown = repr(details.get("input"))
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     return f"{key}={shown}: {details['msg']}"

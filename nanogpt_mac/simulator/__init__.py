@@ -62,6 +62,22 @@ def active() -> bool:
     return _table is not None
 
 
+def environment(fallback: bool, *dropped: str, **more: str) -> dict[str, str]:
+    """The environment of a child process that has an MPS device: a Mac's own, or this one on Linux.
+
+    `fallback` is whether a missing operator runs on the CPU there; torch reads that when it is loaded. Variables that
+    begin with `PYTORCH_` or one of `dropped` are left out. InputError on a machine that can have neither device.
+    """
+    if sys.platform not in ("darwin", "linux"):
+        raise InputError(f"MPS needs a Mac, or Linux to simulate it; this is {sys.platform}")
+    made = {name: value for name, value in os.environ.items() if not name.startswith(("PYTORCH_", *dropped))}
+    if fallback:
+        made["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"
+    if sys.platform == "linux":
+        made[VARIABLE] = "1"
+    return made | more
+
+
 def install_if_asked() -> bool:
     """Installs the device when NANOGPT_MAC_SIMULATE_MPS is 1; returns whether it is active."""
     value = os.environ.get(VARIABLE, "")
@@ -106,6 +122,7 @@ def install(operators: OpTable | None = None) -> None:
         raise InputError(f"PYTORCH_ENABLE_MPS_FALLBACK={fallback!r}: torch reads a number, 0 or 1")
     torch.ops.nanogpt_mps.install(operators.native, operators.fallback, int(fallback) != 0)
     patch_torch()
+    os.environ[VARIABLE] = "1"  # for child processes
     _table = operators
 
 

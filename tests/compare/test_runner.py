@@ -59,7 +59,7 @@ def test_what_a_run_is_told(plan, tmp_path, monkeypatch):
 
 FAILURES = {
     "segfault": ("failed", "crashed (SIGSEGV)"),
-    "killed": ("oom", "killed (SIGKILL) from outside, which systems do when memory runs out"),
+    "killed": ("oom", "killed by SIGKILL, probably out of memory"),
     "memory": ("oom", "MemoryError"),
     "mps-memory": ("oom", "RuntimeError: MPS backend out of memory (MPS allocated: 5.00 GB, other allocations: 1 GB)"),
     "missing-op": (
@@ -68,7 +68,7 @@ FAILURES = {
     ),
     "bad-input": ("failed", "backend.fused_adamw=true: torch has none"),
     "diverged": ("failed", "iter 7: loss is nan: training has diverged and stops here"),
-    "nothing": ("failed", "left no summary: it said nothing"),
+    "nothing": ("failed", "left no summary: it printed nothing"),
     "raises": ("failed", "RuntimeError: the first line"),
 }
 

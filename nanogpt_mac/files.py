@@ -1,0 +1,151 @@
+"""How the project touches a disk: files that are never half, things made once, locks, the cache folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+import platformdirs
+
+from nanogpt_mac.errors import InputError
+
+T = TypeVar("T")
+NAME = "nanogpt-mac"
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, data: str | bytes) -> None:
+    """Write `path` and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_aside(path: Path, data: str | bytes, durable: bool = False) -> None:
+    """Write `path` so that a reader sees the old file or the new one, never half of one.
+
+    `durable` waits for the disk, so that this holds after a power cut as well. OSError leaves the old file.
+    """
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        if durable:
+            write(aside, data)
+        else:
+            aside.write_bytes(data.encode() if isinstance(data, str) else data)
+        aside.replace(path)
+    except BaseException:  # a full disk, a signal
+        aside.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """`document` as JSON, written aside; numbers that are not finite are written by name (`plain`)."""
+    write_aside(path, json.dumps(plain(document), indent=1) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold; NaN and infinity become their names, never a silent null."""
+    if isinstance(value, dict):
+        return {str(key): plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk: a new or renamed file is durable only then."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target`; one that is there is replaced in one step."""
+    aside = link.with_name(f".{link.name}-{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    aside.replace(link)
+
+
+# -- one process at a time --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock(path: Path, waiting: str = "", refuse: str = "") -> Iterator[None]:
+    """Hold `path` (made where it is missing, and left behind); the system lets go of it when the process ends.
+
+    Where another process holds it: InputError with the text `refuse`, or without one `waiting` on standard error and
+    a wait. OSError where `path` cannot be made.
+    """
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout:
+        if refuse:
+            raise InputError(refuse) from None
+        if waiting:
+            print(waiting, file=sys.stderr, flush=True)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def make_once(target: Path, make: Callable[[Path], Path]) -> Path:
+    """`target`, a file or a folder, put in place of what `make(empty folder)` returns unless it is there already.
+
+    Safe for processes that race: one makes it, the others wait. Nothing is kept of a `make` that raises.
+    """
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with lock(target.with_name(f"{target.name}.lock")):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                make(Path(folder)).replace(target)
+    return target
+
+
+# -- the cache folder -------------------------------------------------------------------------------------------------
+
+
+def cache_folder(*parts: str) -> Path:
+    """A folder for what can be made again: `$XDG_CACHE_HOME/nanogpt-mac`, or where this system keeps such things.
+
+    That is `~/.cache/nanogpt-mac` on Linux and `~/Library/Caches/nanogpt-mac` on a Mac. It need not exist yet.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(base) / NAME if base else platformdirs.user_cache_path(NAME, appauthor=False)
+    return folder.joinpath(*parts)
+
+
+def kept(path: Path, parse: Callable[[str], T], make: Callable[[], str]) -> T:
+    """`parse` of the text in the cache file `path`, which `make` gives where there is none or it is damaged.
+
+    `parse` raises ValueError, KeyError, TypeError or AttributeError for a text that is not what it should be.
+    """
+    if path.is_file():
+        try:
+            return parse(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f"{path}: damaged ({error}); it is made again", file=sys.stderr)
+    text = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, text)
+    return parse(text)
