@@ -69,6 +69,15 @@ class CompareConfig(Config):
     """m4-max, [m1,m4-max-32] or all: the least an iteration can take there, by arithmetic; nothing is run."""
 
 
+@dataclass
+class ReportConfig:
+    """What `python report.py runs/a runs/b output=folder` takes; bare paths become `runs`."""
+
+    runs: list[str] = field(default_factory=list)  # folders of compare.py and train.py
+    output: str | None = None  # null: a comparison's own folder, for several runs/{date}/{time}-report
+    details: bool = False  # true: the whole report in the terminal, not its verdict and one table
+
+
 def validate(config: CompareConfig) -> None:
     """Raise InputError at the first value that cannot be meant; what depends on a variant is checked with it."""
     named = {override.lstrip("+~").split("=")[0]: override for override in config.given}
