@@ -79,7 +79,7 @@ def configs_of(plan: Plan) -> dict[str, Config]:
     return {variant.name: _checked(variant, plan.overrides) for variant in plan.variants}
 
 
-# -- the variants ---------------------------------------------------------------------------------------------------------
+# -- the variants -----------------------------------------------------------------------------------------------------
 
 
 def _backends(config: CompareConfig, machine: Machine) -> list[str]:

@@ -1,4 +1,4 @@
-"""Carries a comparison out: parity gate, fallback detector, then a pilot run and the rounds of each variant. Resumable."""
+"""Carries a comparison out: parity gate, fallback detector, then pilot run and rounds of each variant. Resumable."""
 
 from __future__ import annotations
 

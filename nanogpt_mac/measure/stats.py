@@ -60,14 +60,14 @@ def median_interval(rounds: Sequence[Times], confidence: float = 0.95, seed: int
     return float(low), float(high)
 
 
-# -- which variant is faster ----------------------------------------------------------------------------------------------
+# -- which variant is faster ------------------------------------------------------------------------------------------
 
 
 def confidence_for(variants: int) -> float:
     """Confidence of each ratio's interval so that comparing so many equal `variants` errs in at most 5 % of cases.
 
-    The fastest is chosen from the data, so what counts is every pair. 0.99 each holds the 5 % up to four variants (4.6 %
-    by simulation, in the tests); beyond, Bonferroni over all pairs, which errs in about 3 %.
+    The fastest is chosen from the data, so what counts is every pair. 0.99 each holds the 5 % up to four variants
+    (4.6 % by simulation, in the tests); beyond, Bonferroni over all pairs, which errs in about 3 %.
     """
     pairs = variants * (variants - 1) / 2
     return CONFIDENCE if variants <= 4 else 1 - FAMILY_ERROR / pairs

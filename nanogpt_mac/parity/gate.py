@@ -1,7 +1,7 @@
 """The parity gate: before anything is timed, every variant must compute what float64 computes.
 
-Each variant is held against the reference in a fresh process of its own, so that a crash, a hang or a missing operator of
-one is one row of the result. What is compared is in check.py, how far it may be off in tolerances.py.
+Each variant is held against the reference in a fresh process of its own, so that a crash, a hang or a missing operator
+of one is one row of the result. What is compared is in check.py, how far it may be off in tolerances.py.
 """
 
 from __future__ import annotations

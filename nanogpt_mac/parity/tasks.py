@@ -17,7 +17,7 @@ class Role(StrEnum):
 
 
 class Task(Record):
-    """What a child is asked: to make the reference in `folder`, or to hold a variant against the one that lies there."""
+    """What a child is asked: to make the reference in `folder`, or to hold a variant against the one there."""
 
     role: Role
     config: Config
