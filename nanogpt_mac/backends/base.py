@@ -164,18 +164,18 @@ class Backend(ABC):
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None: ...
 
     @classmethod
-    @abstractmethod
-    def device_of(cls, name: str) -> str:
-        """Which of its devices back end `name` computes on here: the name of one of `Kind.devices`."""
+    def device_of(cls, kind: Kind) -> str:
+        """Which of `kind.devices` it computes on here, by name."""
+        return kind.devices[0].device
 
     @classmethod
     def recommended(cls, capabilities: Capabilities) -> tuple[Recommended, ...]:
         """Settings that a fair comparison takes on this machine."""
         return ()
 
-    @abstractmethod
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
         """Take `weights` (float32, by canonical name) and start afresh: zero moments, iteration 0."""
+        self.restore(TrainState.fresh(dict(weights)))
 
     @abstractmethod
     def step(self, starts: np.ndarray, lr: float) -> Any:

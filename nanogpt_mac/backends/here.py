@@ -49,7 +49,7 @@ def _ask(kind: Kind) -> Any:
             return reason
         kind.prepare(BackendOptions(kind.name, False, "float32", "highest", 0, 0.0, 0.0, 0.0, 0.0))
         cls = kind.load()
-        capabilities = kind.on(cls.device_of(kind.name))
+        capabilities = kind.on(cls.device_of(kind))
         return asdict(Here(capabilities, cls.recommended(capabilities)))
     except InputError:
         raise

@@ -6,7 +6,7 @@ Import it through `kinds.create`, which sets what MLX reads from the process onl
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import Backend, BackendOptions, Lever, Recommended, Tokens
+from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Recommended, Tokens
 from nanogpt_mac.backends.kinds import KINDS, MLXSettings
 from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
@@ -59,7 +59,8 @@ class MLXBackend(Backend):
 
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
         self.spec, self.options, self.tokens = spec, options, tokens
-        self.capabilities = KINDS[options.name].on(self.device_of(options.name))
+        kind = KINDS[options.name]
+        self.capabilities = kind.on(self.device_of(kind))
         self.model = GPT(spec, getattr(mx, options.dtype))
         self.resident = {
             split: mx.array(array.astype(np.int32))
@@ -84,7 +85,7 @@ class MLXBackend(Backend):
         self.details = {"resident_data": sorted(self.resident), "blas": MLXSettings(**options.settings).blas}
 
     @classmethod
-    def device_of(cls, name: str) -> str:
+    def device_of(cls, kind: Kind) -> str:
         if mx.default_device() != mx.Device(mx.gpu):
             return "cpu"
         return "metal" if mx.metal.is_available() else "cuda"
@@ -215,9 +216,6 @@ class MLXBackend(Backend):
 
     def _weights(self) -> Arrays:
         return dict(tree_flatten(self.model.parameters()))
-
-    def load(self, weights: Mapping[str, np.ndarray]) -> None:
-        self.restore(TrainState.fresh(dict(weights)))
 
     def state(self) -> TrainState:
         opt = self.optimizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import Backend, BackendOptions, Lever, Meant, Tokens
+from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Meant, Tokens
 from nanogpt_mac.backends.kinds import KINDS, TorchSettings
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
@@ -78,7 +78,8 @@ class TorchBackend(Backend):
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
         self.spec, self.options, self.tokens = spec, options, tokens
         self.settings = TorchSettings(**options.settings)
-        self.capabilities = KINDS[options.name].on(self.device_of(options.name))
+        kind = KINDS[options.name]
+        self.capabilities = kind.on(self.device_of(kind))
         self.device = torch.device(options.name)
         self.accelerator = None if options.name == "cpu" else getattr(torch, options.name)  # torch.mps, torch.cuda
         torch.set_float32_matmul_precision(options.matmul_precision)
@@ -108,8 +109,8 @@ class TorchBackend(Backend):
         self.details = {"fused_adamw": fused, "resident_data": sorted(self.resident)}
 
     @classmethod
-    def device_of(cls, name: str) -> str:
-        return simulator.DEVICE_NAME if name == "mps" and simulator.active() else name
+    def device_of(cls, kind: Kind) -> str:
+        return simulator.DEVICE_NAME if kind.name == "mps" and simulator.active() else kind.name
 
     def _adamw(self) -> tuple[torch.optim.AdamW, bool]:
         """AdamW with nanoGPT's two groups, fused wherever torch has it for this device unless told otherwise."""
@@ -259,9 +260,6 @@ class TorchBackend(Backend):
         self.sources.clear()
 
     # -- state --------------------------------------------------------------------------------------------------
-
-    def load(self, weights: Mapping[str, np.ndarray]) -> None:
-        self.restore(TrainState.fresh(dict(weights)))
 
     def state(self) -> TrainState:
         state = TrainState.fresh({name: _numpy(p) for name, p in self.parameters.items()})
