@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.overrides import key_of, quoted
 
@@ -148,7 +149,10 @@ def _schema(command: str) -> Any:
 
 
 def _store_schema(command: str) -> None:
-    ConfigStore.instance().store(name=f"{command}_schema", node=_schema(command))
+    store = ConfigStore.instance()
+    store.store(name=f"{command}_schema", node=_schema(command))
+    for name in ("auto", *KINDS):
+        store.store(group="backend", name=name, node={"name": name})
 
 
 def _tidied(argv: list[str], command: str) -> list[str]:

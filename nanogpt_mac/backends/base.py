@@ -110,6 +110,11 @@ class Kind:
         known = (capabilities for capabilities in self.devices if capabilities.device == device)
         return next(known, Capabilities(device, self.framework))
 
+    @property
+    def detects(self) -> bool:
+        """Whether there is a fallback detector for one of its devices."""
+        return any(capabilities.detector for capabilities in self.devices)
+
     def missing(self) -> str | None:
         """Why it cannot run here, or None when it can. May import the framework only where nothing is set before."""
         return None if find_spec(self.framework) else f"the package {self.framework} is not installed"
@@ -159,18 +164,18 @@ class Backend(ABC):
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None: ...
 
     @classmethod
-    @abstractmethod
-    def device_of(cls, name: str) -> str:
-        """Which of its devices back end `name` computes on here: the name of one of `Kind.devices`."""
+    def device_of(cls, kind: Kind) -> str:
+        """Which of `kind.devices` it computes on here, by name."""
+        return kind.devices[0].device
 
     @classmethod
     def recommended(cls, capabilities: Capabilities) -> tuple[Recommended, ...]:
         """Settings that a fair comparison takes on this machine."""
         return ()
 
-    @abstractmethod
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
         """Take `weights` (float32, by canonical name) and start afresh: zero moments, iteration 0."""
+        self.restore(TrainState.fresh(dict(weights)))
 
     @abstractmethod
     def step(self, starts: np.ndarray, lr: float) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -76,6 +77,9 @@ class Training:
             folder.mkdir(parents=True, exist_ok=True)
             environment[name] = str(folder)
         return environment | {"PYTHONUNBUFFERED": "1"}
+
+    def signs(self) -> dict[str, re.Pattern[str]]:
+        return kinds.signs()
 
     def shown(self, folder: Path) -> Shown:
         summary = RunSummary.load(folder / "summary.json")

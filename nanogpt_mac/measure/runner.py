@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -81,6 +82,9 @@ class Job(Protocol):
     def command(self, task: Task) -> Sequence[str]: ...
 
     def environment(self, task: Task) -> Mapping[str, str]: ...
+
+    def signs(self) -> Mapping[str, re.Pattern[str]]:
+        """States (`RunState`) that a line of the log means in this program's own words."""
 
     def shown(self, folder: Path) -> Shown:
         """`DamagedError` or FileNotFoundError where the records of a run that is done cannot be used."""
@@ -300,7 +304,7 @@ class Runner:
         number, name = key
         task = Task(self._emptied(key), self.folder / "cache" / name, number, iters, warmup)
         job, started = self.jobs[name], _now()
-        ending = child.supervise(job.command(task), task.folder, job.environment(task), limits)
+        ending = child.supervise(job.command(task), task.folder, job.environment(task), limits, job.signs())
         if ending.state != RunState.DONE:
             child.require_room(task.folder)
         else:

@@ -55,7 +55,7 @@ def run(config: Config) -> int:
         display.say(f"not trained, because of fallbacks=error: {folder / 'fallbacks.json'}")
         return 3
     work = _work(config, source.spec, backend)
-    environment = probe.environment()
+    environment = probe.environment(kinds.frameworks())
     folder = make_folder(config.run_dir, label)
     with _signals() as stop, probe.awake():
         code = _train(config, corpus, source, backend, work, environment, folder, stop, fallbacks)
