@@ -8,9 +8,8 @@ import pytest
 from fakes.browser import Browser, programs
 from fakes.pages import EVIL, alone, collected, many, sparse, with_levers
 
-from nanogpt_mac.compare.report import evidence, page, render
+from nanogpt_mac.compare.report import evidence, page, render, show
 from nanogpt_mac.compare.report.leaderboard import Board, Entry
-from nanogpt_mac.report import show
 
 pytestmark = pytest.mark.xdist_group("page")  # what its fixtures make is dear: one worker makes it
 

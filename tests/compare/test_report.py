@@ -7,10 +7,10 @@ from unittest.mock import MagicMock
 import pytest
 from fakes.pages import EVIL, alone, collected, many, sparse, with_levers
 
-from nanogpt_mac.compare.report import chart_loss, chart_times, charts, measured, render
+from nanogpt_mac.compare.report import chart_loss, chart_times, charts, measured, render, words
 from nanogpt_mac.compare.report.sections import ordered, problems, verdict
-from nanogpt_mac.report import svg, words
-from nanogpt_mac.report.table import Row, Table
+from nanogpt_mac.compare.report.table import Row, Table
+from nanogpt_mac.report import svg
 
 pytestmark = pytest.mark.xdist_group("report")  # what its fixtures make is dear: one worker makes it
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from nanogpt_mac.compare.report.chart_rows import Chart, shown
+from nanogpt_mac.compare.report.table import Row, Table
+from nanogpt_mac.compare.report.words import DASH, count, dicts, label, loss, num, seconds, state
 from nanogpt_mac.report import svg
 from nanogpt_mac.report.svg import COLOURS
-from nanogpt_mac.report.table import Row, Table
-from nanogpt_mac.report.words import DASH, count, dicts, label, loss, num, seconds, state
 
 _POINTS = 150  # of one line
 _DASHES = ("", "6 2.5", "1.2 2", "8 2.5 1.5 2.5")  # as SVG writes them, in points

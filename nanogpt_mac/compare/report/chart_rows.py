@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from nanogpt_mac.compare.report.sections import mark, plain
+from nanogpt_mac.compare.report.table import Row, Table
+from nanogpt_mac.compare.report.words import get, label, num, state
 from nanogpt_mac.report import svg
 from nanogpt_mac.report.svg import COLOURS
-from nanogpt_mac.report.table import Row, Table
-from nanogpt_mac.report.words import get, label, num, state
 
 _LABEL = 30  # characters of a variant's label that fit a chart
 _ROW_PT = 38  # a variant's label and its bar

@@ -18,10 +18,23 @@ from nanogpt_mac.compare.report.chart_rows import (
     shown,
 )
 from nanogpt_mac.compare.report.sections import mark
+from nanogpt_mac.compare.report.table import Row, Table
+from nanogpt_mac.compare.report.words import (
+    DASH,
+    dicts,
+    get,
+    interval,
+    label,
+    ms,
+    num,
+    nums,
+    percent,
+    ratio,
+    state,
+    text,
+)
 from nanogpt_mac.report import svg
 from nanogpt_mac.report.svg import COLOURS
-from nanogpt_mac.report.table import Row, Table
-from nanogpt_mac.report.words import DASH, dicts, get, interval, label, ms, num, nums, percent, ratio, state, text
 
 
 def ratios(comparison: Any) -> Chart | None:

@@ -17,10 +17,8 @@ from nanogpt_mac.compare.report.chart_rows import (
     short,
     shown,
 )
-from nanogpt_mac.report import svg
-from nanogpt_mac.report.svg import COLOURS
-from nanogpt_mac.report.table import Row, Table
-from nanogpt_mac.report.words import (
+from nanogpt_mac.compare.report.table import Row, Table
+from nanogpt_mac.compare.report.words import (
     DASH,
     dicts,
     get,
@@ -36,6 +34,8 @@ from nanogpt_mac.report.words import (
     state,
     text,
 )
+from nanogpt_mac.report import svg
+from nanogpt_mac.report.svg import COLOURS
 
 
 def draw(comparison: Any) -> dict[str, list[Chart]]:

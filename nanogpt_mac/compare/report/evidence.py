@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nanogpt_mac.compare.report.sections import ordered, problems
-from nanogpt_mac.report.table import Row, Section, Table
-from nanogpt_mac.report.words import DASH, dicts, get, label, ms, num, percent, size, state, text, when
+from nanogpt_mac.compare.report.table import Row, Section, Table
+from nanogpt_mac.compare.report.words import DASH, dicts, get, label, ms, num, percent, size, state, text, when
 
 _MOST_ROWS = 60  # of a document that another part of the project wrote
 _FINDING = (

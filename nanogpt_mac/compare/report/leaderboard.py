@@ -12,15 +12,11 @@ from typing import Any
 
 import nanogpt_mac
 from nanogpt_mac import simulator
-from nanogpt_mac.compare.report import render
+from nanogpt_mac.compare.report import render, show
 from nanogpt_mac.compare.report.config import ReportConfig
 from nanogpt_mac.compare.report.sections import plain, work_facts
-from nanogpt_mac.compare.results.collect import SCHEMA, collect, load_run
-from nanogpt_mac.compare.results.runs import RUN_FILES, WORK_KEYS, parsed, work_key
-from nanogpt_mac.errors import InputError
-from nanogpt_mac.report import show
-from nanogpt_mac.report.table import Row, Section, Table
-from nanogpt_mac.report.words import (
+from nanogpt_mac.compare.report.table import Row, Section, Table
+from nanogpt_mac.compare.report.words import (
     DASH,
     count,
     get,
@@ -36,6 +32,9 @@ from nanogpt_mac.report.words import (
     text,
     when,
 )  # fmt: skip
+from nanogpt_mac.compare.results.collect import SCHEMA, collect, load_run
+from nanogpt_mac.compare.results.runs import RUN_FILES, WORK_KEYS, parsed, work_key
+from nanogpt_mac.errors import InputError
 from nanogpt_mac.train.recorder import make_folder
 
 _MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout")

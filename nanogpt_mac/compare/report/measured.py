@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nanogpt_mac.compare.report.sections import mark, ordered, rows_of, timed, work_facts
-from nanogpt_mac.report.table import Row, Section, Table
-from nanogpt_mac.report.words import (
+from nanogpt_mac.compare.report.table import Row, Section, Table
+from nanogpt_mac.compare.report.words import (
     DASH,
     MARKS,
     count,

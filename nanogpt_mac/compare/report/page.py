@@ -11,8 +11,8 @@ from typing import Any
 from nanogpt_mac.compare.report import render
 from nanogpt_mac.compare.report.chart_rows import Chart
 from nanogpt_mac.compare.report.sections import headline, mark, ordered, verdict
-from nanogpt_mac.report.table import Section
-from nanogpt_mac.report.words import DASH, count, get, interval, label, ms, percent, seconds, size, text
+from nanogpt_mac.compare.report.table import Section
+from nanogpt_mac.compare.report.words import DASH, count, get, interval, label, ms, percent, seconds, size, text
 
 _SENTENCE = re.compile(r"(?<=[.!?]) (?=[A-Z0-9])")
 TEMPLATE = Path(__file__).with_name("template.html.j2")

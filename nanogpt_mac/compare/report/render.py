@@ -6,9 +6,9 @@ from typing import Any
 
 from nanogpt_mac.compare.report import evidence, measured
 from nanogpt_mac.compare.report.sections import headline, problems, verdict
-from nanogpt_mac.report.show import markdown_page, show_page
-from nanogpt_mac.report.table import Section
-from nanogpt_mac.report.words import get, text
+from nanogpt_mac.compare.report.show import markdown_page, show_page
+from nanogpt_mac.compare.report.table import Section
+from nanogpt_mac.compare.report.words import get, text
 
 _IN_TERMINAL = ("variants", "times", "levers")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nanogpt_mac.report.table import Row
-from nanogpt_mac.report.words import count, dicts, get, label, num, rate, size, state, text, when
+from nanogpt_mac.compare.report.table import Row
+from nanogpt_mac.compare.report.words import count, dicts, get, label, num, rate, size, state, text, when
 
 _ORDER = {"ok": 0, "partial": 0, "wrong": 1, "waiting": 2, "failed": 3}
 

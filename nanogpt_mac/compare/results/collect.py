@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import nanogpt_mac
+from nanogpt_mac.compare.report.words import text
 from nanogpt_mac.compare.results import figures, published, verdict
 from nanogpt_mac.compare.results.runs import Run, document, read, work_key
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.measure import stats
-from nanogpt_mac.report.words import text
 
 SCHEMA = 1
 _ROUND = re.compile(r"(\d+|pilot)-(.+)")
