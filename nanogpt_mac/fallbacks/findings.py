@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from nanogpt_mac.fallbacks.signs import NOT_ON_CPU, NOT_ON_MPS, OUT_OF_MEMORY, PHASES, short
+from nanogpt_mac.operators.dispatch import Dispatch
 
 _SHOWN = 8  # calls of one operator whose shapes and places are listed
 
@@ -115,7 +116,7 @@ def _fallbacks(seen: dict[str, Any], stopped: set[tuple[str, str]], why: list[st
         warned, records = told.get((phase, op), []), profiled.get((phase, op), [])
         if len(warned) != len(records) and (phase, op) not in stopped:
             why.append(f"{phase}: {op}: {len(warned)} warnings, but the profiler saw {len(records)} fallbacks")
-        explicit = seen["dispatch"].get(op) == "explicit"
+        explicit = seen["dispatch"].get(op) == Dispatch.BY_HAND
         evidence = [f"{len(warned)} warnings that it runs on the CPU"] if warned else []
         evidence += [f"the profiler saw its tensors go to the CPU in {len(records)} calls"] if records else []
         evidence += [

@@ -33,6 +33,7 @@ from nanogpt_mac.fallbacks.phases import Phased
 from nanogpt_mac.fallbacks.refusals import Lines, Located, Locator, located_in_profile
 from nanogpt_mac.fallbacks.signs import ADMITS, COMPILED_PHASES, CONTROL, FALLS_BACK, PHASES, Frame, short
 from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.operators.dispatch import Dispatch, dispatch_of
 
 _OVERFLOWS = 30  # float16 iterations until the loss scale fits, at most
 _PROMPT = 4  # tokens
@@ -184,15 +185,6 @@ class Session:
                 break
 
 
-def _dispatch(op: str) -> str:
-    """How the dispatcher's table has an operator for MPS: `fallback`, `explicit`, `kernel` or `unknown`."""
-    table = torch._C._dispatch_dump_table(op if "::" in op else f"aten::{op}")
-    line = next((line for line in table.splitlines() if line.startswith("MPS: ")), "")
-    if "[backend fallback]" in line:
-        return "fallback"
-    return "explicit" if "MPSFallback" in line else "kernel" if line else "unknown"
-
-
 # -- trying the detector ----------------------------------------------------------------------------------------------
 
 
@@ -211,7 +203,7 @@ def _controls() -> dict[str, Callable[[], Any]]:
 def _control() -> tuple[str | None, Callable[[], Any]]:
     """An operator that is known to fall back, to see whether both passes see it; None where none does."""
     for name, call in _controls().items():
-        if _dispatch(name) in ("fallback", "explicit"):
+        if dispatch_of(name) in (Dispatch.MISSING, Dispatch.BY_HAND):
             return name, call
     return None, lambda: None
 
@@ -263,7 +255,7 @@ def examine(session: Session) -> dict[str, Any]:
         },
         "control": control,
         "refused": [location.json() for location in located],
-        "dispatch": {op: _dispatch(op) for op in sorted(ops)},
+        "dispatch": {op: dispatch_of(op) for op in sorted(ops)},
     }
 
 

@@ -73,9 +73,7 @@ def confidence_for(variants: int) -> float:
     return CONFIDENCE if variants <= 4 else 1 - FAMILY_ERROR / pairs
 
 
-def paired_ratio(
-    times: Mapping[int, float], base: Mapping[int, float], confidence: float = CONFIDENCE
-) -> Ratio | None:
+def paired_ratio(times: Mapping[int, float], base: Mapping[int, float], confidence: float = CONFIDENCE) -> Ratio | None:
     """How many times as long as `base`: round -> median ms of each; only rounds that both have are used.
 
     The value is the geometric mean of the rounds' ratios, the interval Student's t on their logarithms: a percentile

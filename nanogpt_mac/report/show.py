@@ -46,7 +46,9 @@ def markdown(report: Report) -> str:
 def _block(section: Section) -> str:
     parts = [escape(note) for note in section.notes]
     parts += ["\n".join(f"- {escape(line)}" for line in section.items)] if section.items else []
-    parts += [f"{escape(t.caption)}:\n\n{markdown_table(t)}" for t in section.tables if t.rows]
+    for table in (t for t in section.tables if t.rows):
+        caption = "" if table.caption == section.title else f"{escape(table.caption)}:\n\n"
+        parts.append(caption + markdown_table(table))
     return "\n\n".join(parts)
 
 
