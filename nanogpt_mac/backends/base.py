@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -23,8 +24,27 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 # How the loss scale of float16 moves: torch.amp.GradScaler's own defaults.
 SCALE_GROWTH, SCALE_BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000
 
-# Tokens up to this many stay on the device as int32; larger corpora are gathered from the memory map.
-RESIDENT_TOKENS = 1 << 28
+# What a back end marks with `phase`, in the order of an iteration, an evaluation and the sampling of a token.
+PHASES = ("forward", "backward", "clip", "optimizer", "result", "evaluation", "sampling")
+
+Mark = Callable[[str], AbstractContextManager[Any]]  # a phase's name to a context that lasts as long as the phase
+_UNWATCHED = nullcontext()
+
+
+def unwatched(_phase: str) -> AbstractContextManager[Any]:
+    """`Backend.phase` while nobody looks: one shared context that does nothing."""
+    return _UNWATCHED
+
+
+@dataclass(frozen=True)
+class Meant:
+    """A copy or wait that a back end makes on purpose, declared beside its code; anything beyond these is a finding."""
+
+    phase: str
+    op: str  # torch's name, without aten::
+    to_host: bool
+    most: int  # times a phase: one iteration, one batch of an evaluation, a prompt and the token after it
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -43,6 +63,7 @@ class BackendOptions:
     grad_clip: float = 1.0  # global norm; 0 switches it off
     fused_adamw: bool | None = None  # torch: None is "wherever torch has it"
     blas: str = "own"  # MLX on Linux CPUs: "torch" borrows libtorch's faster matrix product
+    resident_tokens: int = 1 << 28  # splits of up to this many stay on the device as int32; larger ones on the host
 
 
 class Backend(Protocol):
@@ -52,6 +73,9 @@ class Backend(Protocol):
     runs_ahead: bool  # whether `step` returns while the device is still at work
     device_name: str  # "cpu", "mps", "cuda", "simulated-mps", or MLX's "metal", "cuda", "cpu"
     details: dict[str, Any]  # what was chosen where the options left a choice: written to the records
+    # `with self.phase("clip"):` marks what the back end does: one of PHASES. Whoever wants to look (the fallback
+    # detector, a trace) puts a function of its own here; until then it is `unwatched`.
+    phase: Mark
 
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
         """Take `weights` and start afresh: zero moments, iteration 0."""

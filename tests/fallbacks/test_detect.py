@@ -12,24 +12,19 @@ import pytest
 
 from nanogpt_mac import cli
 from nanogpt_mac.backends import detect
+from nanogpt_mac.backends.base import PHASES
 from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect as runtime
 from nanogpt_mac.fallbacks import report
 from nanogpt_mac.fallbacks.findings import Finding, findings_of
-from nanogpt_mac.fallbacks.signs import PHASES, place, relative
+from nanogpt_mac.fallbacks.signs import place, relative
 from nanogpt_mac.train import session as train_run
 from nanogpt_mac.train.recorder import Recorder, Work
 
 HERE = Path(__file__).resolve().parents[1]
 ROOT = HERE.parent
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the simulated MPS device runs on Linux only")
-
-
-@pytest.fixture(autouse=True)
-def built(monkeypatch):
-    """The user's own cache for the device, which takes a while to build."""
-    monkeypatch.delenv("XDG_CACHE_HOME")
 
 
 # -- planted faults ---------------------------------------------------------------------------------------------------
