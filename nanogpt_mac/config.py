@@ -5,13 +5,17 @@ Plain dataclasses: the command line behind them is cli.py's business. Defaults a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from nanogpt_mac.backends.base import COMPILE_MODES, DTYPES, MATMUL_PRECISIONS, NAMES
 from nanogpt_mac.corpus import DataConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
+from nanogpt_mac.overrides import key_of
 
 SYNC_POLICIES = ("completion", "iteration", "interval")
 FALLBACKS = ("report", "error", "off")
@@ -55,7 +59,7 @@ class Config:
     run_dir: str = "runs/{date}/{time}-{name}"
     data_dir: str = "data"
     path: str | None = None  # short for data.path
-    given: list[str] = field(default_factory=list)  # filled in by cli.py: the keys that the command line named
+    given: list[str] = field(default_factory=list)  # filled in by cli.py: the overrides of the command line
 
     max_iters: int = 5000
     batch_size: int = 64
@@ -80,6 +84,18 @@ class Config:
     gemm_seconds: float = 1.0  # spent on measuring this back end's matmul peak, for mfu_measured; 0: not measured
     sample_tokens: int = 300  # text drawn at the end of a run; 0: none
     fallbacks: str = "report"  # report | error | off: MPS alone, what leaves the GPU, looked for before training
+
+    @property
+    def named(self) -> set[str]:
+        """The keys and groups that the command line named."""
+        return {key_of(override) for override in self.given}
+
+    def write_hydra(self, folder: Path) -> None:
+        """.hydra/ in a run's folder, as Hydra would leave it: the config, and the overrides that were given."""
+        hydra = folder / ".hydra"
+        hydra.mkdir(exist_ok=True)
+        (hydra / "config.yaml").write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        (hydra / "overrides.yaml").write_text(yaml.safe_dump(self.given))
 
 
 @dataclass

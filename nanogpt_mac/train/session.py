@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import yaml
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base, detect
@@ -46,7 +45,7 @@ def run(config: Config) -> int:
     backend.restore(source.state)
     looked_for = name == "mps" and config.fallbacks != "off"
     fallbacks = _fallbacks(config, source.spec, backend) if looked_for else None
-    if name != "mps" and "fallbacks" in config.given:  # in a sweep over back ends, say
+    if name != "mps" and "fallbacks" in config.named:  # in a sweep over back ends, say
         display.say(f"fallbacks={config.fallbacks}: they are MPS's; there are none on {name}")
     label = f"{name}-compile" if compiled else name
     if fallbacks and config.fallbacks == "error" and (fallbacks["findings"] or not fallbacks["complete"]):
@@ -210,14 +209,7 @@ def _facts(config: Config, corpus: Corpus, source: Source, backend: Backend) -> 
 
 def _write_inputs(folder: Path, config: Config, environment: dict[str, Any]) -> None:
     """.hydra/ as Hydra would leave it, and env.json."""
-    from hydra.core.hydra_config import HydraConfig
-
-    hydra_folder = folder / ".hydra"
-    hydra_folder.mkdir(exist_ok=True)
-    (hydra_folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    if HydraConfig.initialized():
-        overrides = list(HydraConfig.get().overrides.task)
-        (hydra_folder / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    config.write_hydra(folder)
     write_json(folder / "env.json", environment)
 
 

@@ -79,7 +79,7 @@ def _refuse_other_sizes(config: Config, spec: GPTSpec, source: str) -> None:
     """What the command line itself says of the model must be so; a recipe's own sizes give way to the weights'."""
     for key in (f.name for f in dataclasses.fields(ModelConfig) if f.name != "dropout"):
         new, old = getattr(config.model, key), getattr(spec, key)
-        if {"model", f"model.{key}"} & set(config.given) and new not in (None, old):
+        if {"model", f"model.{key}"} & config.named and new not in (None, old):
             raise InputError(f"model.{key}={new}: {source} has {old}, and weights keep their sizes; allowed is {old}")
 
 
