@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 LOCK ?= requirements.lock
 CONSTRAINTS = $(if $(LOCK),-c $(LOCK))
 RUN ?=
+# Of Python in the package: what is added must replace something.
+MAX_LINES = 17000
 PYTEST ?=
 
 .PHONY: compare train test setup lint test-slow test-online clean
@@ -24,6 +26,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@lines=$$(cat $$(find nanogpt_mac -name '*.py') | wc -l); [ $$lines -lt $(MAX_LINES) ] || \
+	  { echo "nanogpt_mac has $$lines lines of Python; keep it under $(MAX_LINES)"; exit 1; }
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not online" $(PYTEST)

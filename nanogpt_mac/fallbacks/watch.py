@@ -319,9 +319,9 @@ def watch(task: dict[str, Any]) -> dict[str, Any]:
 
 def _compile_report() -> Any:
     """What watches the compiler. It enters before the first compilation."""
-    from nanogpt_mac.compile_report import check as compiled
+    from nanogpt_mac.compile_report import seen
 
-    return compiled.watch()
+    return seen.watch()
 
 
 def _end_with_parent(scratch: str) -> None:
