@@ -38,17 +38,18 @@ class Page:
     @property
     def report(self) -> Report:
         seen = Section("evidence", "What was looked at", items=self.lines)
-        sections = [seen, *(one for one in self.sections if not one.missing)]
+        sections = [seen, *(one for one in self.sections if one.matters or not one.missing)]
         symbol = {OK: "✅", LOST: "❌", CANNOT_TELL: "❔"}[self.exit_code]
         verdict = f"{self.verdict[0].upper()}{self.verdict[1:]}"
         version = nanogpt_mac.__version__
         return Report("MPS coverage", self.title, verdict, sections, version=version, symbol=symbol)
 
 
-def section(title: str, columns: list[str], cells: Iterable[Sequence[str]]) -> Section:
-    """A section of one table; an empty cell becomes a dash."""
+def section(title: str, columns: list[str], cells: Iterable[Sequence[str]], empty: str = "") -> Section:
+    """A section of one table; an empty cell becomes a dash. Without rows it is left out, or says `empty`."""
     table = Table(title, columns, rows([cell or DASH for cell in row] for row in cells))
-    return Section(slug(title), title, tables=[table], folded=len(table.rows) > _FOLDED)
+    folded = len(table.rows) > _FOLDED
+    return Section(slug(title), title, tables=[table], empty=empty, folded=folded, matters=bool(empty))
 
 
 def some(names: list[str], most: int = 8) -> str:

@@ -125,7 +125,7 @@ def page(report: dict[str, Any]) -> Page:
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
-    """The report as titled tables; those without rows are left out."""
+    """The report as titled tables."""
     torch, against, scope = report["torch"], report["against"], report["scope"]
     both = [torch, *([against] if against else [])]
     kinds = [[kind.value, *(str(t["counts"][kind.value]) for t in both)] for kind in Kind]
@@ -135,7 +135,8 @@ def sections(report: dict[str, Any]) -> list[Section]:
         for title, key in (("whole surface", "surface"), (_scope_title(report), "scope")):
             if key != "scope" or scope != "surface":
                 title = f"Changes: {title}, {against['version']} to {torch['version']}"
-                made.append(section(title, ["", "op", "before", "after"], _changes(diff[key])))
+                rows = _changes(diff[key])
+                made.append(section(title, ["", "op", "before", "after"], rows, empty=f"{title}: none"))
         changed = [[how, op] for how in ("added", "removed") for op in diff["surface"][f"hand_{how}"]]
         made.append(section("Changes: registrations by hand", ["", "op"], changed))
     if scope != "surface":
@@ -150,7 +151,7 @@ def sections(report: dict[str, Any]) -> list[Section]:
         made.append(section("Composites with a branch to one of those", ["op", "can reach"], rows))
     wrong = [[t["version"], line] for t in both for line in t["disagreements"]]
     made.append(section("Where the binary contradicts the other sources", ["torch", "what"], wrong))
-    return [one for one in made if not one.missing]
+    return made
 
 
 def _scope_title(report: dict[str, Any]) -> str:
@@ -161,7 +162,7 @@ def _changes(diff: dict[str, Any]) -> list[list[str]]:
     rows = [[group, c["op"], c["before"], c["after"]] for group in _GROUPS if group != "removed" for c in diff[group]]
     if diff["removed"]:  # deprecated overloads go by the hundred
         rows.append(["removed", ", ".join(c["op"] for c in diff["removed"]), "", ABSENT])
-    return rows or [["nothing", "", "", ""]]
+    return rows
 
 
 def _calls(calls: dict[str, int] | None) -> str:

@@ -108,6 +108,7 @@ def show(report: Report, details: bool = False) -> None:
         for table in (t for t in section.tables if t.rows):
             for columns in _columns(table, brief, out.width):
                 out.print()
+                say(table.caption)  # not as the table's title, which is wrapped to a narrow table's width
                 out.print(_rich(table, columns))
 
 
@@ -135,10 +136,7 @@ def _rich(table: Table, columns: list[int]) -> RichTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(
-        title=Text(table.caption), title_justify="left", title_style="", box=box.SIMPLE_HEAD, show_edge=False,
-        padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    shown = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for i in columns:
         least, figures = _least(table, i), table.right[i]
         heading = "\n".join(textwrap.wrap(table.columns[i], least)) if figures else table.columns[i]

@@ -179,6 +179,29 @@ def names_of(changes):
     return [change["op"] for change in changes]
 
 
+def test_the_command_writes_a_page_beside_what_it_prints(command, wheels, tmp_path):
+    asked = (f"torch={wheels[1]}", f"against={wheels[0]}", "scope=surface", "format=json", "html=page.html")
+    done = command("mps_coverage.py", *asked)
+    assert json.loads(done.stdout)["exit_code"] == done.returncode == 1
+    text = (tmp_path / "page.html").read_text()
+    assert "<h1" in text
+    for words in (
+        "1 operators of the whole surface were lost since 9.1.0: beta",
+        "Where overloads run",
+        "linalg_svd.U",
+    ):
+        assert words in text
+    done = command("mps_coverage.py", f"torch={wheels[0]}", "scope=surface", "html=nowhere/page.html")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "mps_coverage.py: html=nowhere/page.html: use a file in a folder that exists\n"
+
+
+def test_a_difference_of_nothing_says_so(tables):
+    text = show.markdown(report.page(report.build("surface", tables[0], [], tables[0], None, None)).report)
+    assert "Changes: whole surface, 9.1.0 to 9.1.0: none" in text
+    assert "registrations by hand" not in text.replace("registrations by hand and from Python", "")
+
+
 def test_the_command_prints_tables(command, wheels):
     done = command("mps_coverage.py", f"torch={wheels[0]}", "scope=ops", "op=[alpha,zeta]", "binary=true")
     assert done.returncode == 0, done.stderr
