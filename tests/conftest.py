@@ -12,6 +12,11 @@ from nanogpt_mac.backends import detect
 from nanogpt_mac.backends.base import BackendOptions, Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 
+if detect.gpu_left_out():  # as in every process that computes with MLX
+    import mlx.core as mx
+
+    mx.set_default_device(mx.Device(mx.cpu))
+
 
 @pytest.fixture
 def spec():

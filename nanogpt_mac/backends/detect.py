@@ -14,6 +14,14 @@ from nanogpt_mac.backends.base import NAMES, Backend, BackendOptions, Tokens
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 
+# A virtual Mac can have a GPU that does not compute, as GitHub's may: then MPS is left out, and MLX takes the CPU.
+NO_GPU = "NANOGPT_MAC_NO_GPU"
+
+
+def gpu_left_out() -> bool:
+    """Whether the user said that this machine's GPU is not to be used."""
+    return os.environ.get(NO_GPU, "0") not in ("", "0")
+
 
 def missing(name: str) -> str | None:
     """Why back end `name` cannot run here, or None when it can."""
@@ -26,6 +34,8 @@ def missing(name: str) -> str | None:
     simulated = simulator.install_if_asked()  # before anything asks torch for its devices
     import torch
 
+    if not simulated and gpu_left_out():
+        return f"{NO_GPU} leaves this machine's GPU out"
     if name == "cuda":
         return None if torch.cuda.is_available() else "torch finds no CUDA device"
     if simulated or torch.backends.mps.is_available():
@@ -95,6 +105,8 @@ def _prepare_mlx(options: BackendOptions) -> None:
         _borrow_torch_blas()
     import mlx.core as mx
 
+    if gpu_left_out():
+        mx.set_default_device(mx.Device(mx.cpu))
     if options.compile and mx.default_device() == mx.Device(mx.cpu):
         _require_compiler("mx.compile", "g++")  # the only one that MLX asks for; without it nothing would be fused
 

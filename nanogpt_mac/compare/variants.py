@@ -71,7 +71,8 @@ def look_around() -> Machine:
     missing = {backend: reason for backend in BACKENDS if (reason := detect.missing(backend))}
     # In a process of its own: MLX reads its environment once, and on a Mac takes the GPU.
     question = "import mlx.core as mx; print(mx.default_device() == mx.Device(mx.gpu))"
-    answer = None if "mlx" in missing else probe.run((sys.executable, "-c", question), timeout=60)
+    ask = "mlx" not in missing and not detect.gpu_left_out()
+    answer = probe.run((sys.executable, "-c", question), timeout=60) if ask else None
     gpu = (answer or "").strip() == "True"
     lends = sys.platform == "linux" and not gpu and not {"mlx", "cpu"} & missing.keys()
     return Machine(missing, gpu, simulator.active(), lends)

@@ -309,8 +309,8 @@ def process_times() -> dict[str, float]:
 
 def _seconds_since_start() -> float:
     """psutil on Linux adds the boot time, which the kernel rounds to a second; /proc's own clock has 10 ms."""
-    stat = Path("/proc/self/stat")
-    if stat.exists():
-        started = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    if sys.platform == "linux":
+        stat = Path("/proc/self/stat").read_text()
+        started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started
     return time.time() - psutil.Process().create_time()

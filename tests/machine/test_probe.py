@@ -328,6 +328,7 @@ def test_process_times_are_what_time_would_give():
 
 
 def test_max_rss_is_in_bytes_on_a_mac(monkeypatch):
+    monkeypatch.setattr(probe, "on_mac", lambda: False)
     elsewhere = probe.process_times()["max_rss_bytes"]
     monkeypatch.setattr(probe, "on_mac", lambda: True)
     assert probe.process_times()["max_rss_bytes"] == pytest.approx(elsewhere / 1024, rel=0.05)
