@@ -39,7 +39,7 @@ SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that 
     "sample": "nanogpt_mac.config:SampleConfig",
     "coverage": "nanogpt_mac.coverage.config:CoverageConfig",
     "compare": "nanogpt_mac.compare.config:CompareConfig",
-    "report": "nanogpt_mac.compare.report.config:ReportConfig",
+    "report": "nanogpt_mac.compare.config:ReportConfig",
 }
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
 

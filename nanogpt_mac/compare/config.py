@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanogpt_mac.config import Config
@@ -44,6 +44,15 @@ class CompareConfig(Config):
     stall_seconds: float = 600.0  # a first iteration (which compiles) of more than this is a hang
     chip: Any = None  # m4-max, [m1,m4-max-32] or all: the floor of an iteration there, by arithmetic; nothing is run
     run_dir: str = "runs/{date}/{time}-{name}"
+
+
+@dataclass
+class ReportConfig:
+    """What `python report.py runs/a runs/b output=folder` takes; bare paths become `runs`."""
+
+    runs: list[str] = field(default_factory=list)  # folders of compare.py and train.py
+    output: str | None = None  # null: a comparison's own folder, for several runs/{date}/{time}-report
+    details: bool = False  # true: the whole report in the terminal, not its verdict and one table
 
 
 def validate(config: CompareConfig) -> None:

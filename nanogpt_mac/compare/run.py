@@ -21,7 +21,7 @@ from nanogpt_mac.config import validate as validate_run
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.machine import probe
 from nanogpt_mac.train.display import say
-from nanogpt_mac.train.recorder import make_folder, write_json
+from nanogpt_mac.train.recorder import make_folder
 
 LOCK = ".lock"
 
@@ -74,18 +74,17 @@ def run(config: CompareConfig) -> int:
 
 
 def _compare(folder: Path, plan: dict[str, Any], configs: dict[str, Config]) -> int:
-    from nanogpt_mac.compare.report import render
-    from nanogpt_mac.compare.results import collect
+    from nanogpt_mac.compare import collect, contents
+    from nanogpt_mac.report.show import show
 
     _announce(folder, plan, configs)
     Runner(folder, plan, configs).carry_out()
     comparison = collect.collect(folder)
-    write_json(folder / "comparison.json", comparison)
-    (folder / "report.md").write_text(render.markdown(comparison), encoding="utf-8")
-    (folder / "report.html").write_text(render.html(comparison), encoding="utf-8")
-    render.show(comparison)
+    contents.publish(folder, comparison)
+    show(contents.report(comparison))
+    say(f"everything: python report.py {folder} details=true")
     say(f"report: {folder / 'report.html'}")
-    return 0 if any(variant["iter_ms"] for variant in comparison["variants"]) else 1
+    return 0 if any(variant.times for variant in comparison.variants) else 1
 
 
 def _announce(folder: Path, plan: dict[str, Any], configs: dict[str, Config]) -> None:

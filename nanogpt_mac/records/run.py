@@ -102,6 +102,8 @@ def read_rows(path: Path) -> list[Row]:
             try:
                 rows.append(_ROW.validate_json(line))
             except ValidationError as error:
+                if rows and not line.endswith(b"\n"):  # the run was killed while it wrote
+                    break
                 raise DamagedError(f"{path.name}, line {number}: {first(error)}") from error
     return rows
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 WIDTH = 100  # columns, where there is no terminal to ask
 _NARROWEST = (28, 14)  # what a row's heading, and a column of words, is wrapped to
 
+_HEADING = 8  # a heading of figures is wrapped to no less
+_FIRST = 5  # lines of a section on the first screen
 _GAP = 2  # between two columns
 
 # -- markdown ---------------------------------------------------------------------------------------------------------
@@ -46,9 +48,7 @@ def markdown(report: Report) -> str:
 def _block(section: Section) -> str:
     parts = [escape(note) for note in section.notes]
     parts += ["\n".join(f"- {escape(line)}" for line in section.items)] if section.items else []
-    for table in (t for t in section.tables if t.rows):
-        caption = "" if table.caption == section.title else f"{escape(table.caption)}:\n\n"
-        parts.append(caption + markdown_table(table))
+    parts += [f"{escape(t.caption)}:\n\n{markdown_table(t)}" for t in section.tables if t.rows]
     return "\n\n".join(parts)
 
 
@@ -103,32 +103,41 @@ def show(report: Report, details: bool = False) -> None:
             say(section.title, "bold")
         for note in section.notes if not brief else []:
             say(note, "dim")
-        for line in section.items:
+        hidden = len(section.items) - _FIRST if brief else 0
+        for line in section.items[: _FIRST if brief else None]:
             say(f"{'!' if section.alarming else '-'} {line}", "yellow" if section.alarming else "")
+        if hidden > 0:
+            say(f"and {hidden} more", "dim")
         for table in (t for t in section.tables if t.rows):
             for columns in _columns(table, brief, out.width):
                 out.print()
-                say(table.caption)  # not as the table's title, which is wrapped to a narrow table's width
+                say(table.caption)
                 out.print(_rich(table, columns))
 
 
 def _columns(table: Table, brief: bool, width: int) -> list[list[int]]:
-    """Columns in which something is known, as one table or, where figures would not fit beside each other, several."""
-    known = [i for i in table.known if not (brief and table.brief) or i == 0 or table.columns[i] in table.brief]
+    """Columns in which something is known, as one table or, where figures would not fit beside each other, several.
+
+    The first screen has the columns that fit, and no second table.
+    """
     parts, room = [[0]], width - _least(table, 0)
-    for i in known[1:]:
+    for i in table.known[1:]:
         if (room := room - _least(table, i) - _GAP) < 0 and len(parts[-1]) > 1:
             parts.append([0])
             room = width - _least(table, 0) - _least(table, i) - _GAP
         parts[-1].append(i)
-    return parts
+    return parts[:1] if brief else parts
 
 
 def _least(table: Table, i: int) -> int:
     """The width that a column needs: figures are never broken, words are wrapped."""
-    longest = max(len(row.cells[i]) for row in table.rows)
-    word = max(map(len, table.columns[i].split()), default=0)
-    return max(longest if table.right[i] else min(longest, _NARROWEST[i > 0]), word)
+    longest, heading = max(len(row.cells[i]) for row in table.rows), _unbroken(table.columns[i])
+    word = max(map(len, textwrap.wrap(heading, 1, break_long_words=False)), default=0)
+    return max(longest if table.right[i] else min(longest, _NARROWEST[i > 0]), word, min(len(heading), _HEADING))
+
+
+def _unbroken(heading: str) -> str:
+    return heading.replace(" %", "\xa0%")
 
 
 def _rich(table: Table, columns: list[int]) -> RichTable:
@@ -139,7 +148,7 @@ def _rich(table: Table, columns: list[int]) -> RichTable:
     shown = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for i in columns:
         least, figures = _least(table, i), table.right[i]
-        heading = "\n".join(textwrap.wrap(table.columns[i], least)) if figures else table.columns[i]
+        heading = "\n".join(textwrap.wrap(_unbroken(table.columns[i]), least)) if figures else table.columns[i]
         shown.add_column(
             Text(heading), justify="right" if figures else "left", no_wrap=figures, overflow="fold",
             min_width=least if i == 0 else None,

@@ -32,15 +32,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under `columns`, with a caption that says what they are.
-
-    `brief`: the columns shown on the terminal's first screen, the first one apart; empty: all of them.
-    """
+    """Rows under `columns`, the most telling first, with a caption that says what they are."""
 
     caption: str
     columns: list[str]
     rows: list[Row]
-    brief: tuple[str, ...] = ()
 
     @cached_property
     def right(self) -> list[bool]:

@@ -14,8 +14,7 @@ EVIL = "<script>alert('x')</script> | `a` $x_1$ [b]\x1b[31m"
 def report():
     """Two sections with tables, one of warnings, an empty one that matters and one that does not."""
     figures = Table("Speed", ["what", "ms", "loss", "note"],
-                    [Row(["A", "1.5", "2.1", EVIL], Mark.BEST), Row(["B", "12.0", "—", "—"], Mark.WRONG)],
-                    brief=("ms",))  # fmt: skip
+                    [Row(["A", "1.5", "2.1", EVIL], Mark.BEST), Row(["B", "12.0", "—", "—"], Mark.WRONG)])  # fmt: skip
     links = Table("Links", ["source", "where"], [Row(["paper", "https://a.example/b"], link="https://a.example/b")])
     return Report(
         "Test", "Test: a machine", "A is fastest: 1.5 ms. B is WRONG.", facts=["a machine", "today"],
@@ -50,13 +49,28 @@ def test_the_first_screen_is_the_verdict_and_one_table(report, capsys):
     assert first.splitlines()[0] == "A is fastest: 1.5 ms. B is WRONG."
     assert "! look out" in first
     assert "12.0" in first
-    for later in ("2.1", "beware", "Links", "a note", "Nothing here."):
+    for later in ("beware", "Links", "a note", "Nothing here."):
         assert later not in first
     show.show(report, details=True)
     whole = capsys.readouterr().out
     for shown in ("2.1", "! beware", "paper", "a note", "Not looked for.", "script>"):
         assert shown in whole
     assert "\x1b[31m" not in whole
+
+
+def test_the_first_screen_cuts_what_is_long(report, capsys):
+    report.first_screen = ("first", "warn")
+    wide = [f"figure {i}" for i in range(30)]
+    report.sections[0].tables = [Table("Wide", ["variant", *wide], rows([["A", *("1,234.5" for _ in wide)]]))]
+    report.sections[1].items = [f"warning {i}" for i in range(9)]
+    show.show(report)
+    first = capsys.readouterr().out
+    assert first.count("Wide") == 1
+    assert "warning 4" in first
+    assert "warning 5" not in first
+    assert "and 4 more" in first
+    show.show(report, details=True)
+    assert "warning 8" in capsys.readouterr().out
 
 
 def test_a_report_without_a_first_screen_shows_everything(report, capsys):
