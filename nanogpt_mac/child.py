@@ -35,16 +35,7 @@ GRACE_S = 60.0  # for a run that was asked to end to finish its iteration
 ROOM = 64 * 1024  # bytes; less is a full disk
 FEWEST_PILOT = 4  # iterations, before a pilot run is asked to end
 
-# The line of a log that says why, by the state that it means; the first that is found, from the end of the log.
-OOM = re.compile(
-    r"out of memory|MemoryError|bad_alloc|annot allocate memory|can't allocate memory|not enough memory"
-    r"|Insufficient Memory|failed to allocate",
-    re.IGNORECASE,
-)
-MISSING = re.compile(
-    r"not currently (implemented|supported) (for|on) the MPS|not implemented for ['\"]|NotImplementedError"
-    r"|not supported on MPS|(No|no) Metal kernel|Unable to load kernel",
-)
+OOM = re.compile(r"out of memory|MemoryError|bad_alloc|annot allocate memory", re.IGNORECASE)  # of any program
 RAISED = re.compile(r"^(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Fault)\w*\b")
 
 
@@ -313,8 +304,17 @@ class Ending:
     seconds: float
 
 
-def supervise(argv: Sequence[str], folder: Path, environment: Mapping[str, str], limits: Limits) -> Ending:
-    """Run `argv`, which writes a run into `folder`; its output goes to log.txt there. Never leaves a process behind."""
+def supervise(
+    argv: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    limits: Limits,
+    signs: Mapping[str, re.Pattern[str]] | None = None,
+) -> Ending:
+    """Run `argv`, which writes a run into `folder`; its output goes to log.txt there. Never leaves a process behind.
+
+    `signs` are the states, by name, that a line of the log means in the words of the program that runs.
+    """
     begun = time.monotonic()
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
@@ -340,7 +340,7 @@ def supervise(argv: Sequence[str], folder: Path, environment: Mapping[str, str],
     well = (0, 128 + signal.SIGTERM, -signal.SIGTERM) if asked else (0,)  # the last: asked when it was done anyway
     if code in well and (folder / "summary.json").exists():
         return Ending(RunState.DONE, code, None, seconds)
-    state, reason = _why(code, (folder / "log.txt").read_text(errors="replace"))
+    state, reason = _why(code, (folder / "log.txt").read_text(errors="replace"), signs or {})
     return Ending(state, code, reason, seconds)
 
 
@@ -410,13 +410,13 @@ def _end(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _why(code: int, log: str) -> tuple[RunState, str]:
+def _why(code: int, log: str, signs: Mapping[str, re.Pattern[str]]) -> tuple[RunState, str]:
     """State and one-line reason of a run that ended by itself with `code`, from the log that it left."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for state, pattern in ((RunState.OOM, OOM), (RunState.MISSING_OP, MISSING)):
+    for state, pattern in ((RunState.OOM, OOM), *signs.items()):
         found = [line for line in lines if pattern.search(line)]
         if found and code != 2:
-            return state, _shortened(found[-1])
+            return RunState(state), _shortened(found[-1])
     if code < 0:
         name = _signal(-code)
         if -code == signal.SIGKILL:

@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.overrides import key_of, quoted
 
@@ -75,7 +76,10 @@ class Command:
         self.mistake: Exception | None = None
         self.started = False  # whether a task, or a member of a sweep, has run: an OSError is then no longer the user's
         self.members: list[Member] = []
-        ConfigStore.instance().store(name=f"{name}_schema", node=_schema(name))
+        store = ConfigStore.instance()
+        store.store(name=f"{name}_schema", node=_schema(name))
+        for backend in ("auto", *KINDS):
+            store.store(group="backend", name=backend, node={"name": backend})
 
     def run(self, task: Callable[[Any], int]) -> int:
         """Run `task`, or a sweep over it; the exit code."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import nanogpt_mac
 from nanogpt_mac import cli
-from nanogpt_mac.backends import detect
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.compare import levers
 from nanogpt_mac.compare.config import BUDGET_MINUTES, LEVER_MINUTES, CompareConfig, entries
 from nanogpt_mac.compare.variants import (
@@ -22,7 +22,6 @@ from nanogpt_mac.compare.variants import (
     KNOWN,
     NARROWING,
     Machine,
-    Variant,
     look_around,
     parse,
     setting,
@@ -32,6 +31,7 @@ from nanogpt_mac.config import Config
 from nanogpt_mac.config import validate as validate_run
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.overrides import key_of, merged
+from nanogpt_mac.records.plan import Variant
 from nanogpt_mac.train.recorder import write_json
 
 SCHEMA = 1
@@ -45,8 +45,7 @@ SAME_WORK = ("batch_size", "gradient_accumulation_steps", "seed", "init_from", "
 def make(config: CompareConfig) -> tuple[dict[str, Any], dict[str, Config]]:
     """plan.json, but for what only the pilot runs can tell, and every variant's config; InputError for bad input."""
     machine = look_around()
-    if any(key_of(override) == "backend.blas" for override in config.given):
-        machine = dataclasses.replace(machine, lends_blas=False)
+    machine = machine.given([key_of(override) for override in config.given])
     common, experiment = _common(config, machine)
     if config.levers:
         variants = levers.variants(machine, _backends(config, machine), lambda variant: _compose(variant, common))
@@ -63,7 +62,7 @@ def make(config: CompareConfig) -> tuple[dict[str, Any], dict[str, Config]]:
         "schema": SCHEMA,
         "version": nanogpt_mac.__version__,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "variants": [variant.to_json() for variant in variants],
+        "variants": [variant.model_dump(mode="json") for variant in variants],
         "rounds": None,  # these three are known after the pilot runs
         "iters": None,
         "order": None,
@@ -96,8 +95,8 @@ def damaged(plan: dict[str, Any]) -> str | None:
 
     def variants(value: Any) -> bool:
         try:
-            names = [Variant.from_json(variant).name for variant in value]
-        except (KeyError, TypeError):
+            names = [Variant.model_validate(variant).name for variant in value]
+        except (ValueError, TypeError):
             return False
         return len(names) == len(set(names)) > 0 and all(isinstance(name, str) for name in names)
 
@@ -142,7 +141,7 @@ def configs_of(plan: dict[str, Any]) -> dict[str, Config]:
 
 
 def variants_of(plan: dict[str, Any]) -> list[Variant]:
-    return [Variant.from_json(variant) for variant in plan["variants"]]
+    return [Variant.model_validate(variant) for variant in plan["variants"]]
 
 
 def write(folder: Path, plan: dict[str, Any]) -> None:
@@ -168,7 +167,7 @@ def _backends(config: CompareConfig, machine: Machine) -> list[str]:
     name = config.backend.name
     if name == "auto":
         return [backend for backend in BACKENDS if backend not in machine.missing]
-    return [detect.resolve(name)]
+    return [kinds.resolve(name)]
 
 
 def _variants(config: CompareConfig, machine: Machine) -> list[Variant]:
@@ -241,7 +240,7 @@ def _refuse_other_work(variants: Sequence[Variant], configs: dict[str, Config], 
         model = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items() if k != "dropout"}
         return {key: getattr(config, key) for key in SAME_WORK} | model
 
-    expected = work(_checked(Variant("", "", ()), common))
+    expected = work(_checked(Variant.model_construct(overrides=()), common))
     for variant in variants:
         for key, value in work(configs[variant.name]).items():
             if value != expected[key]:

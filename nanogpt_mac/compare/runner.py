@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_mac import child, cli
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.compare import plan as plans
-from nanogpt_mac.compare.variants import Variant, setting
 from nanogpt_mac.config import Config
 from nanogpt_mac.machine import probe
 from nanogpt_mac.measure.rounds import MANY, Cost, schedule
 from nanogpt_mac.overrides import key_of, merged, quoted
+from nanogpt_mac.records.plan import Variant
 from nanogpt_mac.train import display
 from nanogpt_mac.train.recorder import write_json
 
@@ -95,7 +97,7 @@ class Runner:
 
     def _detect_fallbacks(self) -> None:
         """What leaves the GPU, of MPS variants; one whose detector fails is timed all the same."""
-        mps = [name for name, config in self.configs.items() if config.backend.name == "mps"]
+        mps = [name for name, config in self.configs.items() if KINDS[config.backend.name].detects]
         for name in mps:
             path = self.folder / "fallbacks" / f"{name}.json"
             if path.exists():
@@ -189,7 +191,7 @@ class Runner:
         cold = max(0.0, first - iteration)
         start = max(0.5, found["seconds"] - iterating - measured) + FROM_CACHE * cold
         batches = 2 * 2 * EVAL_ITERS / self.configs[name].gradient_accumulation_steps  # two evaluations of two splits
-        compiled = summary["compile"] and summary["backend"] != "mlx"  # evaluation is one more graph for torch
+        compiled = summary["compile"] and kinds.recorded(summary["backend"], summary["device"]).compiles_evaluation
         return Cost(start, iteration, batches * iteration / 3 + (cold / 2 if compiled else 0.0))
 
     # -- the rounds ---------------------------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ class Runner:
         script = variant.script or str(cli.ROOT / "train.py")
         argv = [sys.executable, script, *merged(self.plan["overrides"], variant.overrides, overrides, fixed)]
         started = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        ending = child.supervise(argv, folder, self._environment(variant), limits)
+        ending = child.supervise(argv, folder, self._environment(variant), limits, kinds.signs())
         if ending.state != "done":
             child.require_room(folder)
         if heat is not None:
@@ -330,12 +332,10 @@ class Runner:
         """Compilers' caches belong to the variant: its pilot run compiles from cold, its rounds do not."""
         cache = self.folder / "cache" / variant.name
         environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-        environment |= {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
-        if (
-            setting(variant, "backend") == "mlx" and sys.platform == "linux"
-        ):  # its CPU build keeps compiled kernels there
-            (cache / "tmp").mkdir(parents=True, exist_ok=True)
-            environment["TMPDIR"] = str(cache / "tmp")
+        for variable in KINDS[self.configs[variant.name].backend.name].caches:
+            folder = cache / variable.lower()
+            folder.mkdir(parents=True, exist_ok=True)
+            environment[variable] = str(folder)
         return environment | {"PYTHONUNBUFFERED": "1"}
 
     def _skip(self, number: int | str, name: str, reason: str) -> None:

@@ -17,8 +17,9 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from nanogpt_mac import child, simulator
-from nanogpt_mac.backends import detect
-from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import Tokens
+from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.coverage.model_ops import PHASES, Trace
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks.phases import Phased
@@ -140,15 +141,15 @@ def _waits(event: Any) -> bool:
 def _trace(task: dict[str, Any]) -> Trace:
     if not task["live"]:
         _install(task)
-    elif reason := detect.missing("mps"):
+    elif reason := kinds.missing("mps"):
         raise InputError(reason)
     m = ModelConfig(**task["model"])
     length = min(m.block_size, _LENGTH)
     symbols = m.vocab_size or _SYMBOLS
     spec = GPTSpec(m.n_layer, m.n_head, m.n_head * _HEAD, length, symbols, m.dropout, m.bias, m.gelu)
     text = (np.arange(50 * length) % symbols).astype(np.uint16)
-    backend: Any = detect.create(
-        spec, BackendOptions("mps", dtype=task["dtype"]), Tokens({"train": text, "val": text}, length)
+    backend: Any = kinds.create(
+        spec, backend_options(Config(dtype=task["dtype"]), "mps"), Tokens({"train": text, "val": text}, length)
     )
     backend.load(spec.init_weights(0))
     starts = np.arange(_BATCH)[None]

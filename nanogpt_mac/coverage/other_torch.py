@@ -23,7 +23,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from nanogpt_mac import files, simulator
-from nanogpt_mac.backends.base import BackendOptions
+from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some
 from nanogpt_mac.errors import InputError
@@ -63,7 +63,7 @@ def task(model: ModelConfig, dtype: str, batch_size: int) -> dict[str, Any]:
         batch_size = min(batch_size, 2)
     spec = GPTSpec(**sizes)
     return {
-        "options": asdict(BackendOptions("mps", dtype=dtype)),
+        "options": asdict(backend_options(Config(dtype=dtype), "mps")),
         "spec": asdict(spec),
         "batch_size": batch_size,
         "gradient_accumulation_steps": 1,

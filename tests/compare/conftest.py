@@ -7,8 +7,8 @@ import pytest
 
 from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.compare.runner import Runner
-from nanogpt_mac.compare.variants import Variant
 from nanogpt_mac.config import Config
+from nanogpt_mac.records.plan import Variant
 
 FAKE = Path(__file__).parents[1] / "fakes" / "fake_train.py"
 
@@ -22,7 +22,9 @@ def plan(tmp_path):
         for name, behaviour in behaviours.items():
             script = tmp_path / f"{name}.py"
             script.write_text(FAKE.read_text().replace('BEHAVIOUR = "works"', f'BEHAVIOUR = "{behaviour}"'))
-            variants.append(Variant(name, name.upper(), ("backend=cpu",), script=str(script)).to_json())
+            variants.append(
+                Variant(name=name, label=name.upper(), overrides=("backend=cpu",), script=str(script)).model_dump()
+            )
         document = {
             "schema": 1,
             "variants": variants,

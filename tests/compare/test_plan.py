@@ -8,19 +8,34 @@ from types import SimpleNamespace
 import pytest
 
 from nanogpt_mac import cli, corpus
-from nanogpt_mac.compare import levers
+from nanogpt_mac.backends.base import Recommended
+from nanogpt_mac.backends.here import Here
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.compare.config import CompareConfig, entries, validate
-from nanogpt_mac.compare.variants import KNOWN, Machine, Variant, parse, unique
+from nanogpt_mac.compare.variants import KNOWN, Machine, parse, unique
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.measure.rounds import COUNTED, FEWEST, MOST_ITERS, Cost, schedule
 from nanogpt_mac.overrides import merged
+from nanogpt_mac.records.plan import Variant
 from nanogpt_mac.train import source
 
-MAC = Machine({"cuda": "no CUDA"}, mlx_gpu=True, simulated=False, lends_blas=False)
-LINUX = Machine({"mps": "no MPS", "cuda": "no CUDA"}, mlx_gpu=False, simulated=False, lends_blas=True)
-SIMULATED = Machine({"cuda": "no CUDA"}, mlx_gpu=False, simulated=True, lends_blas=True)
-CUDA = Machine({"mps": "no MPS", "mlx": "no MLX"}, mlx_gpu=False, simulated=False, lends_blas=False)
+
+def machine(missing=(), **devices):
+    """A machine with these back ends on these devices; MLX on a CPU is lent torch's BLAS."""
+    lent = (Recommended("backend.blas", "torch", "torch's BLAS"),)
+    has = {
+        name: Here(KINDS[name].on(device), lent if (name, device) == ("mlx", "cpu") else ())
+        for name, device in devices.items()
+    }
+    return Machine(dict(missing), has)
+
+
+NO_CUDA, NO_MPS = ("cuda", "no CUDA"), ("mps", "no MPS")
+MAC = machine([NO_CUDA], mps="mps", mlx="metal", cpu="cpu")
+LINUX = machine([NO_MPS, NO_CUDA], mlx="cpu", cpu="cpu")
+SIMULATED = machine([NO_CUDA], mps="simulated-mps", mlx="cpu", cpu="cpu")
+CUDA = machine([NO_MPS, ("mlx", "no MLX")], cuda="cuda", cpu="cpu")
 
 
 @pytest.fixture
@@ -30,7 +45,7 @@ def make(monkeypatch, tmp_path):
     def build(*overrides, machine=LINUX, stand_in=False):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(plans, "look_around", lambda: machine)
-        monkeypatch.setattr(plans.detect, "missing", machine.missing.get)
+        monkeypatch.setattr(plans.kinds, "missing", machine.missing.get)
         monkeypatch.setattr(corpus, "prepare", lambda data: SimpleNamespace(stand_in=stand_in))
         monkeypatch.setattr(source, "open_source", lambda config, corpus: None)
         config = cli.compose(overrides, "compare")
@@ -53,9 +68,11 @@ def test_every_variant_of_a_machine(make):
     assert names(make(machine=MAC)) == everything
     document, configs = make(machine=SIMULATED)
     assert [variant["label"] for variant in document["variants"]][:2] == [
-        "MPS eager (simulated)",
-        "MPS compiled (simulated)",
+        "MPS eager",
+        "MPS compiled",
     ]
+    notes = {variant["name"]: variant["note"] for variant in document["variants"]}
+    assert (notes["mps"], notes["mlx"], notes["cpu"]) == ("simulated", "CPU, torch's BLAS", "")
     found = {name: (config.backend.name, config.compile, config.backend.blas) for name, config in configs.items()}
     assert found["mps-compile"] == ("mps", True, "own")
     assert found["mlx-eager"] == ("mlx", False, "torch")
@@ -67,6 +84,7 @@ def test_every_variant_of_a_machine(make):
 def test_variants_are_narrowed_by_name_back_end_and_compilation(make):
     assert names(make("variants=[cpu,mlx]")) == ["cpu", "mlx"]
     assert names(make("variants=cpu")) == ["cpu"]
+    assert names(make("variants=[cpu-eager,mlx-compile]")) == ["cpu", "mlx"]  # in full
     assert names(make("backend=cpu")) == ["cpu", "cpu-compile"]
     assert names(make("backend=mlx", "compile=true", machine=MAC)) == ["mlx"]
     assert names(make("compile=false", machine=MAC)) == ["mps", "mlx-eager", "cpu"]
@@ -79,7 +97,7 @@ def test_variants_with_overrides_of_their_own(make):
     labels = [variant["label"] for variant in document["variants"]]
     assert labels[1:4] == [
         "CPU eager, backend.fused_adamw=false",
-        "MPS compiled (simulated), dtype=bfloat16",
+        "MPS compiled, dtype=bfloat16",
         "CPU eager (2)",
     ]
     assert configs["cpu-fused_adamw-false"].backend.fused_adamw is False
@@ -93,18 +111,18 @@ def test_names_are_unique_whatever_is_written():
     variants = [
         parse(text, LINUX) for text in ("cpu", "cpu", "cpu", "mlx compile=false", "mlx-eager", "cpu compile=auto")
     ]
-    named = [variant.name for variant in unique([*variants, Variant("cpu-2", "x", ())])]
+    named = [variant.name for variant in unique([*variants, Variant(name="cpu-2", label="x")])]
     assert named == ["cpu", "cpu-2", "cpu-3", "mlx-eager", "mlx-eager-2", "cpu-4", "cpu-2-2"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["variants=[gpu]"], r"variants=\[gpu\]: gpu is no variant; allowed here are mlx, mlx-eager, cpu, cpu-compile"),
+        (["variants=[gpu]"], r"variants=\[gpu\]: gpu is no variant; use one of mlx, mlx-eager, cpu, cpu-compile"),
         (["variants=[mps]"], r"variants=\[mps\]: not available here: no MPS\. Available: mlx"),
         (["backend=cuda"], "backend=cuda: not available here: no CUDA"),
-        (['variants=["cpu compile"]'], "compile: allowed after cpu are settings of train.py, as key=value"),
-        (['variants=["cpu max_iters=3"]'], "max_iters=3: allowed after cpu are settings"),
+        (['variants=["cpu compile"]'], "compile: use settings of train.py after cpu, as key=value"),
+        (['variants=["cpu max_iters=3"]'], "max_iters=3: use settings of train.py after cpu"),
         (['variants=["cpu nonsense=3"]'], "nonsense=3: there is no such key"),
         (['variants=["cpu dtype=int8"]'], "dtype=int8: allowed are float32"),
         (['variants=["cpu compile=maybe"]'], "compile=maybe: allowed are auto, true, false"),
@@ -254,14 +272,20 @@ def test_levers_are_those_with_an_effect(make):
     assert document["budget_minutes"] > 9  # so many variants take longer
 
 
-def test_precision_is_a_lever_where_products_change(monkeypatch):
-    base = SimpleNamespace(matmul_precision="highest")
-    assert [value for _, value, _ in levers._precision(CUDA, "cuda", base)] == ["high"]
-    assert [value for _, value, _ in levers._precision(MAC, "mlx", base)] == ["high"]
-    assert levers._precision(MAC, "mps", base) == []
+def test_precision_is_a_lever_where_products_change(make, monkeypatch):
+    from nanogpt_mac.backends import torch_backend
+
+    def of(machine, backend, *overrides):
+        document, _ = make("levers=true", f"backend={backend}", *overrides, machine=machine)
+        levers = [variant["lever"] for variant in document["variants"] if variant["lever"]]
+        return [lever["value"] for lever in levers if lever["key"] == "matmul_precision"]
+
+    assert of(CUDA, "cuda") == of(MAC, "mlx") == ["high"]
+    assert of(MAC, "mps") == of(LINUX, "mlx") == of(CUDA, "cuda", "dtype=bfloat16") == []
+    assert of(MAC, "mps", "matmul_precision=high") == ["highest"]
     for changes in (True, False):
-        monkeypatch.setattr(levers, "_cpu_rounds", lambda changes=changes: changes)
-        assert bool(levers._precision(LINUX, "cpu", base)) == changes
+        monkeypatch.setattr(torch_backend, "_rounds", lambda changes=changes: changes)
+        assert of(LINUX, "cpu") == (["medium"] if changes else [])
 
 
 # -- rounds and order -------------------------------------------------------------------------------------------------
@@ -333,7 +357,7 @@ def test_the_order_is_drawn_but_the_same_for_a_seed():
 
 
 def test_every_known_variant_has_a_label_and_a_back_end():
-    assert {backend for backend, _, _ in KNOWN.values()} == {"mps", "cuda", "mlx", "cpu"}
+    assert {backend for backend, _, _ in KNOWN.values()} == set(KINDS)
     assert len({label for _, _, label in KNOWN.values()}) == len(KNOWN)
 
 

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from nanogpt_mac.compare.results import verdict
 from scipy import stats as scipy_stats
 
-from nanogpt_mac.compare.results import verdict
 from nanogpt_mac.measure import stats
 
 

@@ -2,19 +2,19 @@
 
 import pytest
 
-from nanogpt_mac.backends import detect
+from nanogpt_mac.backends import kinds
 
 
 def test_a_gpu_that_does_not_compute_is_left_out(monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert detect.missing("mps") is None
+    assert kinds.missing("mps") is None
     monkeypatch.setenv("NANOGPT_MAC_NO_GPU", "1")
     for name in ("mps", "cuda"):
-        assert detect.missing(name) == "NANOGPT_MAC_NO_GPU leaves this machine's GPU out"
-    assert detect.missing("cpu") is detect.missing("mlx") is None
+        assert kinds.missing(name) == "NANOGPT_MAC_NO_GPU leaves this machine's GPU out"
+    assert kinds.missing("cpu") is kinds.missing("mlx") is None
     monkeypatch.setenv("NANOGPT_MAC_NO_GPU", "0")
-    assert detect.missing("mps") is None
+    assert kinds.missing("mps") is None
 
 
 @pytest.mark.parametrize(("value", "devices"), [("1", ["cpu"]), ("0", [])])
