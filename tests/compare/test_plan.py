@@ -416,4 +416,4 @@ def test_the_floor_of_a_chip_that_is_not_here_runs_nothing(command, tmp_path):
     assert "444.2" in done.stdout  # 1162.6 GFLOP at 2.617 TFLOP/s
     assert list(tmp_path.iterdir()) == []
     unknown = command("compare.py", "chip=m99")
-    assert (unknown.returncode, unknown.stderr.startswith("compare.py: chip=m99: allowed are m1, ")) == (2, True)
+    assert (unknown.returncode, unknown.stderr.startswith("compare.py: chip=m99: use one of m1, ")) == (2, True)
