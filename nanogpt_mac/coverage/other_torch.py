@@ -22,7 +22,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from nanogpt_mac import files, simulator
+from nanogpt_mac import child, files, simulator
 from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some
@@ -179,13 +179,10 @@ def make(asked: str, nightly_index: str) -> str:
         _run(asked, _create(made))
         _install(asked, python, [what, "--no-deps", *(["--index-url", index] if index else [])])
         _install(asked, python, [*_OF_TORCH, *_own()])
-        problem = _problem(python)
-        if problem and _NO_LIBRARY.search(problem):
-            print(f"torch={asked}: this build needs its CUDA libraries, several GB", file=sys.stderr)
-            _install(asked, python, [what])
-            problem = _problem(python)
-        if problem:
-            raise InputError(f"torch={asked}: {name} cannot be imported here: {problem}; nothing was kept")
+        try:
+            _import(asked, python, what)
+        except child.ChildError as error:
+            raise InputError(f"torch={asked}: {name} cannot be imported here: {error}; nothing was kept") from error
         return made
 
     files.make_once(target, build)
@@ -194,6 +191,18 @@ def make(asked: str, nightly_index: str) -> str:
             if other.is_dir() and other != target:
                 shutil.rmtree(other, ignore_errors=True)
     return str(target / "bin" / "python")
+
+
+def _import(asked: str, python: Path, what: str) -> None:
+    """Try the torch in an environment, once more with its CUDA libraries where it cannot do without them."""
+    try:
+        version(python)
+    except child.ChildError as error:
+        if not _NO_LIBRARY.search(str(error)):
+            raise
+        print(f"torch={asked}: this build needs its CUDA libraries, several GB", file=sys.stderr)
+        _install(asked, python, [what])
+        version(python)
 
 
 def _requirement(asked: str, nightly_index: str) -> tuple[str, str | None]:
@@ -267,15 +276,8 @@ def _reason(text: str) -> str:
     return " ".join(of_pip[-1:] or lines)[:300] or "no message"
 
 
-def _problem(python: Path) -> str | None:
-    """Why torch cannot be imported in there; None where it can."""
-    done = subprocess.run(
-        [str(python), "-I", "-c", "import torch"], capture_output=True, text=True, check=False, errors="replace"
-    )
-    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
-
-
-def version(python: str) -> str:
-    """The torch in an environment that `make` made."""
-    argv = [python, "-I", "-c", "import torch; print(torch.__version__)"]
-    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+def version(python: str | Path) -> str:
+    """The torch in an environment. `ChildError` where it cannot be imported."""
+    program = "import json, torch; print(json.dumps([torch.__version__]))"
+    (made,) = child.ask([python, "-I", "-c", program])
+    return str(made)

@@ -79,8 +79,8 @@ def check(config: CoverageConfig) -> Page:
     day = datetime.now(UTC).date().isoformat()
     path = writable("output", config.output or f"mps-verify-{table.version}-{day}.json")
     seen, classes, failed = _look(config, table, live=True)
-    told, no_prediction = predictions(table.version, _asked(config))
-    items = compare(told, seen, no_prediction, failed)
+    predicted, no_prediction = predictions(table.version, _asked(config))
+    items = compare(predicted, seen, no_prediction, failed)
     items += _classes(table, classes, failed.get("classes"), sys.platform != "darwin")
     made = page(table.version, seen.device, items, str(path))
     more = {"machine": _machine(), "date": day, "asked": _asked(config).model_dump()}
@@ -207,14 +207,14 @@ def _compiled(config: CoverageConfig) -> dict[str, Any]:
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
-def compare(told: Observed, seen: Observed, no_prediction: str | None, failed: dict[str, str]) -> list[Item]:
+def compare(predicted: Observed, seen: Observed, no_prediction: str | None, failed: dict[str, str]) -> list[Item]:
     """Every part of a prediction against what was observed.
 
-    `no_prediction` is why `told` is empty, `failed` has why a part was not observed.
+    `no_prediction` is why `predicted` is empty, `failed` has why a part was not observed.
     """
     items = []
     for part, name in _NAMES.items():
-        mine, theirs = getattr(told, part), getattr(seen, part)
+        mine, theirs = getattr(predicted, part), getattr(seen, part)
         why = failed.get(part) or (no_prediction if mine is None else None)
         if why or mine is None or theirs is None:
             items.append(Item(name, mine, theirs, None, why or "not in the prediction"))
@@ -253,15 +253,15 @@ def _classes(table: Table, seen: dict[str, Dispatch] | None, failed: str | None,
     name = "classes of the dispatcher's table"
     if seen is None:
         return [Item(name, None, None, None, failed)]
-    told: dict[str, str] = {}
+    predicted: dict[str, str] = {}
     observed: dict[str, str] = {}
     left_out = OF_SIMULATOR if simulated else ()
     for op, entry in table.entries.items():
         if entry.kind is not Kind.UNKNOWN and op not in left_out:
             may_be = expected_classes(entry)
             observed[op] = seen.get(op, "absent")
-            told[op] = observed[op] if observed[op] in may_be else may_be[0]
-    return [Item(name, told, observed, told == observed)]
+            predicted[op] = observed[op] if observed[op] in may_be else may_be[0]
+    return [Item(name, predicted, observed, predicted == observed)]
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

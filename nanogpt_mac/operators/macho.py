@@ -52,7 +52,7 @@ class _Section:
 
 
 class Image:
-    """A Mach-O file, mapped. InputError where it is none, is not for arm64, or lacks its symbols."""
+    """A Mach-O file, mapped. InputError where it is something else, is not for arm64, or lacks its symbols."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
