@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from nanogpt_mac.compare.results import verdict
 from scipy import stats as scipy_stats
 
+from nanogpt_mac.compare import verdict
 from nanogpt_mac.measure import stats
+from nanogpt_mac.records.plan import ParityState
 
 
 def noisy(rng, rounds, iters=40, noise=0.01, level=100.0):
@@ -131,15 +132,12 @@ def test_detectable_agrees_with_power():
 
 
 def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
-    """Variants as collect.py makes them, of a machine that has moods and warms up by 4 % while the comparison runs.
+    """Variants of a machine that has moods and warms up by 4 % while the comparison runs.
 
     `noise`: log standard deviation of a process; `bad`: share of processes that something else disturbs, by 5 % in
     the mean. Iterations have heavy tails, 1 % outliers and a drift of 1 % in each round.
     """
-    variants = [
-        {"name": f"variant-{i}", "device": "cpu", "ranked": True, "parity": "pass", "rounds": []}
-        for i in range(len(factors))
-    ]
+    medians = [{} for _ in factors]
     for r in range(rounds):
         mood = rng.normal(0, 0.02)
         for position, i in enumerate(rng.permutation(len(factors))):
@@ -147,16 +145,18 @@ def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
             level = mood + heat + rng.normal(0, noise) + (rng.random() < bad) * rng.exponential(0.05)
             times = 100 * factors[i] * np.exp(level + 0.006 * rng.standard_t(3, iters) + np.linspace(0, 0.01, iters))
             times[rng.random(iters) < 0.01] *= 1.5
-            variants[i]["rounds"].append({"round": r, "median": float(np.median(times))})
-    for variant in variants:
-        variant["iter_ms"] = {"median": float(np.median([found["median"] for found in variant["rounds"]]))}
-    return variants
+            medians[i][r] = float(np.median(times))
+    return [contestant(f"variant-{i}", found) for i, found in enumerate(medians)]
+
+
+def contestant(name, medians):
+    return verdict.Contestant(name, medians, float(np.median(list(medians.values()))), True, False, ParityState.PASS)
 
 
 def called_slower(variants):
-    ranked, sure = verdict.rank(variants), verdict.confidence(variants)
-    others = [variant for variant in variants if variant is not ranked[0]]
-    return {variant["name"] for variant in others if verdict.ratio(variant, ranked[0], sure)["tie"] is False}
+    ranking = verdict.rank(variants)
+    first, *others = ranking.names
+    return {name for name in others if ranking.ratio(name, first).tie is False}
 
 
 def test_twenty_comparisons_of_a_variant_with_itself():
@@ -271,9 +271,7 @@ def test_figures_to_judge_times_by():
 def test_pairs_decide_where_medians_mislead():
     """The slower variant ran in two cold rounds more: its median is lower, and every pair says that it is slower."""
     base = [100.0, 110, 121, 133, 146, 161, 177, 195]
-    fast = {"name": "fast", "device": "cpu", "ranked": True, "parity": "pass", "iter_ms": {"median": np.median(base)}}
-    fast["rounds"] = [{"round": r, "median": ms} for r, ms in enumerate(base)]
-    slow = fast | {"name": "slow", "rounds": [{"round": r, "median": 1.02 * ms} for r, ms in enumerate(base[:6])]}
-    slow["iter_ms"] = {"median": 1.02 * np.median(base[:6])}
-    assert slow["iter_ms"]["median"] < fast["iter_ms"]["median"]
-    assert [variant["name"] for variant in verdict.rank([slow, fast])] == ["fast", "slow"]
+    fast = contestant("fast", dict(enumerate(base)))
+    slow = contestant("slow", {r: 1.02 * ms for r, ms in enumerate(base[:6])})
+    assert slow.median < fast.median
+    assert verdict.rank([slow, fast]).names == ("fast", "slow")
