@@ -92,14 +92,14 @@ VALUES = [
     (["max_iters=0"], "max_iters=0: must be at least 1"),
     (["eval_interval=-1"], "eval_interval=-1: must be at least 0"),
     (["learning_rate=nan"], "learning_rate=nan: must be at least 0"),
-    (["beta2=1.0"], "beta2=1.0: allowed are values from 0"),
-    (["compile=maybe"], "compile=maybe: allowed are auto, true, false"),
-    (["compile=1"], "compile=1: allowed are auto, true, false"),
-    (["dtype=float64"], "dtype=float64: allowed are float32, bfloat16, float16"),
-    (["matmul_precision=low"], "matmul_precision=low: allowed are highest, high, medium"),
-    (["sync=never"], "sync=never: allowed are completion, iteration, interval"),
-    (["wandb.mode=on"], "wandb.mode=on: allowed are offline, online, disabled"),
-    (["backend.name=tpu"], "backend=tpu: allowed are auto, cpu, mps, mlx, cuda"),
+    (["beta2=1.0"], "beta2=1.0: must be at least 0 and below 1"),
+    (["compile=maybe"], "compile=maybe: use auto, true or false"),
+    (["compile=1"], "compile=1: use auto, true or false"),
+    (["dtype=float64"], "dtype=float64: use float32, bfloat16 or float16"),
+    (["matmul_precision=low"], "matmul_precision=low: use highest, high or medium"),
+    (["sync=never"], "sync=never: use completion, iteration or interval"),
+    (["wandb.mode=on"], "wandb.mode=on: use offline, online or disabled"),
+    (["backend.name=tpu"], "backend=tpu: use auto, mps, cuda, mlx or cpu"),
     (["lr_decay_iters=2"], "lr_decay_iters=2: must be more than warmup_iters=2"),
     (["init_from=resume"], "run=null: init_from=resume needs the run"),
     (["run=runs/x"], "run=runs/x: only init_from=resume takes a run"),
@@ -113,7 +113,7 @@ VALUES = [
     (["run_dir=data.txt/x"], "run_dir=data.txt/x: "),
     (["run_dir=data.txt"], "run_dir=data.txt: cannot be made: "),
     (["hydra.run.dir=data.txt"], "run_dir=data.txt: cannot be made: "),
-    (["seed=99999999999999999999999"], "seed=99999999999999999999999: allowed are whole numbers"),
+    (["seed=99999999999999999999999"], "seed=99999999999999999999999: must be at least 0 and below 2\\*\\*63"),
 ]
 
 
@@ -144,7 +144,7 @@ def test_an_absent_back_end_names_those_that_are_there(compose, tmp_path, monkey
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     code, _, err = compose("backend=mps", task=run)
     assert code == 2
-    assert re.fullmatch(r"train\.py: backend=mps: not available here: .*Available: auto, cpu.*\n", err), err
+    assert re.fullmatch(r"train\.py: backend=mps: not available here: .*Available: auto, .*cpu.*\n", err), err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,8 +229,8 @@ def test_nothing_heavy_is_imported_before_it_is_used():
         "safetensors",
         "matplotlib",
     ]
-    modules = "cli config corpus backends.base backends.detect gpt.spec gpt.pretrained machine.probe machine.chips "
-    modules += "machine.energy machine.gemm train.loop train.recorder train.checkpoint train.run train.sample"
+    modules = "cli config corpus backends.base backends.kinds gpt.spec gpt.pretrained machine.probe machine.chips "
+    modules += "machine.energy machine.gemm train.loop train.recorder train.checkpoint train.session train.sample"
     imports = "; ".join(f"import nanogpt_mac.{m}" for m in modules.split())
     code = f"import sys; {imports}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

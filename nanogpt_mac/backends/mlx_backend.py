@@ -1,6 +1,6 @@
 """The MLX back end: Metal on a Mac, the CPU or CUDA elsewhere; one compiled graph a training iteration.
 
-Import it through `detect.create`, which sets what MLX reads from the process only once.
+Import it through `kinds.create`, which sets what MLX reads from the process only once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.backends.base import Backend, BackendOptions, Tokens
+from nanogpt_mac.backends.kinds import KINDS, MLXSettings
 from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 
@@ -31,14 +32,15 @@ class Handle:
     norm: mx.array
 
 
-class MLXBackend:
+class MLXBackend(Backend):
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
         self.spec, self.options, self.tokens = spec, options, tokens
+        self.capabilities = KINDS[options.name].on(self.device_of(options.name))
         self.model = GPT(spec, getattr(mx, options.dtype))
         self.resident = {
             split: mx.array(array.astype(np.int32))
             for split, array in tokens.splits.items()
-            if len(array) <= base.RESIDENT_TOKENS
+            if len(array) <= options.resident_tokens
         }
         self.iteration = 0
         self.optimizer: dict[str, Any] = {}  # moments by name, step, loss scale: all arrays, so all compiled state
@@ -55,10 +57,13 @@ class MLXBackend:
 
         if mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-        on_gpu = mx.default_device() == mx.Device(mx.gpu)
-        self.device_name = ("metal" if mx.metal.is_available() else "cuda") if on_gpu else "cpu"
-        self.runs_ahead = on_gpu
-        self.details = {"resident_data": sorted(self.resident), "blas": options.blas}
+        self.details = {"resident_data": sorted(self.resident), "blas": MLXSettings(**options.settings).blas}
+
+    @classmethod
+    def device_of(cls, name: str) -> str:
+        if mx.default_device() != mx.Device(mx.gpu):
+            return "cpu"
+        return "metal" if mx.metal.is_available() else "cuda"
 
     # -- data: what crosses to the device is the starts, or whole windows where the split does not live there -----
 
@@ -79,26 +84,30 @@ class MLXBackend:
         self.iteration += 1
         self.model.train()
         loss, norm = self._step(self._batch("train", starts), mx.array(lr, mx.float32))
-        mx.async_eval(loss, norm, self.model.parameters(), self.optimizer)
-        return Handle(loss, norm)
+        with self.phase("result"):
+            mx.async_eval(loss, norm, self.model.parameters(), self.optimizer)
+            return Handle(loss, norm)
 
     def _iteration(self, batch: mx.array, lr: mx.array) -> tuple[mx.array, mx.array]:
         """The whole iteration as one graph: pick batch, forward, loss, backward, accumulate, clip, AdamW."""
         windows, scale = self._windows("train", batch), self.optimizer["loss_scale"]
         total, grads = mx.zeros(()), Arrays()
-        for window in windows:
-            loss, new = _loss_and_grads(self.model, window[:, :-1], window[:, 1:], scale / len(windows))
-            total = total + loss / len(windows)
-            grads = {name: grads[name] + g if name in grads else g for name, g in new.items()}
-        grads = {name: g / scale for name, g in grads.items()}
-        norm = mx.sqrt(sum((mx.sum(mx.square(g)) for g in grads.values()), start=mx.zeros(())))
-        if self.options.grad_clip:  # torch.nn.utils.clip_grad_norm_
-            clip = mx.minimum(self.options.grad_clip / (norm + 1e-6), 1.0)
-            grads = {name: g * clip for name, g in grads.items()}
-        if self.options.dtype == "float16":
-            self._scaled_update(grads, lr, mx.isfinite(norm))
-        else:
-            self._adamw(grads, lr)
+        with self.phase("forward"):  # and backward: value_and_grad gives both
+            for window in windows:
+                loss, new = _loss_and_grads(self.model, window[:, :-1], window[:, 1:], scale / len(windows))
+                total = total + loss / len(windows)
+                grads = {name: grads[name] + g if name in grads else g for name, g in new.items()}
+        with self.phase("clip"):
+            grads = {name: g / scale for name, g in grads.items()}
+            norm = mx.sqrt(sum((mx.sum(mx.square(g)) for g in grads.values()), start=mx.zeros(())))
+            if self.options.grad_clip:  # torch.nn.utils.clip_grad_norm_
+                clip = mx.minimum(self.options.grad_clip / (norm + 1e-6), 1.0)
+                grads = {name: g * clip for name, g in grads.items()}
+        with self.phase("optimizer"):
+            if self.options.dtype == "float16":
+                self._scaled_update(grads, lr, mx.isfinite(norm))
+            else:
+                self._adamw(grads, lr)
         return total, norm
 
     def _adamw(self, grads: Arrays, lr: mx.array) -> None:
@@ -131,16 +140,18 @@ class MLXBackend:
         opt["loss_scale"], opt["scale_growth"] = opt["loss_scale"] * factor, mx.where(grown, 0, growth)
 
     def wait(self, handle: Handle) -> tuple[float, float]:
-        return _float(handle.loss), _float(handle.norm)
+        with self.phase("result"):
+            return _float(handle.loss), _float(handle.norm)
 
     def evaluate(self, split: str, starts: np.ndarray) -> float:
         self.model.eval()
         loss = self._val_loss if split == "val" else self._train_loss
         total = mx.zeros(())
-        for batch_starts in starts:
-            total = total + loss(self._batch(split, batch_starts))
-            mx.async_eval(total)
-        return _float(total) / len(starts)
+        with self.phase("evaluation"):
+            for batch_starts in starts:
+                total = total + loss(self._batch(split, batch_starts))
+                mx.async_eval(total)
+            return _float(total) / len(starts)
 
     def _window_loss(self, split: str, batch: mx.array) -> mx.array:
         windows = self._windows(split, batch)
@@ -165,7 +176,8 @@ class MLXBackend:
 
         def decoder(tokens: np.ndarray) -> np.ndarray:
             self.model.eval()
-            return np.array(self.model(mx.array(tokens[None].astype(np.int32)), cache)[0, -1])
+            with self.phase("sampling"):
+                return np.array(self.model(mx.array(tokens[None].astype(np.int32)), cache)[0, -1])
 
         return decoder
 
@@ -218,6 +230,25 @@ class MLXBackend:
 
     def reset_peak_memory(self) -> None:
         mx.reset_peak_memory()
+
+    def matmul(self, shape: tuple[int, int, int], dtype: str) -> Callable[[int], None]:
+        m, k, n = shape
+        keys = mx.random.split(mx.random.key(0))  # the global one belongs to the training run
+        a, b = (mx.random.normal(size, getattr(mx, dtype), key=keys[i]) for i, size in enumerate(((m, k), (k, n))))
+        mx.eval(a, b)
+
+        def matmuls(count: int) -> None:
+            for _ in range(count):
+                mx.async_eval(mx.matmul(a, b))
+            mx.synchronize()
+
+        return matmuls
+
+    def free_memory(self) -> int:
+        return int(mx.device_info().get("free_memory", super().free_memory()))  # there on CUDA alone
+
+    def release_memory(self) -> None:
+        mx.clear_cache()
 
 
 def _loss_and_grads(model: GPT, x: mx.array, y: mx.array, scale: mx.array) -> tuple[mx.array, Arrays]:

@@ -12,10 +12,20 @@ from torch import Tensor
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.backends.base import Backend, BackendOptions, Meant, Tokens
+from nanogpt_mac.backends.kinds import KINDS, TorchSettings
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 from nanogpt_mac.gpt.torch_gpt import GPT, KVCache
+
+# Everything sent between host and device, or waited for, while a phase runs: change it with the code below. Copies to
+# the device that do not block wait for nothing and are not listed.
+MEANT = (
+    Meant("result", "copy_", True, 1, "loss and gradient norm go to the host behind the iteration"),
+    Meant("evaluation", "_local_scalar_dense", True, 1, "the mean loss of an evaluation is read once"),
+    Meant("sampling", "copy_", True, 2, "the logits of each token go to the host, where it is drawn"),
+    Meant("sampling", "copy_", False, 2, "each token goes to the device"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,11 @@ class Handle:
     sources: list[Tensor]  # what the iteration copies from, kept alive until it has
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
         self.spec, self.options, self.tokens = spec, options, tokens
+        self.settings = TorchSettings(**options.settings)
+        self.capabilities = KINDS[options.name].on(self.device_of(options.name))
         self.device = torch.device(options.name)
         self.accelerator = None if options.name == "cpu" else getattr(torch, options.name)  # torch.mps, torch.cuda
         torch.set_float32_matmul_precision(options.matmul_precision)
@@ -38,7 +50,7 @@ class TorchBackend:
         self.parameters = dict(self.model.named_parameters())
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
         if options.compile:
-            self.loss = torch.compile(self.model.loss, dynamic=False, mode=options.compile_mode)
+            self.loss = torch.compile(self.model.loss, dynamic=False, mode=self.settings.compile_mode)
         self.optimizer, fused = self._adamw()
         self.scaler = torch.amp.GradScaler(
             self.device.type,
@@ -51,15 +63,16 @@ class TorchBackend:
         self.resident = {
             split: torch.from_numpy(array.astype(np.int32)).to(self.device)
             for split, array in tokens.splits.items()
-            if len(array) <= base.RESIDENT_TOKENS
+            if len(array) <= options.resident_tokens
         }
         self.offsets = torch.arange(spec.block_size + 1, device=self.device)
         self.sources: list[Tensor] = []
         self.iteration = 0
-        self.runs_ahead = self.accelerator is not None
-        simulated = options.name == "mps" and simulator.active()
-        self.device_name = simulator.DEVICE_NAME if simulated else options.name
         self.details = {"fused_adamw": fused, "resident_data": sorted(self.resident)}
+
+    @classmethod
+    def device_of(cls, name: str) -> str:
+        return simulator.DEVICE_NAME if name == "mps" and simulator.active() else name
 
     def _adamw(self) -> tuple[torch.optim.AdamW, bool]:
         """AdamW with nanoGPT's two groups, fused wherever torch has it for this device unless told otherwise."""
@@ -69,11 +82,9 @@ class TorchBackend:
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
         betas = (o.beta1, o.beta2)
-        why_not = "was asked for" if o.fused_adamw is False else self._fused_adamw_fault()
-        if why_not and o.fused_adamw:
-            raise InputError(
-                f"backend.fused_adamw=true: torch {torch.__version__} {why_not}; allowed are null and false"
-            )
+        why_not = "was asked for" if self.settings.fused_adamw is False else self._fused_adamw_fault()
+        if why_not and self.settings.fused_adamw:
+            raise InputError(f"backend.fused_adamw=true: torch {torch.__version__} {why_not}; use null or false")
         return torch.optim.AdamW(groups, betas=betas, fused=None if why_not else True), not why_not
 
     def _fused_adamw_fault(self) -> str | None:
@@ -114,22 +125,29 @@ class TorchBackend:
         torch.manual_seed(base.step_seed(self.options.seed, self.iteration))  # dropout: a function of the iteration
         self.iteration += 1
         self.model.train()
-        total = torch.zeros((), device=self.device)
+        with self.phase("forward"):
+            total = torch.zeros((), device=self.device)
         for micro_starts in starts:
-            x, y = self.batch("train", micro_starts)
-            with self.autocast():
-                loss = self.loss(x, y) / len(starts)
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.scaler.unscale_(self.optimizer)
-        clip = self.options.grad_clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return self._handle(torch.stack((total, norm)))
+            with self.phase("forward"):
+                x, y = self.batch("train", micro_starts)
+                with self.autocast():
+                    loss = self.loss(x, y) / len(starts)
+                total += loss.detach()
+                scaled = self.scaler.scale(loss)
+            with self.phase("backward"):
+                scaled.backward()
+        with self.phase("clip"):
+            self.scaler.unscale_(self.optimizer)
+            limit = self.options.grad_clip or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        with self.phase("optimizer"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)  # frees them now: the next forward pass has no use for them
+        with self.phase("result"):
+            return self._handle(torch.stack((total, norm)))
 
     def _handle(self, result: Tensor) -> Handle:
         """Send the result to the host behind the iteration's work, so that reading it later drains nothing."""
@@ -144,20 +162,22 @@ class TorchBackend:
         return Handle(host, event, sources)
 
     def wait(self, handle: Handle) -> tuple[float, float]:
-        if handle.event is not None:
-            handle.event.synchronize()
-        loss, norm = handle.result.tolist()
-        return loss, norm
+        with self.phase("result"):
+            if handle.event is not None:
+                handle.event.synchronize()
+            loss, norm = handle.result.tolist()
+            return loss, norm
 
     @torch.no_grad()
     def evaluate(self, split: str, starts: np.ndarray) -> float:
         self.model.eval()
-        total = torch.zeros((), device=self.device)
-        for batch_starts in starts:
-            x, y = self.batch(split, batch_starts)
-            with self.autocast():
-                total += self.loss(x, y)
-        mean = total.item() / len(starts)
+        with self.phase("evaluation"):
+            total = torch.zeros((), device=self.device)
+            for batch_starts in starts:
+                x, y = self.batch(split, batch_starts)
+                with self.autocast():
+                    total += self.loss(x, y)
+            mean = total.item() / len(starts)
         self.sources.clear()
         return mean
 
@@ -187,14 +207,19 @@ class TorchBackend:
         @torch.no_grad()
         def decoder(tokens: np.ndarray) -> np.ndarray:
             self.model.eval()
-            with self.autocast():
+            with self.phase("sampling"), self.autocast():
                 logits = self.model(self._tokens(tokens[None]), cache)
-            return logits[0, -1].cpu().numpy()
+                return logits[0, -1].cpu().numpy()
 
         return decoder
 
     def _tokens(self, tokens: np.ndarray) -> Tensor:
         return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+
+    def recover(self) -> None:
+        """Forget an iteration that an error ended: its gradients, and what its copies read from."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sources.clear()
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -250,6 +275,28 @@ class TorchBackend:
             torch.cuda.reset_peak_memory_stats()
         elif self.device.type == "mps":
             torch.mps.empty_cache()
+
+    def matmul(self, shape: tuple[int, int, int], dtype: str) -> Callable[[int], None]:
+        m, k, n = shape
+        random = torch.Generator(self.device).manual_seed(0)  # the global one belongs to the training run
+        kind = {"device": self.device, "dtype": getattr(torch, dtype)}
+        a, b = (torch.randn(size, generator=random, **kind) for size in ((m, k), (k, n)))
+        out = torch.empty(m, n, **kind)
+        self.synchronize()
+
+        def matmuls(count: int) -> None:
+            for _ in range(count):
+                torch.mm(a, b, out=out)
+            self.synchronize()
+
+        return matmuls
+
+    def free_memory(self) -> int:
+        return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else super().free_memory()
+
+    def release_memory(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.empty_cache()
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanogpt_mac.backends.base import DTYPES
-from nanogpt_mac.compare.variants import Machine, Variant, known
+from nanogpt_mac.compare.variants import Machine, known
 from nanogpt_mac.config import Config
 from nanogpt_mac.overrides import merged, slug
+from nanogpt_mac.records.plan import Lever, Variant
 
 
 def variants(machine: Machine, backends: Sequence[str], compose: Callable[[Variant], Config]) -> list[Variant]:
@@ -109,8 +110,8 @@ def _changed(
     name = named.name if named else slug(f"{base.name}-{short}")
     before = base.label.replace(", torch's BLAS", "") if key == "backend.blas" else base.label
     label = named.label if named else f"{before}, {short}"
-    lever = {"base": base.name, "key": key, "value": value, "what": what}
-    return Variant(name, label, tuple(merged(base.overrides, overrides)), lever)
+    lever = Lever(base=base.name, key=key, value=value, what=what)
+    return Variant(name=name, label=label, overrides=tuple(merged(base.overrides, overrides)), lever=lever)
 
 
 def _spelt(value: Any) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nanogpt_mac import simulator
-from nanogpt_mac.backends import detect
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.compare.config import DECIDED
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.machine import probe
 from nanogpt_mac.overrides import key_of, merged, slug
+from nanogpt_mac.records.plan import Variant
 
 KNOWN = {  # name -> back end, compiled, label; the order in which they are shown
     "mps": ("mps", False, "MPS eager"),
@@ -28,25 +27,6 @@ KNOWN = {  # name -> back end, compiled, label; the order in which they are show
 BACKENDS = tuple(dict.fromkeys(backend for backend, _, _ in KNOWN.values()))
 NARROWING = ("backend", "compile")  # as top-level keys these choose among the variants
 NOT_A_SETTING = (*DECIDED, "run", "run_dir", "init_from", "experiment")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One variant of training: overrides of train.py under a name of its own."""
-
-    name: str  # unique, fit for a file name
-    label: str
-    overrides: tuple[str, ...]
-    lever: dict[str, Any] | None = None  # base (a variant's name), key, value, what
-    script: str | None = None  # in train.py's place: tests alone
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Variant:
-        return cls(found["name"], found["label"], tuple(found["overrides"]), found["lever"], found.get("script"))
-
-    def to_json(self) -> dict[str, Any]:
-        document = dataclasses.asdict(self) | {"overrides": list(self.overrides)}
-        return {key: value for key, value in document.items() if key != "script" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -68,7 +48,7 @@ class Machine:
 
 
 def look_around() -> Machine:
-    missing = {backend: reason for backend in BACKENDS if (reason := detect.missing(backend))}
+    missing = {backend: reason for backend in BACKENDS if (reason := kinds.missing(backend))}
     # In a process of its own: MLX reads its environment once, and on a Mac takes the GPU.
     question = "import mlx.core as mx; print(mx.default_device() == mx.Device(mx.gpu))"
     answer = None if "mlx" in missing else probe.run((sys.executable, "-c", question), timeout=60)
@@ -91,23 +71,24 @@ def parse(text: str, machine: Machine) -> Variant:
             )
     chosen = {key_of(extra): extra.partition("=")[2] for extra in extras}
     backend, name = chosen.get("backend", backend), chosen.get("compile", str(compiled)).lower()
-    compiled = detect.resolve_compile("auto", backend) if name == "auto" else name == "true"
+    compiled = kinds.resolve_compile("auto", backend) if name == "auto" else name == "true"
     if backend in machine.missing:
         reason = f"not available here: {machine.missing[backend]}"
         raise InputError(f"variants=[{text}]: {reason}. Available: {', '.join(allowed)}")
     found = next((n for n, (b, c, _) in KNOWN.items() if (b, c) == (backend, compiled)), None)
     if found is None or name not in ("true", "false", "auto"):
-        return Variant(slug(text), text, tuple(merged(_base(first, machine), extras)))  # train.py says what is wrong
+        overrides = tuple(merged(_base(first, machine), extras))
+        return Variant(name=slug(text), label=text, overrides=overrides)  # train.py says what is wrong
     rest = [extra for extra in extras if key_of(extra) not in NARROWING]
     return Variant(
-        slug("-".join([found, *(_short(extra) for extra in rest)])),
-        ", ".join([_label(found, machine), *rest]),
-        tuple(merged(_base(found, machine), rest)),
+        name=slug("-".join([found, *(_short(extra) for extra in rest)])),
+        label=", ".join([_label(found, machine), *rest]),
+        overrides=tuple(merged(_base(found, machine), rest)),
     )
 
 
 def known(name: str, machine: Machine) -> Variant:
-    return Variant(name, _label(name, machine), tuple(_base(name, machine)))
+    return Variant(name=name, label=_label(name, machine), overrides=tuple(_base(name, machine)))
 
 
 def _short(override: str) -> str:
@@ -146,5 +127,5 @@ def unique(variants: Sequence[Variant]) -> list[Variant]:
             number += 1
             name, label = f"{variant.name}-{number}", f"{variant.label} ({number})"
         taken.add(name)
-        named.append(dataclasses.replace(variant, name=name, label=label))
+        named.append(variant.model_copy(update={"name": name, "label": label}))
     return named

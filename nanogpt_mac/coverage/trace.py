@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -194,12 +194,13 @@ class _Phases(Phased):
 def _trace(task: dict[str, Any]) -> Trace:
     import numpy as np
 
-    from nanogpt_mac.backends import detect
-    from nanogpt_mac.backends.base import BackendOptions, Tokens
+    from nanogpt_mac.backends import kinds
+    from nanogpt_mac.backends.base import Tokens
+    from nanogpt_mac.config import Config, backend_options
 
     if not task["live"]:
         _install(task)
-    elif reason := detect.missing("mps"):
+    elif reason := kinds.missing("mps"):
         raise InputError(reason)
     import torch
 
@@ -210,15 +211,13 @@ def _trace(task: dict[str, Any]) -> Trace:
     symbols = m.vocab_size or _SYMBOLS
     spec = GPTSpec(m.n_layer, m.n_head, m.n_head * _HEAD, length, symbols, m.dropout, m.bias, m.gelu)
     text = (np.arange(50 * length) % symbols).astype(np.uint16)
-    backend: Any = detect.create(
-        spec, BackendOptions("mps", dtype=task["dtype"]), Tokens({"train": text, "val": text}, length)
+    backend: Any = kinds.create(
+        spec, backend_options(Config(dtype=task["dtype"]), "mps"), Tokens({"train": text, "val": text}, length)
     )
     backend.load(spec.init_weights(0))
     starts = np.arange(_BATCH)[None]
     phases: Any = live.Phases(task["registered"]) if task["live"] else _Phases()
-    torch.Tensor.backward = phases.during("backward", torch.Tensor.backward)  # type: ignore[method-assign]
-    torch.nn.utils.clip_grad_norm_ = phases.during("clip", torch.nn.utils.clip_grad_norm_)
-    backend.optimizer.step = phases.during("optimizer", backend.optimizer.step)
+    backend.phase = lambda name: nullcontext() if name == "result" else phases.within(name)  # that is forward's here
     stopped = None
     try:
         backend.wait(backend.step(starts, 1e-3))  # the first iteration makes what later ones find

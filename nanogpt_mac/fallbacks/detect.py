@@ -46,14 +46,14 @@ def check(config: Config, spec: GPTSpec | None = None, resident: bool = True) ->
 
 def task_of(config: Config, spec: GPTSpec | None = None, resident: bool = True) -> dict[str, Any]:
     """What `check` has the child do, JSON-able; for `check_task`."""
-    from nanogpt_mac.backends import detect
-    from nanogpt_mac.train.session import backend_options
+    from nanogpt_mac.backends import kinds
+    from nanogpt_mac.config import backend_options
 
     if spec is None:
         vocabulary = config.model.vocab_size or _VOCABULARY.get(config.data.name, _CHARACTERS)
         spec = GPTSpec(**asdict(config.model) | {"vocab_size": vocabulary})
     return {
-        "options": asdict(backend_options(config, "mps", detect.resolve_compile(config.compile, "mps"))),
+        "options": asdict(backend_options(config, "mps", kinds.resolve_compile(config.compile, "mps"))),
         "spec": asdict(spec),
         "batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,

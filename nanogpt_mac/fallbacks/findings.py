@@ -6,7 +6,8 @@ from collections import Counter
 from enum import StrEnum
 from typing import Any
 
-from nanogpt_mac.fallbacks.signs import NOT_ON_CPU, NOT_ON_MPS, OUT_OF_MEMORY, PHASES, short
+from nanogpt_mac.backends.base import PHASES
+from nanogpt_mac.fallbacks.signs import NOT_ON_CPU, NOT_ON_MPS, OUT_OF_MEMORY, short
 
 _SHOWN = 8  # calls of one operator whose shapes and places are listed
 

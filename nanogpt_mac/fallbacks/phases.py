@@ -1,10 +1,8 @@
-"""What the three readers of an iteration share: which phase is under way."""
+"""What the three readers of an iteration share: which phase is under way. They read a back end's own marks."""
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,12 +17,6 @@ class Phased(ABC):
     def phase(self, name: str) -> AbstractContextManager[None]:
         """The phase `name`, while the context lasts."""
 
-    def during(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, run as the phase `name` while any phase is under way."""
-
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name) if self.current else nullcontext():
-                return function(*args, **kwargs)
-
-        return wrapped
+    def within(self, name: str) -> AbstractContextManager[Any]:
+        """What `backend.phase` is set to: the phase `name` where another is under way, so that warming up is none."""
+        return self.phase(name) if self.current else nullcontext()

@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanogpt_mac.fallbacks.signs import CONTROL, MEANT, PHASES, Frame, is_generated, place, relative, short
+from nanogpt_mac.backends.base import PHASES
+from nanogpt_mac.fallbacks.signs import CONTROL, Frame, is_generated, place, relative, short
 
 MARK = "nanogpt-mac: "  # names the annotations that phases are recognised by
 DEVICE = "mps"
@@ -43,7 +45,7 @@ class Record:
     bytes: int = 0
     transfers: int = 0
     to_host: bool = True
-    function: str | None = None  # of torch_backend.py, that made the call; empty for any other, None for not known
+    own: bool | None = None  # whether the back end's own file made the call; None where that is not known
     line_of: tuple[str, str, int] | None = (
         None  # operator, file and first line of a function, of which no more is known
     )
@@ -76,17 +78,19 @@ def profiler() -> tuple[profile, bool]:
     return profile(activities=activities, record_shapes=True, with_stack=True, experimental_config=config), overloads
 
 
-def read(finished: profile, overloads: bool, generated: str) -> Profile:
-    """The records of a profile. `generated` is the folder that Inductor wrote its code to."""
+def read(finished: profile, overloads: bool, generated: str, backend: ModuleType) -> Profile:
+    """The records of a profile. `generated` is the folder that Inductor wrote its code to; `backend` the module of the
+    back end, whose MEANT are no findings.
+    """
     results: Any = finished.profiler
-    return _Reader(results.kineto_results.experimental_event_tree(), overloads, generated).read()
+    return _Reader(results.kineto_results.experimental_event_tree(), overloads, generated, backend).read()
 
 
 class _Reader:
-    def __init__(self, roots: list[Any], overloads: bool, generated: str) -> None:
+    def __init__(self, roots: list[Any], overloads: bool, generated: str, backend: ModuleType) -> None:
         self.events = sorted(walk(roots), key=lambda e: e.start_time_ns)
         self.operators = [e for e in self.events if _is_operator(e)]
-        self.generated = generated
+        self.generated, self.backend = generated, backend
         self.windows = [
             (e.start_time_ns, e.end_time_ns, e.name.removeprefix(MARK)) for e in self.events if e.name.startswith(MARK)
         ]
@@ -169,9 +173,7 @@ class _Reader:
         origin, evidence = self._origin(event, phase)
         frames, exact = _frames(origin) if origin is not None else ([], True)
         generated = bool(frames) and any(is_generated(f, self.generated) for f in frames)
-        function = None
-        if frames:
-            function = frames[0][2] if (relative(frames[0][0]) or "").endswith("/torch_backend.py") else ""
+        own = relative(frames[0][0]) == relative(str(self.backend.__file__)) if frames else None
         return Record(
             sign,
             name_of(event),
@@ -181,14 +183,14 @@ class _Reader:
             _shapes(tensors),
             None if generated else place(frames),
             evidence,
-            function=function,
+            own=own,
             line_of=None if exact or generated else (_bare(origin.name), relative(frames[0][0]) or "", frames[0][1]),
         )
 
     def _is_meant(self, record: Record) -> bool:
-        for meant in MEANT:
+        for meant in self.backend.MEANT:
             same = (record.phase, record.op, record.to_host) == (meant.phase, meant.op, meant.to_host)
-            if record.sign == SYNC and same and record.function in (meant.function, None):
+            if record.sign == SYNC and same and record.own is not False:
                 row = {"phase": meant.phase, "op": meant.op, "reason": meant.reason, "calls": 1}
                 known = next((r for r in self.found.meant if r["reason"] == meant.reason), None)
                 if known is None:

@@ -1,4 +1,4 @@
-"""The signs of work that leaves the GPU, as torch gives them: texts, places, and the transfers that are meant.
+"""The signs of work that leaves the GPU, as torch gives them: texts and places.
 
 Imports no torch: the parent of the detector's child reads it too.
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 WATCHERS = ("fallbacks", "compile_report", "coverage", "simulator")  # rooms that look on: never the place of a finding
 
-PHASES = ("forward", "backward", "clip", "optimizer", "result", "evaluation", "sampling")
 COMPILED_PHASES = ("forward", "backward", "evaluation")  # those that compile=true compiles
 CONTROL = "control"  # where the detector tries itself
 
@@ -25,28 +23,6 @@ ADMITS = re.compile(r"falling back (?:to|on)(?: the)? CPU", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile(r"out of memory", re.IGNORECASE)
 
 Frame = tuple[str, int, str]  # file, line, function
-
-
-@dataclass(frozen=True)
-class Meant:
-    """A transfer or wait that this project makes on purpose. Anything beyond `most` of them in a phase is a finding."""
-
-    phase: str
-    op: str
-    function: str  # of backends/torch_backend.py, in which it is made
-    to_host: bool
-    most: int  # times a phase, as the detector runs it
-    reason: str
-
-
-# Everything that the project itself sends between host and device, or waits for, while a phase runs. Non-blocking
-# copies to the device wait for nothing and are not looked for.
-MEANT = (
-    Meant("result", "copy_", "_handle", True, 1, "loss and gradient norm go to the host behind the iteration"),
-    Meant("evaluation", "_local_scalar_dense", "evaluate", True, 1, "the mean loss of an evaluation is read once"),
-    Meant("sampling", "copy_", "decoder", True, 2, "the logits of each token go to the host, where it is drawn"),
-    Meant("sampling", "copy_", "_tokens", False, 2, "each token goes to the device"),
-)
 
 
 def short(op: str) -> str:

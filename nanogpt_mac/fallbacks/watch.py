@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -26,12 +27,12 @@ import numpy as np
 import torch
 
 from nanogpt_mac import simulator
-from nanogpt_mac.backends import base, detect
-from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.backends import base, kinds
+from nanogpt_mac.backends.base import PHASES, BackendOptions, Tokens
 from nanogpt_mac.fallbacks import profiled, signs
 from nanogpt_mac.fallbacks.phases import Phased
 from nanogpt_mac.fallbacks.refusals import Lines, Located, Locator, located_in_profile
-from nanogpt_mac.fallbacks.signs import ADMITS, COMPILED_PHASES, CONTROL, FALLS_BACK, PHASES, Frame, short
+from nanogpt_mac.fallbacks.signs import ADMITS, COMPILED_PHASES, CONTROL, FALLS_BACK, Frame, short
 from nanogpt_mac.gpt.spec import GPTSpec
 
 _OVERFLOWS = 30  # float16 iterations until the loss scale fits, at most
@@ -111,12 +112,12 @@ class Session:
     def __init__(self, task: dict[str, Any]) -> None:
         self.task, self.phases = task, Phases()
         options = BackendOptions(**task["options"])
+        if not task["resident"]:
+            options = replace(options, resident_tokens=0)
         spec = GPTSpec(**task["spec"])
         text = (np.arange(20 * (spec.block_size + 1)) % spec.vocab_size).astype(np.uint16)
         tokens = Tokens({"train": text, "val": text}, spec.block_size)
-        if not task["resident"]:
-            base.RESIDENT_TOKENS = 0
-        backend: Any = detect.create(spec, options, tokens)
+        backend: Any = kinds.create(spec, options, tokens)
         backend.load(spec.init_weights(0))
         self.backend, self.compiled = backend, options.compile
         shape = (task["gradient_accumulation_steps"], task["batch_size"])
@@ -127,22 +128,12 @@ class Session:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """The phases inside an iteration are recognised while the context lasts."""
-        during, b = self.phases.during, self.backend
-        places = [(torch.Tensor, "backward", "backward"), (torch.nn.utils, "clip_grad_norm_", "clip")]
-        places += [(b.optimizer, "step", "optimizer"), (b, "_handle", "result")]
-        places += [(b.scaler, "unscale_", "clip"), (b.scaler, "step", "optimizer"), (b.scaler, "update", "optimizer")]
-        before = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
-        for owner, name, phase in places:
-            setattr(owner, name, during(phase, getattr(owner, name)))
+        """The back end's own marks are read while the context lasts."""
+        self.backend.phase = self.phases.within
         try:
             yield
         finally:
-            for owner, name, function in before:
-                if function is None:  # it was its class's
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, function)
+            self.backend.phase = base.unwatched
 
     def _train(self) -> None:
         with self.phases.phase("forward"):
@@ -173,8 +164,7 @@ class Session:
             except Exception as error:  # whatever it is: it is reported
                 raised[name] = error
                 self.failed = self.phases.failed or name
-                self.backend.optimizer.zero_grad(set_to_none=True)
-                self.backend.sources.clear()
+                self.backend.recover()
         return raised
 
     def warm_up(self) -> None:
@@ -241,7 +231,8 @@ def examine(session: Session) -> dict[str, Any]:
                     if error := session.run([unit]):
                         raised |= error
                         failed[unit] = session.failed
-            seen = profiled.read(profiler, overloads, _generated())
+            home = sys.modules[type(session.backend).__module__]
+            seen = profiled.read(profiler, overloads, _generated(), home)
             located = [_locate(session, unit, failed[unit], error, seen) for unit, error in raised.items()]
             _exact_lines(session, seen)
     rows = [r for r in seen.records if r.phase != CONTROL]

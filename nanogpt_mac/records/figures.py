@@ -1,4 +1,4 @@
-"""What statistics over rounds say: ratios, drift, outliers, and how far times can be trusted. Lasting: comparison.json."""
+"""What statistics over rounds say: ratios, drift, outliers, and how far times can be trusted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Outliers(Record):
 
 
 class Steadiness(Record):
-    """Figures that say whether times can be believed; which of them is a reason for doubt is for the reader to judge."""
+    """Figures that say whether times can be believed; the reader judges which is a reason for doubt."""
 
     rounds: Count
     noise: float | None = None  # log standard deviation of the rounds' medians

@@ -172,3 +172,9 @@ class Parity(Document):
     def migrated(cls, document: dict[str, Any], schema: int) -> dict[str, Any]:
         document["variants"] = document.pop("ways", document.get("variants"))
         return document
+
+
+class Spent(Document):
+    """What every document of a check before the timing says: how long it took."""
+
+    seconds: Amount = 0.0

@@ -15,10 +15,10 @@ from typing import Any, cast
 import numpy as np
 import yaml
 
-from nanogpt_mac import simulator
-from nanogpt_mac.backends import base, detect
-from nanogpt_mac.backends.base import Backend, BackendOptions, Tokens
-from nanogpt_mac.config import Config, validate
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import Backend, Tokens
+from nanogpt_mac.backends.generate import generate
+from nanogpt_mac.config import Config, backend_options, validate
 from nanogpt_mac.corpus import Corpus, prepare
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
@@ -35,18 +35,18 @@ def run(config: Config) -> int:
     0; 1 diverged; 3 under fallbacks=error, where work leaves the GPU; 130/143 after SIGINT/SIGTERM.
     """
     validate(config)
-    name = detect.resolve(config.backend.name)
-    compiled = detect.resolve_compile(config.compile, name)
+    name = kinds.resolve(config.backend.name)
+    compiled = kinds.resolve_compile(config.compile, name)
     corpus = prepare(config.data)
     source = open_source(config, corpus)
     config.model = ModelConfig(**dataclasses.asdict(source.spec))  # what is recorded is what runs
     options = backend_options(config, name, compiled)
     tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)
-    backend = detect.create(source.spec, options, tokens)
+    backend = kinds.create(source.spec, options, tokens)
     backend.restore(source.state)
-    looked_for = name == "mps" and config.fallbacks != "off"
+    looked_for = backend.capabilities.detector and config.fallbacks != "off"
     fallbacks = _fallbacks(config, source.spec, backend) if looked_for else None
-    if name != "mps" and "fallbacks" in config.given:  # in a sweep over back ends, say
+    if not backend.capabilities.detector and "fallbacks" in config.given:  # in a sweep over back ends, say
         display.say(f"fallbacks={config.fallbacks}: they are MPS's; there are none on {name}")
     label = f"{name}-compile" if compiled else name
     if fallbacks and config.fallbacks == "error" and (fallbacks["findings"] or not fallbacks["complete"]):
@@ -63,24 +63,6 @@ def run(config: Config) -> int:
         _sample(config, corpus, source.spec, backend, folder)
     display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
     return code
-
-
-def backend_options(config: Config, name: str, compiled: bool) -> BackendOptions:
-    """What the back end `name` is told of the config."""
-    return BackendOptions(
-        name,
-        compile=compiled,
-        compile_mode=config.backend.compile_mode,
-        dtype=config.dtype,
-        matmul_precision=config.matmul_precision,
-        seed=config.seed,
-        weight_decay=config.weight_decay,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        grad_clip=config.grad_clip,
-        fused_adamw=config.backend.fused_adamw,
-        blas=config.backend.blas,
-    )
 
 
 def _train(
@@ -164,15 +146,13 @@ def _work(config: Config, spec: GPTSpec, backend: Backend) -> Work:
     tokens = config.gradient_accumulation_steps * config.batch_size * spec.block_size
     flops = float(spec.flops_per_token() * tokens)
     chip, measured = probe.chip(), None
-    name = backend.options.name
-    if backend.device_name == simulator.DEVICE_NAME:  # its speed says nothing about any Mac
+    if backend.capabilities.simulated:  # its speed says nothing about any Mac
         return Work(flops, tokens, dict.fromkeys(("mfu", "mfu_measured", "mfu_a100")))
     if config.gemm_seconds > 0:
-        framework, device = ("mlx", "gpu" if backend.runs_ahead else "cpu") if name == "mlx" else ("torch", name)
         shapes = spec.matmul_shapes(config.batch_size)
-        measured = gemm.measure(framework, device, config.dtype, shapes, config.gemm_seconds).flops_per_s
+        measured = gemm.measure(backend, config.dtype, shapes, config.gemm_seconds).flops_per_s
         backend.reset_peak_memory()
-    on_chip = chip is not None and backend.device_name in ("mps", "cuda", "metal")
+    on_chip = chip is not None and backend.capabilities.accelerator
     peaks = {
         "mfu": chips.peak(chip, config.dtype, config.matmul_precision) if chip is not None and on_chip else None,
         "mfu_measured": measured,
@@ -192,6 +172,7 @@ def _facts(config: Config, corpus: Corpus, source: Source, backend: Backend) -> 
         "sync": config.sync,
         "seed": config.seed,
         "details": backend.details,
+        "capabilities": dataclasses.asdict(backend.capabilities),
         "model": dataclasses.asdict(source.spec),
         "parameters": source.spec.n_params(),
         "batch_size": config.batch_size,
@@ -276,7 +257,7 @@ def _machine_facts() -> dict[str, Any]:
 def _sample(config: Config, corpus: Corpus, spec: GPTSpec, backend: Backend, folder: Path) -> None:
     prompt = [int(corpus.val[0])]
     symbols = corpus.encoder.vocab_size
-    drawn = base.generate(backend, spec, prompt, config.sample_tokens, 0.8, 200, config.seed, symbols)
+    drawn = generate(backend, spec, prompt, config.sample_tokens, 0.8, 200, config.seed, symbols)
     text = corpus.encoder.decode(list(drawn))
     (folder / "sample.txt").write_text(text, encoding="utf-8")
     display.say(f"--- a sample (temperature 0.8)\n{text}\n---")

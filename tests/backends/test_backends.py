@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import Tokens, draw, generate, step_seed
+from nanogpt_mac.backends.base import Tokens, step_seed
+from nanogpt_mac.backends.generate import draw, generate
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 
@@ -149,10 +150,9 @@ def test_float16_scale_doubles_after_the_growth_interval(make, starts, name):
 
 
 @frameworks
-def test_a_corpus_too_large_for_the_device_gives_the_same_batches(make, starts, monkeypatch, name):
+def test_a_corpus_too_large_for_the_device_gives_the_same_batches(make, starts, name):
     resident = run(make(name), starts, 0, 3)
-    monkeypatch.setattr(base, "RESIDENT_TOKENS", 10)
-    gathered = make(name)
+    gathered = make(name, resident_tokens=10)
     assert gathered.details["resident_data"] == []
     assert run(gathered, starts, 0, 3) == resident
 

@@ -9,27 +9,23 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from fakes.support import options
 
 from nanogpt_mac import cli
-from nanogpt_mac.backends import detect
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import PHASES
 from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect as runtime
 from nanogpt_mac.fallbacks import report
 from nanogpt_mac.fallbacks.findings import Finding, findings_of
-from nanogpt_mac.fallbacks.signs import PHASES, place, relative
+from nanogpt_mac.fallbacks.signs import place, relative
 from nanogpt_mac.train import session as train_run
 from nanogpt_mac.train.recorder import Recorder, Work
 
 HERE = Path(__file__).resolve().parents[1]
 ROOT = HERE.parent
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the simulated MPS device runs on Linux only")
-
-
-@pytest.fixture(autouse=True)
-def built(monkeypatch):
-    """The user's own cache for the device, which takes a while to build."""
-    monkeypatch.delenv("XDG_CACHE_HOME")
 
 
 # -- planted faults ---------------------------------------------------------------------------------------------------
@@ -311,7 +307,7 @@ def test_fallbacks_are_mps_alone(command, tmp_path):
     done = command("train.py", *named, "fallbacks=error")
     assert done.returncode == 0, done.stderr
     assert "fallbacks=error: they are MPS's; there are none on cpu" in done.stdout
-    with pytest.raises(InputError, match="fallbacks=yes: allowed are report, error, off"):
+    with pytest.raises(InputError, match="fallbacks=yes: use report, error or off"):
         train_run.run(cli.compose(["fallbacks=yes"]))
 
 
@@ -325,14 +321,16 @@ def found(seen):
 
 
 def test_error_ends_the_run_before_training(monkeypatch, tmp_path, capsys, found):
-    create = detect.create
+    create = kinds.create
 
-    def on_cpu(spec, options, tokens):
-        return create(spec, train_run.BackendOptions("cpu"), tokens)
+    def on_cpu(spec, _options, tokens):
+        backend = create(spec, options("cpu"), tokens)
+        backend.capabilities = kinds.recorded("mps", "mps")
+        return backend
 
     doubtful = found | {"findings": [], "complete": False, "why_incomplete": ["not reached: clip"]}
-    monkeypatch.setattr(detect, "resolve", lambda name: name)
-    monkeypatch.setattr(detect, "create", on_cpu)
+    monkeypatch.setattr(kinds, "resolve", lambda name: name)
+    monkeypatch.setattr(kinds, "create", on_cpu)
     overrides = ["experiment=smoke", "backend=mps", "fallbacks=error", "data=stand_in", f"data_dir={tmp_path / 'data'}"]
     for document, said in ((found, "gelu.out"), (doubtful, "incomplete: not reached: clip")):
         monkeypatch.setattr(runtime, "check", lambda config, spec, resident, document=document: document)
