@@ -49,7 +49,8 @@ class Training:
 
     @property
     def kind(self) -> Kind:
-        return kinds.KINDS[kinds.resolve(self.config.backend.name)]
+        name = self.config.backend.name
+        return kinds.KINDS[kinds.resolve(name) if name == "auto" else name]
 
     @property
     def warmup(self) -> int:

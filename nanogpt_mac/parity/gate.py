@@ -67,9 +67,9 @@ def check(
             queue = config.backend.name if (os.cpu_count() or 1) >= MANY_CORES else ""
             question = Question(child, task, timeout_s=timeout_s, log=folder / f"parity-{name}.log")
             queues.setdefault(queue, {})[name] = question
-        answers = ask_side_by_side(queue.values() for queue in queues.values())
-        for queue, answered in zip(queues.values(), answers, strict=True):
-            results |= {name: _result(answer) for name, answer in zip(queue, answered, strict=True)}
+        answers = ask_side_by_side(list(questions.values()) for questions in queues.values())
+        for questions, answered in zip(queues.values(), answers, strict=True):
+            results |= {name: _result(answer) for name, answer in zip(questions, answered, strict=True)}
         if any(result.state == ParityState.ERROR for result in results.values()):
             require_room(folder)
     made = [Made.model_validate(answer.value) for _, answer in references.values() if not answer.error]

@@ -222,7 +222,7 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(plan, monkeypatch, capsy
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", str(runner.folder / "outcome.json"))
 
-    monkeypatch.setattr("nanogpt_mac.compare.runner.write_json", full)
+    monkeypatch.setattr("nanogpt_mac.measure.runner.write_json", full)
     assert command.run(CompareConfig(run=str(runner.folder))) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"{runner.folder / 'outcome.json'}: No space left on device; make room, then go on with: ")

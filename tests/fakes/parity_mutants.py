@@ -37,8 +37,8 @@ MUTANTS = {
     "torch: residual dropout left on": (TORCH_GPT, "self.dropout(self.c_proj", "nn.Dropout(0.01)(self.c_proj"),
     "torch: evaluates in training mode": (
         TORCH,
-        "self.model.eval()\n        total",
-        "self.model.train()\n        total",
+        'self.model.eval()\n        with self.phase("evaluation"):\n            total',
+        'self.model.train()\n        with self.phase("evaluation"):\n            total',
     ),
     "torch: logits in training mode": (
         TORCH,
@@ -74,7 +74,7 @@ MUTANTS = {
     "torch: one micro-batch": (TORCH, "for micro_starts in starts:", "for micro_starts in starts[:1]:"),
     "torch: gradients kept": (
         TORCH,
-        "self.scaler.update()\n        self.optimizer.zero_grad(set_to_none=True)",
+        "self.scaler.update()\n            self.optimizer.zero_grad(set_to_none=True)",
         "self.scaler.update()",
     ),
     "torch: lr of the first step": (TORCH, 'group["lr"] = lr', 'group["lr"] = 1e-3'),
@@ -117,8 +117,8 @@ MUTANTS = {
     "mlx: norm of the clipped": (MLX, "return total, norm", "return total, mx.minimum(norm, self.options.grad_clip)"),
     "mlx: loss scale left in": (
         MLX,
-        "{name: g / scale for name, g in grads.items()}\n        norm",
-        "grads\n        norm",
+        "{name: g / scale for name, g in grads.items()}\n            norm",
+        "grads\n            norm",
     ),
 }
 

@@ -132,7 +132,7 @@ def test_detectable_agrees_with_power():
 
 
 def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
-    """Variants as collect.py makes them, of a machine that has moods and warms up by 4 % while the comparison runs.
+    """Variants of a machine that has moods and warms up by 4 % while the comparison runs.
 
     `noise`: log standard deviation of a process; `bad`: share of processes that something else disturbs, by 5 % in
     the mean. Iterations have heavy tails, 1 % outliers and a drift of 1 % in each round.
@@ -150,7 +150,6 @@ def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
 
 
 def contestant(name, medians):
-    """A variant that may win, as `compare` ranks it."""
     return verdict.Contestant(name, medians, float(np.median(list(medians.values()))), True, False, ParityState.PASS)
 
 
