@@ -43,8 +43,8 @@ def prepare_text(cfg: DataConfig) -> Corpus:
                 f"data.url={url}: no network ({error}); connect, or name a local copy with data.path=FILE"
             ) from error
         print(
-            f"WARNING: no network, so tiny Shakespeare cannot be had ({error}): using the built-in STAND-IN, "
-            "generated verse of the same length and symbols. Times compare with the real text, losses do not. "
+            f"WARNING: no network, so tiny Shakespeare cannot be downloaded ({error}): using the built-in STAND-IN, "
+            "generated text of the same length and symbols. Times compare with the real text, losses do not. "
             "For the real text connect, or name a local copy with data.path=FILE.",
             file=sys.stderr,
         )
