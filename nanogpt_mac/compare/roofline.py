@@ -27,14 +27,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanogpt_mac.config import Config
+from nanogpt_mac.corpus import vocab_size
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine import chips
 from nanogpt_mac.machine.gemm import DTYPES
 
 MASTER_BYTES = 4  # weights, gradients, moments and the residual stream are float32 in every dtype
-# Symbols of the corpora that have them fixed, for a config that leaves the vocabulary to the corpus.
-VOCABULARIES = {"shakespeare_char": 65, "stand_in": 65, "shakespeare": 50304, "openwebtext": 50304}
 
 
 def bytes_per_iter(spec: GPTSpec, batch_size: int, accumulation: int, dtype: str) -> dict[str, int]:
@@ -172,8 +171,8 @@ def predict(config: Config, chip_name: str) -> dict[str, Any]:
 def _spec(config: Config) -> GPTSpec:
     model = dataclasses.asdict(config.model)
     if model["vocab_size"] is None:
-        model["vocab_size"] = VOCABULARIES.get(config.data.name)
-        if model["vocab_size"] is None or config.data.tokenizer == "bpe":
+        model["vocab_size"] = vocab_size(config.data)
+        if model["vocab_size"] is None:
             raise InputError(
                 f"model.vocab_size=null: data={config.data.name} decides it; allowed with chip= is a number"
             )

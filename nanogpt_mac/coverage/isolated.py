@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nanogpt_mac.backends.base import BackendOptions
+from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS
 from nanogpt_mac.coverage import environments, runtime
 from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.coverage.device import environment
@@ -15,7 +16,6 @@ from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 
 SCHEMA = 1
-SYMBOLS = 65  # of the default corpus
 
 Document = dict[str, Any]  # what the runtime detector returns
 
@@ -25,7 +25,7 @@ def task(model: ModelConfig, dtype: str, batch_size: int) -> dict[str, Any]:
 
     Narrow and short on the simulated device, which has no limits of size that could show.
     """
-    sizes = asdict(model) | {"vocab_size": model.vocab_size or SYMBOLS}
+    sizes = asdict(model) | {"vocab_size": model.vocab_size or TINY_SHAKESPEARE_SYMBOLS}
     if sys.platform != "darwin":
         sizes |= {"n_embd": model.n_head * 8, "block_size": min(model.block_size, 16)}
         batch_size = min(batch_size, 2)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_mac import simulator
+from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS
 from nanogpt_mac.coverage import wheel
 from nanogpt_mac.coverage.phases import Phased
 from nanogpt_mac.coverage.table import IN_COMPOSITE, Kind, Table, load
@@ -34,7 +35,6 @@ PACKAGE = Path(__file__).resolve().parents[1]
 _REGISTERED = (Kind.NATIVE, Kind.DELEGATE, Kind.PYTHON)
 # Sequences, positions and channels a head of the traced model: which operators are called depends on none of them.
 _BATCH, _LENGTH, _HEAD = 2, 16, 8
-_SYMBOLS = 65
 _PROMPT = 4  # tokens before the one that is sampled, at most
 PHASES = ("forward", "backward", "clip", "optimizer", "evaluation", "sampling")
 
@@ -201,7 +201,7 @@ def _trace(task: dict[str, Any]) -> Trace:
 
     m = ModelConfig(**task["model"])
     length = min(m.block_size, _LENGTH)
-    symbols = m.vocab_size or _SYMBOLS
+    symbols = m.vocab_size or TINY_SHAKESPEARE_SYMBOLS
     spec = GPTSpec(m.n_layer, m.n_head, m.n_head * _HEAD, length, symbols, m.dropout, m.bias, m.gelu)
     text = (np.arange(50 * length) % symbols).astype(np.uint16)
     backend: Any = detect.create(
