@@ -37,20 +37,20 @@ def measure(framework: str, device: str, dtype: str, shapes: Sequence[Shape], bu
     from a generator of its own; completion is timed; each shape's rate is the best of a few timings, each of several
     matmuls in a row. The process's matmul precision (torch.set_float32_matmul_precision, MLX_ENABLE_TF32) is obeyed
     and left alone. Shapes too large for the budget or for a quarter of the free memory are not tried. The clock
-    starts once the device has done its first matmul. Memory is given back, but the framework's marks of peak memory
-    have moved: the caller resets them.
+    starts once the device has done its first matmul. Memory is given back, but the framework's peak memory has
+    changed: the caller resets it.
     """
     if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype}: no matmul peak is measured for it; allowed: {', '.join(DTYPES)}")
+        raise InputError(f"dtype={dtype}: no matmul peak is measured for it; use one of {', '.join(DTYPES)}")
     if framework == "torch":
         bench: _Torch | _Mlx = _Torch(device, dtype)
     elif framework == "mlx":
         bench = _Mlx(device, dtype)
     else:
-        raise InputError(f"framework={framework}: allowed: torch, mlx")
+        raise InputError(f"framework={framework}: use torch or mlx")
     for shape in shapes:
         if len(shape) != 3 or min(shape) < 1:
-            raise InputError(f"shapes: {shape} is not three positive sizes (M, K, N)")
+            raise InputError(f"shapes={shape}: use three positive sizes (M, K, N)")
     try:
         return _search(bench, dtype, shapes, budget_s)
     finally:
@@ -68,8 +68,8 @@ def _search(bench: _Torch | _Mlx, dtype: str, shapes: Sequence[Shape], budget_s:
     trials: dict[Shape, float] = {first: _best_rate(bench.prepare(first), _flops(first), deadline)}
     for shape in sorted({*squares, *shapes} - {first}, key=_flops):
         m, k, n = shape
-        # The best rate so far tells about how long one matmul takes. Two must fit, and the making of the numbers; a
-        # shape that turns out three times slower than that is still done soon after the deadline.
+        # From the best rate so far one matmul's time follows. Two must fit, and drawing the numbers; a shape that turns
+        # out three times slower still ends soon after the deadline.
         expected = _flops(shape) / max(trials.values())
         affordable = expected < 0.4 * (deadline - time.perf_counter())
         if affordable and (m * k + k * n + m * n) * DTYPES[dtype] <= bench.free_bytes() / 4:

@@ -163,10 +163,10 @@ def test_random_state_and_precision_are_left_alone():
     ("arguments", "message"),
     [
         (("torch", "cpu", "float64", []), "dtype=float64: .* float32, bfloat16, float16"),
-        (("jax", "cpu", "float32", []), "framework=jax: allowed: torch, mlx"),
+        (("jax", "cpu", "float32", []), "framework=jax: use torch or mlx"),
         (("mlx", "mps", "float32", []), "device=mps: mlx has cpu and gpu"),
-        (("torch", "cpu", "float32", [(1, 2, 0)]), r"shapes: \(1, 2, 0\) is not three positive sizes"),
-        (("torch", "cpu", "float32", [(1, 2)]), r"shapes: \(1, 2\) is not three"),
+        (("torch", "cpu", "float32", [(1, 2, 0)]), r"shapes=\(1, 2, 0\): use three positive sizes"),
+        (("torch", "cpu", "float32", [(1, 2)]), r"shapes=\(1, 2\): use three"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message):
