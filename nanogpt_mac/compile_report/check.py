@@ -26,13 +26,13 @@ from typing import Any
 from nanogpt_mac import simulator
 from nanogpt_mac.compile_report.seen import Seen, watch
 from nanogpt_mac.compile_report.text import lines, sections
+from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 
 __all__ = ["Seen", "check", "lines", "sections", "watch"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
-_SYMBOLS = 65  # of the default corpus
 _TIMED_ITERATIONS = 10
 _DROPPED = ("PYTORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TORCH_LOGS")  # what changes the outcome
 
@@ -57,7 +57,7 @@ def check(model: ModelConfig, dtype: str, batch_size: int, warm: bool = True) ->
 
 
 def _spec(m: ModelConfig) -> GPTSpec:
-    symbols = m.vocab_size or _SYMBOLS
+    symbols = m.vocab_size or TINY_SHAKESPEARE_SYMBOLS
     return GPTSpec(m.n_layer, m.n_head, m.n_embd, m.block_size, symbols, m.dropout, m.bias, m.gelu)
 
 

@@ -20,6 +20,7 @@ from nanogpt_mac import child, simulator
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.config import Config, backend_options
+from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS
 from nanogpt_mac.coverage.model_ops import PHASES, Trace
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks.phases import Phased
@@ -30,7 +31,6 @@ from nanogpt_mac.simulator.optable import NO_DEVICE_CHECK, installed_table
 
 # Sequences, positions and channels a head of the traced model: which operators are called depends on none of them.
 _BATCH, _LENGTH, _HEAD = 2, 16, 8
-_SYMBOLS = 65
 _PROMPT = 4  # tokens before the one that is sampled, at most
 
 
@@ -145,7 +145,7 @@ def _trace(task: dict[str, Any]) -> Trace:
         raise InputError(reason)
     m = ModelConfig(**task["model"])
     length = min(m.block_size, _LENGTH)
-    symbols = m.vocab_size or _SYMBOLS
+    symbols = m.vocab_size or TINY_SHAKESPEARE_SYMBOLS
     spec = GPTSpec(m.n_layer, m.n_head, m.n_head * _HEAD, length, symbols, m.dropout, m.bias, m.gelu)
     text = (np.arange(50 * length) % symbols).astype(np.uint16)
     backend: Any = kinds.create(

@@ -24,6 +24,7 @@ from packaging.version import InvalidVersion, Version
 
 from nanogpt_mac import child, files, simulator
 from nanogpt_mac.config import Config, backend_options
+from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS
 from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some
 from nanogpt_mac.errors import InputError
@@ -33,7 +34,6 @@ from nanogpt_mac.operators import wheel
 from nanogpt_mac.report.table import Section
 
 SCHEMA = 1
-SYMBOLS = 65  # of the default corpus
 OTHERS = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")  # variables of another environment
 
 # What torch needs beside the CUDA libraries that its Linux wheels ask for; nothing here computes on CUDA.
@@ -57,7 +57,7 @@ def task(model: ModelConfig, dtype: str, batch_size: int) -> dict[str, Any]:
 
     Narrow and short on the simulated device, which has no limits of size that could show.
     """
-    sizes = asdict(model) | {"vocab_size": model.vocab_size or SYMBOLS}
+    sizes = asdict(model) | {"vocab_size": model.vocab_size or TINY_SHAKESPEARE_SYMBOLS}
     if sys.platform != "darwin":
         sizes |= {"n_embd": model.n_head * 8, "block_size": min(model.block_size, 16)}
         batch_size = min(batch_size, 2)

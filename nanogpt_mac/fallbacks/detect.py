@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_mac import simulator
+from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS, vocab_size
 from nanogpt_mac.fallbacks.findings import findings_of
 from nanogpt_mac.gpt.spec import GPTSpec
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 TIMEOUT_S = 3600.0  # of the child; a large model is compiled in it
 _ROOT = Path(__file__).resolve().parents[2]
-_VOCABULARY = {"shakespeare": 50304, "openwebtext": 50304}  # of corpora that have GPT-2's tokens, as train.py pads them
-_CHARACTERS = 65
 
 
 def check(config: Config, spec: GPTSpec | None = None, resident: bool = True) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def task_of(config: Config, spec: GPTSpec | None = None, resident: bool = True) 
     from nanogpt_mac.config import backend_options
 
     if spec is None:
-        vocabulary = config.model.vocab_size or _VOCABULARY.get(config.data.name, _CHARACTERS)
+        vocabulary = config.model.vocab_size or vocab_size(config.data) or TINY_SHAKESPEARE_SYMBOLS
         spec = GPTSpec(**asdict(config.model) | {"vocab_size": vocabulary})
     return {
         "options": asdict(backend_options(config, "mps", kinds.resolve_compile(config.compile, "mps"))),

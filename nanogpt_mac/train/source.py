@@ -9,13 +9,11 @@ from typing import Any
 
 from nanogpt_mac.config import Config
 from nanogpt_mac.corpus import Corpus
-from nanogpt_mac.corpus.encoders import GPT2Encoder
+from nanogpt_mac.corpus.encoders import PADDED_GPT2_TOKENS, GPT2Encoder
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt import pretrained
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig, TrainState
 from nanogpt_mac.train import checkpoint
-
-NANOGPT_GPT2_VOCAB = 50304  # GPT-2's 50257 rounded up to a multiple of 64, as nanoGPT trains it from scratch
 
 
 @dataclass
@@ -56,7 +54,7 @@ def _open(config: Config, corpus: Corpus) -> Source:
         vocabulary = config.model.vocab_size
         if vocabulary is None:
             is_gpt2 = isinstance(corpus.encoder, GPT2Encoder)
-            vocabulary = NANOGPT_GPT2_VOCAB if is_gpt2 else corpus.encoder.vocab_size
+            vocabulary = PADDED_GPT2_TOKENS if is_gpt2 else corpus.encoder.vocab_size
         spec = GPTSpec(**dataclasses.asdict(config.model) | {"vocab_size": vocabulary})
         return Source(spec, TrainState.fresh(spec.init_weights(config.seed)))
 

@@ -238,7 +238,7 @@ def test_the_report_reads_as_tables(small):
 
 
 def test_what_cannot_be_compiled_is_one_line(monkeypatch):
-    with pytest.raises(InputError, match=r"^model\.n_embd=30: must be divisible by model\.n_head=4"):
+    with pytest.raises(InputError, match=r"^model\.n_embd=30: model\.n_head=4 does not divide it"):
         compiled.check(ModelConfig(n_embd=30, n_head=4), "float32", 2)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(InputError, match=r"^compiled=true: compiling this model for MPS failed: exit code 1$"):

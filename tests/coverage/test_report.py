@@ -237,9 +237,9 @@ def test_values_that_cannot_be_meant():
         ({"scope": "ops"}, "op=null: scope=ops needs the operators"),
         ({"scope": "ops", "op": []}, r"op=\[\]: scope=ops needs the operators"),
         ({"op": "gelu"}, "op=gelu: only scope=ops and scope=opinfo take operators"),
-        ({"model": ModelConfig(n_layer=0)}, "model.n_layer=0: must be at least 1"),
-        ({"model": ModelConfig(n_head=5)}, "model.n_embd=384: must be divisible by model.n_head=5"),
-        ({"model": ModelConfig(vocab_size=0)}, "model.vocab_size=0: must be at least 1"),
+        ({"model": ModelConfig(n_layer=0)}, "model.n_layer=0: use at least 1"),
+        ({"model": ModelConfig(n_head=5)}, "model.n_embd=384: model.n_head=5 does not divide it"),
+        ({"model": ModelConfig(vocab_size=0)}, "model.vocab_size=0: use at least 1"),
     ]:
         with pytest.raises(InputError, match=words):
             validate(CoverageConfig(**values))
