@@ -135,9 +135,7 @@ def compose(overrides: Sequence[str], command: str = "config") -> Any:
 
 def _note_given(config: Any, command: str, overrides: Sequence[str]) -> None:
     """A run needs to know which keys were named; a comparison passes what was written on to its runs."""
-    if command == "config":
-        config.given = [key_of(override) for override in overrides]
-    if command == "compare":
+    if command in ("config", "compare"):
         config.given = list(overrides)
 
 
@@ -200,7 +198,7 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     if cfg.run is None:
         return cfg  # validate() words it
     path = checkpoint.find(cfg.run)
-    saved = checkpoint.read_meta(path)["config"]
+    saved = checkpoint.read_meta(path).config
     resumed = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(_schema("config")), saved))
     for override in HydraConfig.get().overrides.task:
         key = key_of(override)

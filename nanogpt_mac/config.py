@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanogpt_mac.backends.base import COMPILE_MODES, DTYPES, MATMUL_PRECISIONS, NAMES
+from nanogpt_mac.backends.base import COMPILE_MODES, DTYPES, MATMUL_PRECISIONS, NAMES, BackendOptions
 from nanogpt_mac.corpus import DataConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
@@ -55,7 +55,7 @@ class Config:
     run_dir: str = "runs/{date}/{time}-{name}"
     data_dir: str = "data"
     path: str | None = None  # short for data.path
-    given: list[str] = field(default_factory=list)  # filled in by cli.py: the keys that the command line named
+    given: list[str] = field(default_factory=list)  # filled in by cli.py: the overrides of the command line
 
     max_iters: int = 5000
     batch_size: int = 64
@@ -153,6 +153,24 @@ def validate(config: Config) -> None:
         raise InputError("run=null: init_from=resume needs the run to go on from (run=runs/DATE/TIME-NAME)")
     if config.init_from != "resume" and config.run is not None:
         raise InputError(f"run={config.run}: only init_from=resume takes a run (here init_from={config.init_from})")
+
+
+def backend_options(config: Config, name: str, compiled: bool) -> BackendOptions:
+    """What the back end `name` is told of the config."""
+    return BackendOptions(
+        name,
+        compile=compiled,
+        compile_mode=config.backend.compile_mode,
+        dtype=config.dtype,
+        matmul_precision=config.matmul_precision,
+        seed=config.seed,
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        grad_clip=config.grad_clip,
+        fused_adamw=config.backend.fused_adamw,
+        blas=config.backend.blas,
+    )
 
 
 def validate_sample(config: SampleConfig) -> None:

@@ -31,8 +31,8 @@ from nanogpt_mac.compare.variants import (
 from nanogpt_mac.config import Config
 from nanogpt_mac.config import validate as validate_run
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.files import write_json
 from nanogpt_mac.overrides import key_of, merged
-from nanogpt_mac.train.recorder import write_json
 
 SCHEMA = 1
 OWN_KEYS = {f.name for f in dataclasses.fields(CompareConfig)} - {f.name for f in dataclasses.fields(Config)}

@@ -19,9 +19,9 @@ from nanogpt_mac.compare.runner import Runner
 from nanogpt_mac.config import Config
 from nanogpt_mac.config import validate as validate_run
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.files import run_folder, write_json
 from nanogpt_mac.machine import probe
 from nanogpt_mac.train.display import say
-from nanogpt_mac.train.recorder import make_folder, write_json
 
 LOCK = ".lock"
 
@@ -46,7 +46,7 @@ def run(config: CompareConfig) -> int:
     with stack:
         if config.run is None:
             plan, configs = plans.make(config)
-            folder = make_folder(config.run_dir, "compare").resolve()
+            folder = run_folder(config.run_dir, "compare").resolve()
             stack.enter_context(_alone(folder))
             _refuse_taken(folder, config.run_dir)
             plans.write(folder, plan)

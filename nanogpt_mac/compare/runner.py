@@ -21,11 +21,11 @@ from nanogpt_mac import child, cli
 from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.compare.variants import Variant, setting
 from nanogpt_mac.config import Config
+from nanogpt_mac.files import write_json
 from nanogpt_mac.machine import probe
 from nanogpt_mac.measure.rounds import MANY, Cost, schedule
 from nanogpt_mac.overrides import key_of, merged, quoted
 from nanogpt_mac.train import display
-from nanogpt_mac.train.recorder import write_json
 
 PILOT = "pilot"
 PILOT_ITERS, PILOT_S = 40, 4.0  # whichever comes first
@@ -107,9 +107,9 @@ class Runner:
             path.parent.mkdir(exist_ok=True)
             spec = open_source(self.configs[name], prepare(self.configs[name].data)).spec
             found = runtime.check(self.configs[name], spec)
-            write_json(path, found)
-            problems = [] if found["complete"] else [f"not everything could be seen: {found['why_incomplete'][0]}"]
-            count = len(found["findings"])
+            write_json(path, found.document())
+            problems = [] if found.complete else [f"not everything could be seen: {found.why_incomplete[0]}"]
+            count = len(found.findings)
             problems.insert(0, f"{count} operator{'s leave' if count != 1 else ' leaves'} the GPU")
             self.say(f"fallbacks: {self.variants[name].label}: {'; '.join(problems)}")
 

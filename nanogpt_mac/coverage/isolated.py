@@ -50,8 +50,8 @@ def check(config: CoverageConfig) -> Page:
     env = environment(fallback=True)
     python = environments.make(config.torch, config.nightly_index)
     print("running this model under the installed torch, and under the other", file=sys.stderr)
-    before = runtime.check_task(made, sys.executable, env)
-    after = runtime.check_task(made, python, env)
+    before = runtime.check_task(made, sys.executable, env).document()
+    after = runtime.check_task(made, python, env).document()
     meant = environments.version(python)
     if after["torch"] not in (None, meant):  # what lies on its path must not be taken for it
         raise InputError(f"torch={config.torch}: torch {after['torch']} ran there, and not {meant}")

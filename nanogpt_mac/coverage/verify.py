@@ -187,7 +187,7 @@ def _asked_device(fallback: bool) -> dict[str, Any]:
 
 def _detected(config: CoverageConfig) -> dict[str, Any]:
     task = isolated.task(config.model, config.dtype, config.batch_size)
-    document = runtime.check_task(task, sys.executable, environment(fallback=True))
+    document = runtime.check_task(task, sys.executable, environment(fallback=True)).document()
     if not document["complete"]:
         raise InputError(f"the detector's run is incomplete: {'; '.join(document['why_incomplete'])}")
     found = Counter(f"{op}, {kind}, {phase}" for op, kind, phase in isolated.findings(document))

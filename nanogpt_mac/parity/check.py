@@ -21,13 +21,12 @@ import numpy as np
 
 from nanogpt_mac.backends import base, detect
 from nanogpt_mac.backends.base import Backend, Tokens
-from nanogpt_mac.config import Config
+from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.corpus import Corpus, prepare, starts
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.files import write_json
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.parity import tolerances
-from nanogpt_mac.train.recorder import write_json
-from nanogpt_mac.train.session import backend_options
 from nanogpt_mac.train.source import open_source
 
 RATES = [1e-3, 2e-3, 1.5e-3]  # of the three optimizer steps

@@ -22,8 +22,8 @@ from typing import Any
 
 from nanogpt_mac.child import require_room
 from nanogpt_mac.config import Config
+from nanogpt_mac.files import write_json
 from nanogpt_mac.parity import tolerances
-from nanogpt_mac.train.recorder import write_json
 
 SCHEMA = 1
 REFERENCE = "torch float64, CPU"

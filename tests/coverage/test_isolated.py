@@ -9,7 +9,7 @@ from nanogpt_mac.coverage import environments, isolated, render
 from nanogpt_mac.coverage.config import NIGHTLY_INDEX, CoverageConfig, validate
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect as runtime
-from nanogpt_mac.fallbacks.findings import Finding
+from nanogpt_mac.records.fallbacks import FindingKind
 from nanogpt_mac.gpt.spec import ModelConfig
 
 UV = """#!/bin/bash
@@ -138,7 +138,7 @@ def test_a_torch_that_cannot_be_meant(asked, words):
 # -- the difference ---------------------------------------------------------------------------------------------------
 
 
-def finding(op, kind=Finding.MISSING_CPU, phase="forward"):
+def finding(op, kind=FindingKind.MISSING_CPU, phase="forward"):
     more = {"calls_per_iteration": 2, "where": "nanogpt_mac/gpt/torch_gpt.py:1", "advice": "wait"}
     return {"op": op, "kind": kind, "phase": phase, **more}
 

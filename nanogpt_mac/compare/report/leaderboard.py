@@ -18,6 +18,7 @@ from nanogpt_mac.compare.report.sections import plain, work_facts
 from nanogpt_mac.compare.results.collect import SCHEMA, collect, load_run
 from nanogpt_mac.compare.results.runs import RUN_FILES, WORK_KEYS, parsed, work_key
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.files import run_folder
 from nanogpt_mac.report import show
 from nanogpt_mac.report.table import Row, Section, Table
 from nanogpt_mac.report.words import (
@@ -36,7 +37,6 @@ from nanogpt_mac.report.words import (
     text,
     when,
 )  # fmt: skip
-from nanogpt_mac.train.recorder import make_folder
 
 _MODEL_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout")
 
@@ -114,7 +114,7 @@ def run(config: ReportConfig) -> int:
         made = board.markdown(), board.html()
         output = config.output or "runs/{date}/{time}-report"
     try:
-        folder = make_folder(output, "report") if output != str(folders[0]) else folders[0]
+        folder = run_folder(output, "report") if output != str(folders[0]) else folders[0]
         for name, content in zip(("report.md", "report.html"), made, strict=True):
             (folder / name).write_text(content, encoding="utf-8")
     except InputError as error:

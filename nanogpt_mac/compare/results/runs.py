@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.train.recorder import SCHEMA
+from nanogpt_mac.records.run import RunSummary
 
 RUN_FILES = ("summary.json", "metrics.jsonl", "env.json", "outcome.json", ".hydra/config.yaml")
 _SAFE_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
@@ -153,8 +153,8 @@ def read(folder: Path) -> Run:
     config = _usable(_config(folder, problems), "config.yaml", problems)
     run = Run(folder, documents[0], documents[1], config, documents[2], problems=problems)
     schema = run.summary.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        problems.append(f"summary.json has schema {schema}, newer than this program's {SCHEMA}")
+    if isinstance(schema, int) and schema > RunSummary.SCHEMA:
+        problems.append(f"summary.json has schema {schema}, newer than this program's {RunSummary.SCHEMA}")
     _rows(folder / "metrics.jsonl", run)
     told = (run.summary.get("iter_ms") or {}).get("count")
     if run.iterations and number(told) is not None and told != len(run.kept):
