@@ -5,10 +5,11 @@ Plain dataclasses: the command line behind them is cli.py's business. Defaults a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any
 
-from nanogpt_mac.backends.base import COMPILE_MODES, DTYPES, MATMUL_PRECISIONS, NAMES, BackendOptions
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import DTYPES, MATMUL_PRECISIONS, BackendOptions
 from nanogpt_mac.corpus import DataConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
@@ -19,11 +20,23 @@ WANDB_MODES = ("offline", "online", "disabled")
 
 
 @dataclass
-class BackendConfig:
+class _BackendName:
     name: str = "auto"
-    compile_mode: str = "default"  # torch.compile's mode
-    fused_adamw: bool | None = None  # torch: null is "wherever torch has it"
-    blas: str = "own"  # MLX on a Linux CPU: "torch" borrows libtorch's matrix product
+
+
+if TYPE_CHECKING:
+
+    @dataclass
+    class BackendConfig(_BackendName):
+        def __getattr__(self, key: str) -> Any: ...
+
+else:  # `name` and every kind's own settings: a back end ignores those of others, so that a sweep can set them
+    BackendConfig = make_dataclass(
+        "BackendConfig",
+        [(key, type_, field(default=default)) for key, (type_, default, _) in kinds.settings().items()],
+        bases=(_BackendName,),
+        namespace={"__module__": __name__},
+    )
 
 
 @dataclass
@@ -124,9 +137,10 @@ def _seed(config: Config | SampleConfig) -> None:
 
 
 def _check_backend(config: Config | SampleConfig) -> None:
-    _one_of("backend", config.backend.name, ("auto", *NAMES))
-    _one_of("backend.compile_mode", config.backend.compile_mode, COMPILE_MODES)
-    _one_of("backend.blas", config.backend.blas, ("own", "torch"))
+    _one_of("backend", config.backend.name, ("auto", *kinds.KINDS))
+    for key, (_, _, allowed) in kinds.settings().items():
+        if allowed:
+            _one_of(f"backend.{key}", getattr(config.backend, key), allowed)
     _one_of("dtype", config.dtype, DTYPES)
     _one_of("matmul_precision", config.matmul_precision, MATMUL_PRECISIONS)
 
@@ -155,24 +169,6 @@ def validate(config: Config) -> None:
         raise InputError(f"run={config.run}: only init_from=resume takes a run (here init_from={config.init_from})")
 
 
-def backend_options(config: Config, name: str, compiled: bool) -> BackendOptions:
-    """What the back end `name` is told of the config."""
-    return BackendOptions(
-        name,
-        compile=compiled,
-        compile_mode=config.backend.compile_mode,
-        dtype=config.dtype,
-        matmul_precision=config.matmul_precision,
-        seed=config.seed,
-        weight_decay=config.weight_decay,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        grad_clip=config.grad_clip,
-        fused_adamw=config.backend.fused_adamw,
-        blas=config.backend.blas,
-    )
-
-
 def validate_sample(config: SampleConfig) -> None:
     """As `validate`, for sample.py."""
     _check_backend(config)
@@ -182,3 +178,20 @@ def validate_sample(config: SampleConfig) -> None:
     _at_least(config, 0, "temperature")
     if config.top_k is not None:
         _at_least(config, 1, "top_k")
+
+
+def backend_options(config: Config | SampleConfig, name: str, compiled: bool = False) -> BackendOptions:
+    """What back end `name` is told of `config`; of sampling, which trains nothing, the recipe's defaults."""
+    recipe = config if isinstance(config, Config) else Config()
+    return BackendOptions(
+        name,
+        compile=compiled,
+        dtype=config.dtype,
+        matmul_precision=config.matmul_precision,
+        seed=config.seed,
+        weight_decay=recipe.weight_decay,
+        beta1=recipe.beta1,
+        beta2=recipe.beta2,
+        grad_clip=recipe.grad_clip,
+        settings=kinds.own_settings(name, asdict(config.backend)),
+    )

@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from fakes.support import ROOT
+from fakes.support import ROOT, options
 
-from nanogpt_mac.backends import detect
-from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 
 
@@ -30,8 +30,8 @@ def tokens():
 def make(spec, tokens):
     """A back end with the spec's weights, seed 1337, loaded."""
 
-    def build(name="cpu", spec=spec, tokens=tokens, **options):
-        backend = detect.create(spec, BackendOptions(name, **options), tokens)
+    def build(name="cpu", spec=spec, tokens=tokens, **given):
+        backend = kinds.create(spec, options(name, **given), tokens)
         backend.load(spec.init_weights(1337))
         return backend
 

@@ -1,25 +1,29 @@
-"""The protocol that every back end follows: numpy in, numpy out, and no waiting inside `step`."""
+"""What a back end is: its entry in the registry (Kind), its options, and the protocol (Backend).
+
+Numpy in, numpy out, and no waiting inside `step`. docs/add-a-backend.md says how to write one.
+"""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
+from nanogpt_mac.records.capabilities import Capabilities
 
-NAMES = ("cpu", "mps", "mlx", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 # How the loss scale of float16 moves: torch.amp.GradScaler's own defaults.
 SCALE_GROWTH, SCALE_BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000
@@ -49,67 +53,191 @@ class Meant:
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """Everything but the model that decides what a step computes and how."""
+    """Everything but the model that decides what a step computes and how. What Config has is given from there."""
 
-    name: str  # one of NAMES
-    compile: bool = False
-    compile_mode: str = "default"  # torch.compile's
-    dtype: str = "float32"  # of the matrix products; weights, moments and the loss stay float32
-    matmul_precision: str = "highest"
-    seed: int = 1337
-    weight_decay: float = 0.1  # on tensors of two or more dimensions
-    beta1: float = 0.9
-    beta2: float = 0.99
-    grad_clip: float = 1.0  # global norm; 0 switches it off
-    fused_adamw: bool | None = None  # torch: None is "wherever torch has it"
-    blas: str = "own"  # MLX on Linux CPUs: "torch" borrows libtorch's faster matrix product
+    name: str  # of a Kind
+    compile: bool
+    dtype: str  # one of DTYPES, of the matrix products; weights, moments and the loss stay float32
+    matmul_precision: str  # one of MATMUL_PRECISIONS
+    seed: int
+    weight_decay: float  # on tensors of two or more dimensions
+    beta1: float
+    beta2: float
+    grad_clip: float  # global norm; 0 switches it off
     resident_tokens: int = 1 << 28  # splits of up to this many stay on the device as int32; larger ones on the host
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the kind's own, by name; absent: at their defaults
 
 
-class Backend(Protocol):
-    """One framework on one device. Arrays that cross are numpy; tokens and targets are integers (B, T)."""
+@dataclass(frozen=True)
+class Lever:
+    """One setting worth changing on its own, to see what it gains or costs."""
+
+    key: str  # of train.py: "backend.fused_adamw"
+    value: Any
+    what: str  # what the value means, in a few words
+    when: Callable[[Capabilities, Any], bool] = lambda capabilities, config: True  # config: the base variant's Config
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """A setting that a comparison takes on this machine, unless it is given."""
+
+    key: str  # "backend.blas"
+    value: str
+    note: str  # for labels: "torch's BLAS"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One back end's entry in the registry: what must be known of it before its framework is imported."""
+
+    name: str  # backend=NAME
+    cls: str  # "module:Class", imported when one is made
+    label: str  # "MLX"; its variants are "MLX eager" and "MLX compiled"
+    framework: str  # the package that must be importable, and the distribution whose version is recorded
+    devices: tuple[Capabilities, ...]  # what it may run on; its class says which one it does here
+    compiler: str = ""  # what compile=true calls: "torch.compile"; none: the back end has one variant, NAME
+    compiled_by_default: bool = False  # what compile=auto means
+    eager_by_name: bool = True  # NAME is the eager variant, NAME-compile the compiled; else NAME-eager and NAME
+    rank: Mapping[str, int] = field(default_factory=dict)  # sys.platform -> place in backend=auto; absent: never taken
+    settings: type | None = None  # a dataclass of its own keys, backend.KEY; see `setting`
+    caches: tuple[str, ...] = ()  # variables of the environment that name folders of compiled code
+    out_of_memory: str = ""  # a pattern of the line in a log that says so
+    missing_operator: str = ""
+
+    def on(self, device: str) -> Capabilities:
+        """What it says of itself on `device`; of one that it does not know, nothing but the name."""
+        known = (capabilities for capabilities in self.devices if capabilities.device == device)
+        return next(known, Capabilities(device, self.framework))
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None when it can. May import the framework only where nothing is set before."""
+        return None if find_spec(self.framework) else f"the package {self.framework} is not installed"
+
+    def prepare(self, options: BackendOptions) -> None:
+        """Set what the framework reads once a process, before it is imported. InputError where that is too late."""
+
+    def load(self) -> type[Backend]:
+        """The class, its framework imported."""
+        module, _, name = self.cls.partition(":")
+        cls: type[Backend] = getattr(import_module(module), name)
+        return cls
+
+
+def setting(default: Any, *allowed: Any) -> Any:
+    """A field of a kind's settings: its default and, where they are few, the values that it may take."""
+    return field(default=default, metadata={"allowed": allowed})
+
+
+class Backend(ABC):
+    """One framework on one device. Arrays that cross are numpy; tokens and targets are integers (B, T).
+
+    One thread makes it and calls it: no method may be called from two threads at once. Any method may raise what the
+    framework raises (out of memory, an operator that is missing); `Kind.out_of_memory` and `missing_operator` say how
+    such an error reads. InputError is for options that cannot be had here, from `__init__` alone.
+    """
+
+    LEVERS: ClassVar[tuple[Lever, ...]] = ()
 
     options: BackendOptions
-    runs_ahead: bool  # whether `step` returns while the device is still at work
-    device_name: str  # "cpu", "mps", "cuda", "simulated-mps", or MLX's "metal", "cuda", "cpu"
+    capabilities: Capabilities
     details: dict[str, Any]  # what was chosen where the options left a choice: written to the records
     # `with self.phase("clip"):` marks what the back end does: one of PHASES. Whoever wants to look (the fallback
     # detector, a trace) puts a function of its own here; until then it is `unwatched`.
-    phase: Mark
+    phase: Mark = staticmethod(unwatched)
 
+    @property
+    def device_name(self) -> str:
+        return self.capabilities.device
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `step` returns while the device is still at work."""
+        return self.capabilities.runs_ahead
+
+    @abstractmethod
+    def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None: ...
+
+    @classmethod
+    @abstractmethod
+    def device_of(cls, name: str) -> str:
+        """Which of its devices back end `name` computes on here: the name of one of `Kind.devices`."""
+
+    @classmethod
+    def recommended(cls, capabilities: Capabilities) -> tuple[Recommended, ...]:
+        """Settings that a fair comparison takes on this machine."""
+        return ()
+
+    @abstractmethod
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Take `weights` and start afresh: zero moments, iteration 0."""
+        """Take `weights` (float32, by canonical name) and start afresh: zero moments, iteration 0."""
 
+    @abstractmethod
     def step(self, starts: np.ndarray, lr: float) -> Any:
-        """Enqueue one whole iteration on training windows `starts` (accumulation, batch); return without waiting."""
+        """Enqueue one whole iteration on training windows `starts`, int64 (accumulation, batch); return a handle.
 
+        Where the device works behind the host (`runs_ahead`) it returns without waiting; elsewhere it may be done. An
+        error of the device may show here or in any later call.
+        """
+
+    @abstractmethod
     def wait(self, handle: Any) -> tuple[float, float]:
-        """Wait until the iteration behind `handle` is complete; its mean loss and its gradient norm before clipping."""
+        """Wait until the iteration behind `handle` is complete, and for nothing enqueued after it.
 
+        Its mean loss, and its gradient norm before clipping. Handles are waited for in order, each once.
+        """
+
+    @abstractmethod
     def evaluate(self, split: str, starts: np.ndarray) -> float:
-        """Mean loss, without dropout, over windows `starts` (batches, batch) of `split`."""
+        """Mean loss, without dropout, over windows `starts`, int64 (batches, batch), of `split`."""
 
+    @abstractmethod
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Float32 (B, T, vocab_size), without dropout."""
 
+    @abstractmethod
     def gradients(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
         """Loss and its gradients by canonical name, before clipping, without dropout."""
 
-    def state(self) -> TrainState: ...
+    @abstractmethod
+    def state(self) -> TrainState:
+        """A copy, which later steps do not touch."""
 
-    def restore(self, state: TrainState) -> None: ...
+    @abstractmethod
+    def restore(self, state: TrainState) -> None:
+        """Go on from `state`, of any back end; it is copied."""
 
-    def memory(self) -> dict[str, int]:
-        """`current` and `peak` bytes: the device allocator's, or the process's resident set on a CPU."""
-
-    def reset_peak_memory(self) -> None:
-        """Forget the peak so far, where the device keeps one of its own."""
-
+    @abstractmethod
     def decode(self) -> Decoder:
         """A fresh sequence with an empty key-value cache."""
 
-    def synchronize(self) -> None:
+    def memory(self) -> dict[str, int]:
+        """`current` and `peak` bytes: the device allocator's, or the process's resident set on a CPU."""
+        return resident_memory()
+
+    def reset_peak_memory(self) -> None:  # noqa: B027 (nothing to do on most devices)
+        """Forget the peak so far, where the device keeps one of its own."""
+
+    def synchronize(self) -> None:  # noqa: B027 (nothing to do on most devices)
         """Wait until the device has nothing left to do."""
+
+    # -- how fast a matrix product is here, for mfu_measured ------------------------------------------------------
+
+    @abstractmethod
+    def matmul(self, shape: tuple[int, int, int], dtype: str) -> Callable[[int], None]:
+        """For normal random (M, K) and (K, N) of `dtype`: a function that multiplies them n times and waits.
+
+        Random numbers of its own: the run's are left alone. The precision is the run's.
+        """
+
+    def free_memory(self) -> int:
+        """Bytes that the device could still give."""
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+
+    def release_memory(self) -> None:  # noqa: B027 (nothing to do on most devices)
+        """Give back what the allocator keeps."""
 
 
 class Decoder(Protocol):
@@ -136,48 +264,6 @@ def step_seed(seed: int, iteration: int) -> int:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return (z ^ (z >> 31)) >> 1
-
-
-def generate(
-    backend: Backend,
-    spec: GPTSpec,
-    prompt: list[int],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 1337,
-    symbols: int | None = None,
-) -> Iterator[int]:
-    """Yield tokens that continue `prompt`, drawn as nanoGPT draws them.
-
-    The draw is made here from the logits with a generator of its own, so that the same seed gives the same text on
-    every back end up to rounding. `temperature` 0 takes the likeliest token; only the first `symbols` ids are drawn
-    (a vocabulary may be padded). Beyond `block_size` the window slides and, positions being learnt and absolute, is
-    computed anew for each token.
-    """
-    if not prompt:
-        raise InputError("prompt='': must hold at least one token")
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    tokens, decoder, fed = list(prompt), backend.decode(), 0
-    for _ in range(max_new_tokens):
-        if len(tokens) > spec.block_size:
-            decoder, fed = backend.decode(), len(tokens) - spec.block_size
-        scores = decoder(np.array(tokens[fed:], np.int32))[:symbols].astype(np.float64)
-        fed = len(tokens)
-        token = draw(scores, temperature, top_k, rng.random())
-        tokens.append(token)
-        yield token
-
-
-def draw(scores: np.ndarray, temperature: float, top_k: int | None, uniform: float) -> int:
-    """One token from float64 logits (V,) by inverting the cumulative softmax at `uniform` in [0, 1)."""
-    if temperature == 0.0:
-        return int(scores.argmax())
-    scores = (scores - scores.max()) / temperature
-    if top_k is not None and top_k < len(scores):
-        scores = np.where(scores < np.partition(scores, -top_k)[-top_k], -np.inf, scores)
-    cumulative = np.cumsum(np.exp(scores))
-    return min(int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right")), len(scores) - 1)
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,6 @@
 """The MLX back end: Metal on a Mac, the CPU or CUDA elsewhere; one compiled graph a training iteration.
 
-Import it through `detect.create`, which sets what MLX reads from the process only once.
+Import it through `kinds.create`, which sets what MLX reads from the process only once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.backends.base import Backend, BackendOptions, Tokens
+from nanogpt_mac.backends.kinds import KINDS, MLXSettings
 from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 
@@ -31,10 +32,10 @@ class Handle:
     norm: mx.array
 
 
-class MLXBackend:
+class MLXBackend(Backend):
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
         self.spec, self.options, self.tokens = spec, options, tokens
-        self.phase: base.Mark = base.unwatched  # around the making of a phase's graph: MLX computes it later
+        self.capabilities = KINDS[options.name].on(self.device_of(options.name))
         self.model = GPT(spec, getattr(mx, options.dtype))
         self.resident = {
             split: mx.array(array.astype(np.int32))
@@ -56,10 +57,13 @@ class MLXBackend:
 
         if mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-        on_gpu = mx.default_device() == mx.Device(mx.gpu)
-        self.device_name = ("metal" if mx.metal.is_available() else "cuda") if on_gpu else "cpu"
-        self.runs_ahead = on_gpu
-        self.details = {"resident_data": sorted(self.resident), "blas": options.blas}
+        self.details = {"resident_data": sorted(self.resident), "blas": MLXSettings(**options.settings).blas}
+
+    @classmethod
+    def device_of(cls, name: str) -> str:
+        if mx.default_device() != mx.Device(mx.gpu):
+            return "cpu"
+        return "metal" if mx.metal.is_available() else "cuda"
 
     # -- data: what crosses to the device is the starts, or whole windows where the split does not live there -----
 
@@ -226,6 +230,25 @@ class MLXBackend:
 
     def reset_peak_memory(self) -> None:
         mx.reset_peak_memory()
+
+    def matmul(self, shape: tuple[int, int, int], dtype: str) -> Callable[[int], None]:
+        m, k, n = shape
+        keys = mx.random.split(mx.random.key(0))  # the global one belongs to the training run
+        a, b = (mx.random.normal(size, getattr(mx, dtype), key=keys[i]) for i, size in enumerate(((m, k), (k, n))))
+        mx.eval(a, b)
+
+        def matmuls(count: int) -> None:
+            for _ in range(count):
+                mx.async_eval(mx.matmul(a, b))
+            mx.synchronize()
+
+        return matmuls
+
+    def free_memory(self) -> int:
+        return int(mx.device_info().get("free_memory", super().free_memory()))  # there on CUDA alone
+
+    def release_memory(self) -> None:
+        mx.clear_cache()
 
 
 def _loss_and_grads(model: GPT, x: mx.array, y: mx.array, scale: mx.array) -> tuple[mx.array, Arrays]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import BackendOptions, Meant, Tokens
+from nanogpt_mac.backends.base import Backend, BackendOptions, Meant, Tokens
+from nanogpt_mac.backends.kinds import KINDS, TorchSettings
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 from nanogpt_mac.gpt.torch_gpt import GPT, KVCache
@@ -36,10 +37,11 @@ class Handle:
     sources: list[Tensor]  # what the iteration copies from, kept alive until it has
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
         self.spec, self.options, self.tokens = spec, options, tokens
-        self.phase: base.Mark = base.unwatched
+        self.settings = TorchSettings(**options.settings)
+        self.capabilities = KINDS[options.name].on(self.device_of(options.name))
         self.device = torch.device(options.name)
         self.accelerator = None if options.name == "cpu" else getattr(torch, options.name)  # torch.mps, torch.cuda
         torch.set_float32_matmul_precision(options.matmul_precision)
@@ -48,7 +50,7 @@ class TorchBackend:
         self.parameters = dict(self.model.named_parameters())
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
         if options.compile:
-            self.loss = torch.compile(self.model.loss, dynamic=False, mode=options.compile_mode)
+            self.loss = torch.compile(self.model.loss, dynamic=False, mode=self.settings.compile_mode)
         self.optimizer, fused = self._adamw()
         self.scaler = torch.amp.GradScaler(
             self.device.type,
@@ -66,10 +68,11 @@ class TorchBackend:
         self.offsets = torch.arange(spec.block_size + 1, device=self.device)
         self.sources: list[Tensor] = []
         self.iteration = 0
-        self.runs_ahead = self.accelerator is not None
-        simulated = options.name == "mps" and simulator.active()
-        self.device_name = simulator.DEVICE_NAME if simulated else options.name
         self.details = {"fused_adamw": fused, "resident_data": sorted(self.resident)}
+
+    @classmethod
+    def device_of(cls, name: str) -> str:
+        return simulator.DEVICE_NAME if name == "mps" and simulator.active() else name
 
     def _adamw(self) -> tuple[torch.optim.AdamW, bool]:
         """AdamW with nanoGPT's two groups, fused wherever torch has it for this device unless told otherwise."""
@@ -79,11 +82,9 @@ class TorchBackend:
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
         betas = (o.beta1, o.beta2)
-        why_not = "was asked for" if o.fused_adamw is False else self._fused_adamw_fault()
-        if why_not and o.fused_adamw:
-            raise InputError(
-                f"backend.fused_adamw=true: torch {torch.__version__} {why_not}; allowed are null and false"
-            )
+        why_not = "was asked for" if self.settings.fused_adamw is False else self._fused_adamw_fault()
+        if why_not and self.settings.fused_adamw:
+            raise InputError(f"backend.fused_adamw=true: torch {torch.__version__} {why_not}; use null or false")
         return torch.optim.AdamW(groups, betas=betas, fused=None if why_not else True), not why_not
 
     def _fused_adamw_fault(self) -> str | None:
@@ -274,6 +275,28 @@ class TorchBackend:
             torch.cuda.reset_peak_memory_stats()
         elif self.device.type == "mps":
             torch.mps.empty_cache()
+
+    def matmul(self, shape: tuple[int, int, int], dtype: str) -> Callable[[int], None]:
+        m, k, n = shape
+        random = torch.Generator(self.device).manual_seed(0)  # the global one belongs to the training run
+        kind = {"device": self.device, "dtype": getattr(torch, dtype)}
+        a, b = (torch.randn(size, generator=random, **kind) for size in ((m, k), (k, n)))
+        out = torch.empty(m, n, **kind)
+        self.synchronize()
+
+        def matmuls(count: int) -> None:
+            for _ in range(count):
+                torch.mm(a, b, out=out)
+            self.synchronize()
+
+        return matmuls
+
+    def free_memory(self) -> int:
+        return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else super().free_memory()
+
+    def release_memory(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.empty_cache()
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

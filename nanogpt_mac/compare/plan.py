@@ -14,7 +14,7 @@ from typing import Any
 
 import nanogpt_mac
 from nanogpt_mac import cli
-from nanogpt_mac.backends import detect
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.compare import levers
 from nanogpt_mac.compare.config import BUDGET_MINUTES, LEVER_MINUTES, CompareConfig, entries
 from nanogpt_mac.compare.variants import (
@@ -168,7 +168,7 @@ def _backends(config: CompareConfig, machine: Machine) -> list[str]:
     name = config.backend.name
     if name == "auto":
         return [backend for backend in BACKENDS if backend not in machine.missing]
-    return [detect.resolve(name)]
+    return [kinds.resolve(name)]
 
 
 def _variants(config: CompareConfig, machine: Machine) -> list[Variant]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanogpt_mac import simulator
-from nanogpt_mac.backends import detect
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.compare.config import DECIDED
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.machine import probe
@@ -68,7 +68,7 @@ class Machine:
 
 
 def look_around() -> Machine:
-    missing = {backend: reason for backend in BACKENDS if (reason := detect.missing(backend))}
+    missing = {backend: reason for backend in BACKENDS if (reason := kinds.missing(backend))}
     # In a process of its own: MLX reads its environment once, and on a Mac takes the GPU.
     question = "import mlx.core as mx; print(mx.default_device() == mx.Device(mx.gpu))"
     answer = None if "mlx" in missing else probe.run((sys.executable, "-c", question), timeout=60)
@@ -91,7 +91,7 @@ def parse(text: str, machine: Machine) -> Variant:
             )
     chosen = {key_of(extra): extra.partition("=")[2] for extra in extras}
     backend, name = chosen.get("backend", backend), chosen.get("compile", str(compiled)).lower()
-    compiled = detect.resolve_compile("auto", backend) if name == "auto" else name == "true"
+    compiled = kinds.resolve_compile("auto", backend) if name == "auto" else name == "true"
     if backend in machine.missing:
         reason = f"not available here: {machine.missing[backend]}"
         raise InputError(f"variants=[{text}]: {reason}. Available: {', '.join(allowed)}")

@@ -97,10 +97,11 @@ def _add_kinds(report: dict[str, Any]) -> None:
 def _child(task: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
-    from nanogpt_mac.backends import detect
-    from nanogpt_mac.backends.base import BackendOptions, Tokens
+    from nanogpt_mac.backends import kinds
+    from nanogpt_mac.backends.base import Tokens
+    from nanogpt_mac.config import Config, backend_options
 
-    if reason := detect.missing("mps"):
+    if reason := kinds.missing("mps"):
         raise InputError(reason)
     live = not simulator.active()
     execute = task.get("execute", live)
@@ -111,7 +112,7 @@ def _child(task: dict[str, Any]) -> dict[str, Any]:
     tokens = Tokens({"train": text, "val": text}, spec.block_size)
     starts = np.arange(batch_size)[None]
     with watch(execute) as seen:
-        backend: Any = detect.create(spec, BackendOptions("mps", compile=True, dtype=task["dtype"]), tokens)
+        backend: Any = kinds.create(spec, backend_options(Config(dtype=task["dtype"]), "mps", True), tokens)
         backend.load(spec.init_weights(0))
         with seen.phase("training"):
             for _ in range(2):

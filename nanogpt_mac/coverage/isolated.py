@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from nanogpt_mac.backends.base import BackendOptions
+from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.coverage import environments
 from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.coverage.device import environment
@@ -32,7 +32,7 @@ def task(model: ModelConfig, dtype: str, batch_size: int) -> dict[str, Any]:
         batch_size = min(batch_size, 2)
     spec = GPTSpec(**sizes)
     return {
-        "options": asdict(BackendOptions("mps", dtype=dtype)),
+        "options": asdict(backend_options(Config(dtype=dtype), "mps")),
         "spec": asdict(spec),
         "batch_size": batch_size,
         "gradient_accumulation_steps": 1,

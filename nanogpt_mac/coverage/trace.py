@@ -194,12 +194,13 @@ class _Phases(Phased):
 def _trace(task: dict[str, Any]) -> Trace:
     import numpy as np
 
-    from nanogpt_mac.backends import detect
-    from nanogpt_mac.backends.base import BackendOptions, Tokens
+    from nanogpt_mac.backends import kinds
+    from nanogpt_mac.backends.base import Tokens
+    from nanogpt_mac.config import Config, backend_options
 
     if not task["live"]:
         _install(task)
-    elif reason := detect.missing("mps"):
+    elif reason := kinds.missing("mps"):
         raise InputError(reason)
     import torch
 
@@ -210,8 +211,8 @@ def _trace(task: dict[str, Any]) -> Trace:
     symbols = m.vocab_size or _SYMBOLS
     spec = GPTSpec(m.n_layer, m.n_head, m.n_head * _HEAD, length, symbols, m.dropout, m.bias, m.gelu)
     text = (np.arange(50 * length) % symbols).astype(np.uint16)
-    backend: Any = detect.create(
-        spec, BackendOptions("mps", dtype=task["dtype"]), Tokens({"train": text, "val": text}, length)
+    backend: Any = kinds.create(
+        spec, backend_options(Config(dtype=task["dtype"]), "mps"), Tokens({"train": text, "val": text}, length)
     )
     backend.load(spec.init_weights(0))
     starts = np.arange(_BATCH)[None]

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from nanogpt_mac import child, simulator
-from nanogpt_mac.backends import detect
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.fallbacks.findings import findings_of
 from nanogpt_mac.fallbacks.observed import Call, Observed, Sign, Warned
@@ -47,7 +47,7 @@ def task_of(config: Config, spec: GPTSpec | None = None, resident: bool = True) 
         vocabulary = config.model.vocab_size or _VOCABULARY.get(config.data.name, _CHARACTERS)
         spec = GPTSpec(**asdict(config.model) | {"vocab_size": vocabulary})
     return {
-        "options": asdict(backend_options(config, "mps", detect.resolve_compile(config.compile, "mps"))),
+        "options": asdict(backend_options(config, "mps", kinds.resolve_compile(config.compile, "mps"))),
         "spec": asdict(spec),
         "batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,

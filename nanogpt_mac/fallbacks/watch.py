@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from nanogpt_mac import simulator
-from nanogpt_mac.backends import base, detect
+from nanogpt_mac.backends import base, kinds
 from nanogpt_mac.backends.base import PHASES, BackendOptions, Tokens
 from nanogpt_mac.fallbacks import profiled, signs
 from nanogpt_mac.fallbacks.observed import Dispatch, Observed, Profiled, Refused, Warned, Warnings
@@ -118,7 +118,7 @@ class Session:
         spec = GPTSpec(**task["spec"])
         text = (np.arange(20 * (spec.block_size + 1)) % spec.vocab_size).astype(np.uint16)
         tokens = Tokens({"train": text, "val": text}, spec.block_size)
-        backend: Any = detect.create(spec, options, tokens)
+        backend: Any = kinds.create(spec, options, tokens)
         backend.load(spec.init_weights(0))
         self.backend, self.compiled = backend, options.compile
         shape = (task["gradient_accumulation_steps"], task["batch_size"])

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from nanogpt_mac.backends import base, detect
+from nanogpt_mac.backends import base, kinds
 from nanogpt_mac.backends.base import Backend, Tokens
 from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.corpus import Corpus, prepare, starts
@@ -164,8 +164,8 @@ class Reading:
 
 def check_variant(config: Config, folder: Path) -> dict[str, Any]:
     """Hold one variant against the reference in `folder`: device and checks, the worst of all cases for each quantity."""
-    name = detect.resolve(config.backend.name)
-    options = backend_options(config, name, detect.resolve_compile(config.compile, name))
+    name = kinds.resolve(config.backend.name)
+    options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
     corpus = prepare(config.data)
     spec = GPTSpec(**json.loads((folder / "spec.json").read_text()))
     limits = tolerances.limits(config.dtype, config.matmul_precision)
@@ -174,10 +174,10 @@ def check_variant(config: Config, folder: Path) -> dict[str, Any]:
     for case in cases(config, dataclasses.replace(spec, dropout=config.model.dropout)):
         figures = json.loads((folder / f"{case.name}.json").read_text())
         own = dataclasses.replace(options, grad_clip=figures["grad_clip"])
-        backend = looking = detect.create(case.spec, own, tokens_of(corpus, case))
+        backend = looking = kinds.create(case.spec, own, tokens_of(corpus, case))
         if config.model.dropout:  # logits and evaluations as the run makes them: its dropout must be off there
             as_run = dataclasses.replace(case.spec, dropout=config.model.dropout)
-            looking = detect.create(as_run, own, tokens_of(corpus, case))
+            looking = kinds.create(as_run, own, tokens_of(corpus, case))
         device = backend.device_name
         with np.load(folder / f"{case.name}.npz") as arrays:
             for reading in _readings(config, corpus, case, backend, looking, arrays, figures):

@@ -23,7 +23,8 @@ class Variant(Record):
     """One configuration of train.py that is compared: overrides under a name of its own."""
 
     name: Annotated[str, Field(min_length=1)]  # unique, fit for a file name
-    label: str
+    label: str  # short, for tables: "MLX compiled"
+    note: str = ""  # the rest of it, for a page: "CPU, torch's BLAS"
     overrides: tuple[str, ...] = ()
     lever: Lever | None = None
     script: str | None = None  # in train.py's place: a peer's

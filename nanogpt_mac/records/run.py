@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from nanogpt_mac.files import plain
 from nanogpt_mac.records.base import Amount, Count, Document, Number, Record, Share, Size
+from nanogpt_mac.records.capabilities import Capabilities
 
 
 class LeftOut(StrEnum):
@@ -112,22 +113,6 @@ class Times(Record):
     count: Count = 0
 
 
-class Capabilities(Record):
-    """What a back end says of itself where it runs. Reports read this and never a back end's name."""
-
-    device: str  # "cpu", "mps", "cuda", "metal", "simulated-mps"
-    framework: str = ""  # whose version is recorded: "torch", "mlx"
-    accelerator: bool = False  # the device is a GPU, whose peak the chip table has
-    runs_ahead: bool = False  # `step` returns while the device still works
-    simulated: bool = False  # its times mean nothing
-    compiles: bool = True  # `compile=true` is something else than `compile=false`
-    compiles_evaluation: bool = False  # evaluation is one more graph to compile
-    dtypes: tuple[str, ...] = ()
-    tf32: bool = False  # matmul_precision=high changes float32 products
-    detector: bool = False  # there is a fallback detector for it
-    memory: str = ""  # what its memory figures count, for the report's note
-
-
 class ModelFacts(Record):
     """The model's sizes as recorded; fields of an older or newer model are kept aside by `extra`."""
 
@@ -160,7 +145,7 @@ class RunFacts(Record):
     sync: str
     seed: int
     details: dict[str, Any] = {}  # what the back end chose where its options left a choice
-    capabilities: Capabilities | None = None  # None: written by schema 1, see `capabilities_of`
+    capabilities: Capabilities | None = None  # None: written by schema 1, see backends.kinds.recorded
     model: ModelFacts
     parameters: Size
     batch_size: Size

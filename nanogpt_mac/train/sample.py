@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanogpt_mac.backends import base, detect
-from nanogpt_mac.backends.base import BackendOptions, Tokens
-from nanogpt_mac.config import SampleConfig, validate_sample
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import Tokens
+from nanogpt_mac.backends.generate import generate
+from nanogpt_mac.config import SampleConfig, backend_options, validate_sample
 from nanogpt_mac.corpus import DataConfig, prepare
 from nanogpt_mac.corpus.encoders import Encoder, GPT2Encoder, encoder_from_json
 from nanogpt_mac.errors import InputError
@@ -21,7 +22,7 @@ from nanogpt_mac.train import checkpoint
 def run(config: SampleConfig) -> int:
     """Print `num_samples` continuations of the prompt; tokens a second goes to stderr."""
     validate_sample(config)
-    name = detect.resolve(config.backend.name)
+    name = kinds.resolve(config.backend.name)
     spec, state, encoder = _open(config)
     try:
         prompt = encoder.encode(_prompt(config.prompt))
@@ -29,16 +30,13 @@ def run(config: SampleConfig) -> int:
         raise InputError(f"prompt={config.prompt!r}: {error}") from error
     if not prompt:
         raise InputError("prompt='': is empty; give at least one symbol")
-    options = BackendOptions(
-        name, dtype=config.dtype, matmul_precision=config.matmul_precision, blas=config.backend.blas
-    )
-    backend = detect.create(spec, options, Tokens(block_size=spec.block_size))
+    backend = kinds.create(spec, backend_options(config, name), Tokens(block_size=spec.block_size))
     backend.restore(state)
     for number in range(config.num_samples):
         if number:
             print("\n---------------")
         begin = time.perf_counter()
-        drawn = base.generate(
+        drawn = generate(
             backend,
             spec,
             prompt,

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from nanogpt_mac import simulator
-from nanogpt_mac.backends import base, detect
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Backend, Tokens
+from nanogpt_mac.backends.generate import generate
 from nanogpt_mac.config import Config, backend_options, validate
 from nanogpt_mac.corpus import Corpus, prepare
 from nanogpt_mac.fallbacks import detect as fallbacks
@@ -53,13 +53,13 @@ def run(config: Config) -> int:
     """
     # What can be wrong is found out before anything is written.
     validate(config)
-    name = detect.resolve(config.backend.name)
-    options = backend_options(config, name, detect.resolve_compile(config.compile, name))
+    name = kinds.resolve(config.backend.name)
+    options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
     corpus = prepare(config.data)
     source = open_source(config, corpus)
     config = replace(config, model=ModelConfig(**asdict(source.spec)))  # what is recorded is what runs
     tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)
-    backend = detect.create(source.spec, options, tokens)
+    backend = kinds.create(source.spec, options, tokens)
     backend.restore(source.state)
 
     # What leaves the GPU is looked for before training, and may forbid it.
@@ -157,7 +157,7 @@ class Session:
         """Text drawn from the model as it is now, on the console and in sample.txt."""
         encoder, prompt = self.corpus.encoder, [int(self.corpus.val[0])]
         length, seed = self.config.sample_tokens, self.config.seed
-        drawn = base.generate(self.backend, self.source.spec, prompt, length, 0.8, 200, seed, encoder.vocab_size)
+        drawn = generate(self.backend, self.source.spec, prompt, length, 0.8, 200, seed, encoder.vocab_size)
         text = encoder.decode(list(drawn))
         (self.folder / "sample.txt").write_text(text, encoding="utf-8")
         display.say(f"--- a sample (temperature 0.8)\n{text}\n---")
@@ -188,7 +188,7 @@ class Session:
 
 def _look_for_fallbacks(config: Config, spec: GPTSpec, backend: Backend) -> Fallbacks | None:
     """What leaves the GPU in this run's iterations, looked for in a child process; None where there is no detector."""
-    if backend.options.name != "mps":
+    if not backend.capabilities.detector:
         if "fallbacks" in map(key_of, config.given):  # in a sweep over back ends, say
             display.say(f"fallbacks= applies to MPS only; ignored on {backend.options.name}")
         return None
@@ -206,15 +206,13 @@ def _work(config: Config, spec: GPTSpec, backend: Backend) -> Work:
     tokens = config.gradient_accumulation_steps * config.batch_size * spec.block_size
     flops = float(spec.flops_per_token() * tokens)
     chip, measured = probe.chip(), None
-    name = backend.options.name
-    if backend.device_name == simulator.DEVICE_NAME:  # its speed says nothing about any Mac
+    if backend.capabilities.simulated:  # its speed says nothing about any Mac
         return Work(flops, tokens, Denominators())
     if config.gemm_seconds > 0:
-        framework, device = ("mlx", "gpu" if backend.runs_ahead else "cpu") if name == "mlx" else ("torch", name)
         shapes = spec.matmul_shapes(config.batch_size)
-        measured = gemm.measure(framework, device, config.dtype, shapes, config.gemm_seconds).flops_per_s
+        measured = gemm.measure(backend, config.dtype, shapes, config.gemm_seconds).flops_per_s
         backend.reset_peak_memory()
-    on_chip = chip is not None and backend.device_name in ("mps", "cuda", "metal")
+    on_chip = chip is not None and backend.capabilities.accelerator
     peak = chips.peak(chip, config.dtype, config.matmul_precision) if chip is not None and on_chip else None
     return Work(flops, tokens, Denominators(mfu=peak, mfu_measured=measured, mfu_a100=chips.A100_BF16))
 
@@ -230,6 +228,7 @@ def _facts(config: Config, corpus: Corpus, source: Source, backend: Backend) -> 
         sync=config.sync,
         seed=config.seed,
         details=backend.details,
+        capabilities=backend.capabilities,
         model=ModelFacts(**asdict(source.spec)),
         parameters=source.spec.n_params(),
         batch_size=config.batch_size,

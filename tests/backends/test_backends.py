@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import Tokens, draw, generate, step_seed
+from nanogpt_mac.backends.base import Tokens, step_seed
+from nanogpt_mac.backends.generate import draw, generate
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 

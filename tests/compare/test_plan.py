@@ -30,7 +30,7 @@ def make(monkeypatch, tmp_path):
     def build(*overrides, machine=LINUX, stand_in=False):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(plans, "look_around", lambda: machine)
-        monkeypatch.setattr(plans.detect, "missing", machine.missing.get)
+        monkeypatch.setattr(plans.kinds, "missing", machine.missing.get)
         monkeypatch.setattr(corpus, "prepare", lambda data: SimpleNamespace(stand_in=stand_in))
         monkeypatch.setattr(source, "open_source", lambda config, corpus: None)
         config = cli.compose(overrides, "compare")

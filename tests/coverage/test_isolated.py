@@ -9,8 +9,8 @@ from nanogpt_mac.coverage import environments, isolated, render
 from nanogpt_mac.coverage.config import NIGHTLY_INDEX, CoverageConfig, validate
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect as runtime
-from nanogpt_mac.records.fallbacks import FindingKind
 from nanogpt_mac.gpt.spec import ModelConfig
+from nanogpt_mac.records.fallbacks import FindingKind
 
 UV = """#!/bin/bash
 # uv, as far as it is called here: `uv venv ... PATH` and `uv pip install ...`

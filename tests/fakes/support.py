@@ -1,11 +1,20 @@
-"""Constants that several tests share."""
+"""Constants and helpers that several tests share."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from nanogpt_mac.backends import detect
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.config import Config, backend_options
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # Every variant of computing the model that this machine has: (back end, compiled).
-VARIANTS = [("cpu", False), ("cpu", True), ("mlx", False), ("mlx", True)]
-VARIANTS += [(name, compiled) for name in ("mps", "cuda") if detect.missing(name) is None for compiled in (False, True)]
+AVAILABLE = kinds.available()
+VARIANTS = [(n, compiled) for n in AVAILABLE for compiled in ((False, True) if kinds.KINDS[n].compiler else (False,))]
+
+
+def options(name="cpu", **given):
+    """BackendOptions with the config's defaults but for what is `given`, settings of the back end's own included."""
+    own = kinds.own_settings(name, given)
+    rest = {key: value for key, value in given.items() if key not in own}
+    return replace(backend_options(Config(), name), settings=own, **rest)

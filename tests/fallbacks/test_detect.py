@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from fakes.support import options
 from pydantic import TypeAdapter
 
 from nanogpt_mac import cli
-from nanogpt_mac.backends import detect
-from nanogpt_mac.backends.base import PHASES, BackendOptions
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import PHASES
 from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect as runtime
@@ -332,14 +333,16 @@ def found(seen):
 
 
 def test_error_ends_the_run_before_training(monkeypatch, tmp_path, capsys, found):
-    create = detect.create
+    create = kinds.create
 
-    def on_cpu(spec, options, tokens):
-        return create(spec, BackendOptions("cpu"), tokens)
+    def on_cpu(spec, _options, tokens):
+        backend = create(spec, options("cpu"), tokens)
+        backend.capabilities = kinds.recorded("mps", "mps")
+        return backend
 
     doubtful = found.model_copy(update={"findings": (), "complete": False, "why_incomplete": ("not reached: clip",)})
-    monkeypatch.setattr(detect, "resolve", lambda name: name)
-    monkeypatch.setattr(detect, "create", on_cpu)
+    monkeypatch.setattr(kinds, "resolve", lambda name: name)
+    monkeypatch.setattr(kinds, "create", on_cpu)
     overrides = ["experiment=smoke", "backend=mps", "fallbacks=error", "data=stand_in", f"data_dir={tmp_path / 'data'}"]
     for document, said in ((found, "gelu.out"), (doubtful, "incomplete: not reached: clip")):
         monkeypatch.setattr(runtime, "check", lambda config, spec, resident, document=document: document)

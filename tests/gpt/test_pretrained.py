@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from fakes.support import options
 
-from nanogpt_mac.backends import detect
-from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt import pretrained
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
@@ -37,7 +38,7 @@ def huggingface(tmp_path):
 def test_gpt2_weights_compute_what_transformers_computes(huggingface, name, activation):
     reference, folder = huggingface(activation_function=activation)
     loaded = pretrained.load(str(folder), dropout=0.0)
-    backend = detect.create(loaded.spec, BackendOptions(name), Tokens(block_size=24))
+    backend = kinds.create(loaded.spec, options(name), Tokens(block_size=24))
     backend.restore(loaded.state)
     idx = np.random.default_rng(0).integers(0, 50, (3, 24))
     with torch.no_grad():
@@ -49,7 +50,7 @@ def test_gpt2_weights_compute_what_transformers_computes(huggingface, name, acti
 def test_crop_keeps_the_first_positions(huggingface):
     reference, folder = huggingface()
     loaded = pretrained.load(str(folder), dropout=0.0).crop(8)
-    backend = detect.create(loaded.spec, BackendOptions("cpu"), Tokens(block_size=8))
+    backend = kinds.create(loaded.spec, options("cpu"), Tokens(block_size=8))
     backend.restore(loaded.state)
     idx = np.random.default_rng(0).integers(0, 50, (3, 8))
     with torch.no_grad():
@@ -135,7 +136,7 @@ def test_nanogpt_checkpoint_comes_with_moments_and_goes_on_as_torch_would(tmp_pa
     assert (loaded.state.iteration, loaded.state.optimizer_steps, loaded.best) == (4, 4, 2.5)
 
     data = np.random.default_rng(0).integers(0, 11, 100).astype(np.uint16)
-    backend = detect.create(spec, BackendOptions("cpu", grad_clip=0.0), Tokens({"train": data}, 8))
+    backend = kinds.create(spec, options("cpu", grad_clip=0.0), Tokens({"train": data}, 8))
     backend.restore(loaded.state)
     windows = np.array([[5, 40]])
     backend.wait(backend.step(windows, 1e-3))

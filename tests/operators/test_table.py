@@ -188,7 +188,7 @@ def test_the_cache_tells_torches_and_depths_apart(wheels, tmp_path, cache):
 
 
 def test_two_at_once_leave_one_whole_table(wheels, cache):
-    program = "import sys; from nanogpt_mac.coverage import table; print(len(table.load(sys.argv[1]).entries))"
+    program = "import sys; from nanogpt_mac.operators import table; print(len(table.load(sys.argv[1]).entries))"
     children = [
         subprocess.Popen([sys.executable, "-c", program, str(wheels[0])], stdout=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import yaml
-from fakes.support import ROOT
+from fakes.support import ROOT, options
 
 from nanogpt_mac.train import checkpoint
 
@@ -196,15 +196,15 @@ def test_kills_leave_a_readable_checkpoint(command, text):
 @pytest.mark.slow
 def test_two_hundred_kills(text):
     """Every checkpoint loads, and goes on in this process (a process each would take an hour)."""
-    from nanogpt_mac.backends import detect
-    from nanogpt_mac.backends.base import BackendOptions, Tokens
+    from nanogpt_mac.backends import kinds
+    from nanogpt_mac.backends.base import Tokens
 
     data = np.random.default_rng(0).integers(0, 20, 1000).astype(np.uint16)
     iterations = set()
     for state in kill_at_random(text, 200, seed=1):
         iterations.add(state.iteration)
         spec = checkpoint.load(text / "killed/ckpt/last")[0]
-        backend = detect.create(spec, BackendOptions("cpu"), Tokens({"train": data}, spec.block_size))
+        backend = kinds.create(spec, options("cpu"), Tokens({"train": data}, spec.block_size))
         backend.restore(state)
         loss, _ = backend.wait(backend.step(np.array([[1, 2]]), 1e-3))
         assert np.isfinite(loss)

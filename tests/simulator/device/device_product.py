@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from nanogpt_mac import simulator
 
 simulator.install()
 
-from nanogpt_mac.backends import detect  # noqa: E402
-from nanogpt_mac.backends.base import Backend, BackendOptions, Tokens, generate  # noqa: E402
+from nanogpt_mac.backends import kinds  # noqa: E402
+from nanogpt_mac.backends.base import Backend, Tokens  # noqa: E402
+from nanogpt_mac.backends.generate import generate  # noqa: E402
+from nanogpt_mac.config import Config, backend_options  # noqa: E402
 from nanogpt_mac.gpt.spec import GPTSpec  # noqa: E402
 from nanogpt_mac.train.clock import Clock  # noqa: E402
 
@@ -23,8 +27,8 @@ _walk = np.cumsum(np.random.default_rng(7).integers(0, 3, 4000)) % 65
 TOKENS = Tokens({"train": _walk[:3600].astype(np.uint16), "val": _walk[3600:].astype(np.uint16)}, 16)
 
 
-def make(name: str, **options: object) -> Backend:
-    backend = detect.create(SPEC, BackendOptions(name, **options), TOKENS)
+def make(name: str, **given: Any) -> Backend:
+    backend = kinds.create(SPEC, replace(backend_options(Config(), name), **given), TOKENS)
     backend.load(SPEC.init_weights(1337))
     return backend
 

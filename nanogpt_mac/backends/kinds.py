@@ -1,0 +1,286 @@
+"""THE registry: the back ends that there are, which of them this machine has, and making one.
+
+An entry imports no framework; what must be set before one is imported is set here. A back end of another package
+registers itself: an entry point of the group `nanogpt_mac.backends` names its Kind (docs/add-a-backend.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from nanogpt_mac import simulator
+from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Tokens, setting
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.records.capabilities import Capabilities
+
+HALVES = ("float32", "bfloat16", "float16")
+RESIDENT_SET, POOL, ALLOCATOR = "the process's resident set", "the driver's pool", "the allocator's peak"
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+# -- torch ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TorchSettings:
+    compile_mode: str = setting("default", *COMPILE_MODES)
+    """torch.compile's `mode`."""
+    fused_adamw: bool | None = setting(None)
+    """AdamW as one kernel; null is "wherever torch has it"."""
+
+
+class Torch(Kind):
+    def missing(self) -> str | None:
+        if reason := super().missing():
+            return reason
+        if self.name == "cpu":
+            return None
+        simulated = simulator.install_if_asked()  # before anything asks torch for its devices
+        import torch
+
+        if self.name == "cuda":
+            return None if torch.cuda.is_available() else "torch finds no CUDA device"
+        if simulated or torch.backends.mps.is_available():
+            return None
+        if torch.backends.mps.is_built():
+            return "torch finds no Metal device (it needs macOS 14 or later on Apple silicon)"
+        return f"this torch is built without MPS, which exists on macOS alone ({simulator.VARIABLE}=1 simulates it)"
+
+    def prepare(self, options: BackendOptions) -> None:
+        if self.name == "cpu" and options.compile:
+            _require_compiler("torch.compile", os.environ.get("CXX", "g++"), "g++", "clang++")
+
+
+TORCH: dict[str, Any] = {
+    "cls": "nanogpt_mac.backends.torch_backend:TorchBackend",
+    "framework": "torch",
+    "compiler": "torch.compile",
+    "settings": TorchSettings,
+    "caches": ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
+    "out_of_memory": r"out of memory|can't allocate memory|not enough memory",
+    "missing_operator": r"not currently (implemented|supported) (for|on) the MPS|not implemented for ['\"]"
+    r"|NotImplementedError|not supported on MPS",
+}
+
+
+# -- MLX --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MLXSettings:
+    blas: str = setting("own", "own", "torch")
+    """On a Linux CPU: "torch" borrows libtorch's matrix product, faster than the reference BLAS of MLX's wheel."""
+
+
+class MLX(Kind):
+    def prepare(self, options: BackendOptions) -> None:
+        """TF32, and whose BLAS its Linux CPU build calls."""
+        tf32 = "0" if options.matmul_precision == "highest" else "1"
+        loaded = "mlx.core" in sys.modules
+        if loaded and os.environ.get("MLX_ENABLE_TF32") not in (None, tf32):
+            raise InputError(
+                f"matmul_precision={options.matmul_precision}: MLX reads it once, and this process has used the other "
+                "setting; start a new process"
+            )
+        os.environ["MLX_ENABLE_TF32"] = tf32
+        if MLXSettings(**options.settings).blas == "torch" and not _lent:
+            if loaded:
+                raise InputError("backend.blas=torch: must be set before MLX is loaded; start a new process")
+            _borrow_torch_blas()
+        import mlx.core as mx
+
+        if options.compile and mx.default_device() == mx.Device(mx.cpu):
+            _require_compiler("mx.compile", "g++")  # the only one that MLX asks for; without it nothing is fused
+
+
+_lent: list[ctypes.CDLL] = []  # libtorch, where this process has loaded it before MLX
+
+
+def _borrow_torch_blas() -> None:
+    """Let libtorch's sgemm serve MLX, whose Linux CPU wheel carries the slow reference BLAS.
+
+    The dynamic linker takes a symbol from the first library that was loaded globally, so libtorch goes first.
+    """
+    torch = find_spec("torch")
+    places = torch.submodule_search_locations if torch else None
+    library = Path(places[0]) / "lib" / "libtorch_cpu.so" if places else None
+    if library is None or not library.exists():
+        raise InputError("backend.blas=torch: there is no libtorch_cpu.so here; use backend.blas=own")
+    _lent.append(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))
+
+
+def _require_compiler(what: str, *compilers: str) -> None:
+    if not any(shutil.which(compiler) for compiler in compilers):
+        names = " or ".join(dict.fromkeys(compilers))
+        raise InputError(f"compile=true: {what} on a CPU needs {names}, not found on PATH; use compile=false")
+
+
+# -- the registry -----------------------------------------------------------------------------------------------------
+
+# The order in which variants are shown. backend=auto goes by rank: CUDA, then MLX on Metal, then MPS, then the CPU. MLX
+# stands before MPS because the one published comparison with sound timing has it ahead (richiksc/mlx-benchmarks, M1:
+# 0.365 s against 0.652 s an epoch).
+_MPS = Capabilities(
+    "mps", "torch", True, True, compiles_evaluation=True, dtypes=HALVES, detector=True, memory=POOL
+)  # fmt: skip
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Torch(
+            name="mps",
+            label="MPS",
+            devices=(
+                _MPS,
+                replace(_MPS, device=simulator.DEVICE_NAME, accelerator=False, simulated=True, note="simulated"),
+            ),
+            rank={"darwin": 30},
+            **TORCH,
+        ),
+        Torch(
+            name="cuda",
+            label="CUDA",
+            devices=(
+                Capabilities(
+                    "cuda", "torch", True, True, compiles_evaluation=True, dtypes=HALVES, tf32=True, memory=ALLOCATOR
+                ),
+            ),
+            compiled_by_default=True,
+            rank={"darwin": 10, "linux": 10},
+            **TORCH,
+        ),
+        MLX(
+            name="mlx",
+            cls="nanogpt_mac.backends.mlx_backend:MLXBackend",
+            label="MLX",
+            framework="mlx",
+            devices=(
+                Capabilities("metal", "mlx", True, True, dtypes=HALVES, tf32=True, memory=ALLOCATOR),
+                Capabilities("cuda", "mlx", True, True, dtypes=HALVES, tf32=True, memory=ALLOCATOR),
+                Capabilities("cpu", "mlx", memory=RESIDENT_SET, note="CPU"),
+            ),
+            compiler="mx.compile",
+            compiled_by_default=True,
+            eager_by_name=False,
+            rank={"darwin": 20, "linux": 30},
+            settings=MLXSettings,
+            caches=("TMPDIR",) if sys.platform == "linux" else (),  # its CPU build keeps compiled kernels there
+            out_of_memory=r"Insufficient Memory|failed to allocate",
+            missing_operator=r"(No|no) Metal kernel|Unable to load kernel",
+        ),
+        Torch(
+            name="cpu",
+            label="CPU",
+            devices=(
+                Capabilities(
+                    "cpu", "torch", compiles_evaluation=True, dtypes=("float32", "bfloat16"), memory=RESIDENT_SET
+                ),
+            ),
+            rank={"darwin": 40, "linux": 20},
+            **TORCH,
+        ),
+    )
+}
+
+
+class _Broken(Kind):
+    """A back end of another package whose entry point cannot be loaded: it is missing, and says why."""
+
+    def missing(self) -> str | None:
+        return self.label
+
+
+def _registered_elsewhere() -> dict[str, Kind]:
+    """Back ends that other installed packages bring; none of them takes the place of one above."""
+    found: dict[str, Kind] = {}
+    for entry in entry_points(group="nanogpt_mac.backends"):
+        try:
+            kind = entry.load()
+            if not isinstance(kind, Kind) or kind.name in KINDS:
+                raise TypeError(f"{entry.value} is not the Kind of a new back end")
+        except Exception as error:
+            reason = f"its entry point {entry.value} cannot be loaded: {type(error).__name__}: {error}"
+            kind = _Broken(entry.name, "", " ".join(reason.split()), "", ())
+        found.setdefault(kind.name, kind)
+    return found
+
+
+KINDS |= {name: kind for name, kind in _registered_elsewhere().items() if name not in KINDS}
+
+
+def missing(name: str) -> str | None:
+    """Why back end `name` cannot run here, or None when it can."""
+    return KINDS[name].missing()
+
+
+def available() -> list[str]:
+    return [name for name in KINDS if missing(name) is None]
+
+
+def resolve(name: str) -> str:
+    """The back end that `backend=name` means here; InputError, naming what is there, when it is absent."""
+    if name == "auto":
+        ranks = {kind.name: kind.rank[sys.platform] for kind in KINDS.values() if sys.platform in kind.rank}
+        return next(candidate for candidate in sorted(ranks, key=ranks.__getitem__) if missing(candidate) is None)
+    reason = missing(name)
+    if reason:
+        raise InputError(f"backend={name}: not available here: {reason}. Available: auto, {', '.join(available())}")
+    return name
+
+
+def resolve_compile(value: bool | str, backend: str) -> bool:
+    """`compile=auto` compiles where that is known to be faster: MLX and CUDA. True and false are obeyed."""
+    kind = KINDS[backend]
+    if value is True and not kind.compiler:
+        raise InputError(f"compile=true: backend={backend} has no compiler; use compile=false or compile=auto")
+    return kind.compiled_by_default if value == "auto" else bool(value)
+
+
+def create(spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> Backend:
+    """Make the back end that `options` describe."""
+    kind = KINDS[options.name]
+    kind.prepare(options)
+    return kind.load()(spec, options, tokens)
+
+
+def recorded(backend: str, device: str) -> Capabilities:
+    """What back end `backend` says of itself on `device`, for records that do not have it (schema 1)."""
+    return KINDS[backend].on(device) if backend in KINDS else Capabilities(device)
+
+
+def frameworks() -> tuple[str, ...]:
+    """Distributions whose versions are recorded."""
+    return tuple(dict.fromkeys(kind.framework for kind in KINDS.values() if kind.framework))
+
+
+def settings() -> dict[str, tuple[Any, Any, tuple[Any, ...]]]:
+    """Every key under `backend.` that some kind has: its type, its default and its values (none: any of the type)."""
+    found: dict[str, tuple[Any, Any, tuple[Any, ...]]] = {}
+    for kind in KINDS.values():
+        types = get_type_hints(kind.settings) if kind.settings else {}
+        for f in fields(kind.settings) if kind.settings else ():
+            found.setdefault(f.name, (types[f.name], f.default, f.metadata.get("allowed", ())))
+    return found
+
+
+def own_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings `given` under `backend.`, those that back end `name` has; it ignores the others'."""
+    own = KINDS[name].settings
+    return {f.name: given[f.name] for f in fields(own) if f.name in given} if own else {}
+
+
+def pattern(which: str) -> re.Pattern[str]:
+    """One pattern of all kinds' `which`: "out_of_memory" or "missing_operator"."""
+    parts = dict.fromkeys(getattr(kind, which) for kind in KINDS.values())
+    return re.compile("|".join(part for part in parts if part), re.IGNORECASE if which == "out_of_memory" else 0)
