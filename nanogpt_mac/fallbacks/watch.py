@@ -314,16 +314,22 @@ def watch(task: dict[str, Any]) -> Observed:
         torch=torch.__version__,
         python=sys.version.partition(" ")[0],
         device=session.backend.device_name,
-        compile_report=compiled.report() if compiled is not None else None,
+        compile_report=_described(compiled) if compiled is not None else None,
         seconds=time.perf_counter() - begin,
     )
 
 
 def _compile_report() -> Any:
     """What watches the compiler. It enters before the first compilation."""
-    from nanogpt_mac.compile_report import check as compiled
+    from nanogpt_mac.compile_report.seen import watch
 
-    return compiled.watch()
+    return watch()
+
+
+def _described(seen: Any) -> dict[str, Any]:
+    from nanogpt_mac.compile_report.describe import describe
+
+    return describe(seen)
 
 
 def _end_with_parent(scratch: str) -> None:

@@ -16,6 +16,7 @@ import os
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from nanogpt_mac import simulator
@@ -24,6 +25,7 @@ simulator.install()
 
 import torch  # noqa: E402
 
+from nanogpt_mac.config import Config, backend_options  # noqa: E402
 from nanogpt_mac.fallbacks import detect as runtime  # noqa: E402
 from nanogpt_mac.fallbacks import watch  # noqa: E402
 from nanogpt_mac.records.fallbacks import Fallbacks, FindingKind  # noqa: E402
@@ -105,7 +107,7 @@ def task(compiled: bool, layers: int, **changes: object) -> dict:
         "dropout": 0.2,
         "bias": True,
     }
-    options = {"name": "mps", "compile": compiled, "dtype": changes.pop("dtype", "float32")}
+    options = asdict(backend_options(Config(dtype=changes.pop("dtype", "float32")), "mps", compiled))
     shape = {"batch_size": 4, "gradient_accumulation_steps": 1, "resident": True}
     return {"options": options, "spec": {**spec, "gelu": "exact", **changes}, **shape}
 

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from pydantic import TypeAdapter
 from nanogpt_mac import cli
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import PHASES
+from nanogpt_mac.backends.torch_backend import MEANT
 from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect as runtime
@@ -112,6 +115,40 @@ def test_a_fault_of_torchs_own(command, monkeypatch, mode):
     assert done.returncode == (3 if mode == "error" else 0), done.stderr
     assert "fallbacks: 1 found in optimizer" in done.stdout
     assert ("iter 0" in done.stdout) == (mode == "report")
+
+
+RENAMED = """
+import json
+from nanogpt_mac.config import Config
+from nanogpt_mac.fallbacks import detect
+config = Config(dtype="float16", batch_size=2)
+config.backend.fused_adamw = False
+config.model.n_layer, config.model.n_head, config.model.n_embd, config.model.block_size = 1, 1, 16, 8
+print(json.dumps(detect.check(config).document()))
+"""
+
+
+@ON_LINUX
+def test_renaming_what_is_private_to_the_back_end_changes_nothing(tmp_path):
+    """A copy of the package in which no private name of torch_backend.py is what it was: the same fault is found."""
+    shutil.copytree(ROOT / "nanogpt_mac", tmp_path / "nanogpt_mac", ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "nanogpt_mac" / "backends" / "torch_backend.py"
+    code = source.read_text()
+    private = set(re.findall(r"def (_[a-z]\w*)\(", code))
+    assert {"_handle", "_tokens", "_adamw"} <= private
+    for number, name in enumerate(sorted(private)):
+        code = re.sub(rf"\b{name}\b", f"_other_{number}", code)
+    source.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NANOGPT_MAC_SIMULATE_MPS": "1", "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-c", RENAMED]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    document = Fallbacks.parse(json.loads(done.stdout), "fallbacks.json")
+    assert document.why_incomplete == ()
+    found = [(f.op, f.kind, f.phase) for f in document.findings]
+    assert found == [("_local_scalar_dense", FindingKind.SYNC, "optimizer")]
+    made = [(m.phase, m.op, m.reason, m.calls) for m in document.passes.profiler.meant]
+    assert sorted(made) == sorted((m.phase, m.op, m.reason, m.most) for m in MEANT)
 
 
 # -- what two passes saw, judged --------------------------------------------------------------------------------------
