@@ -95,9 +95,9 @@ class EventRow(Record):
 Row = Annotated[IterationRow | EvaluationRow | EventRow, Field(discriminator="kind")]
 
 
-def row_line(row: Record) -> str:
+def row_line(row: IterationRow | EvaluationRow | EventRow) -> str:
     """A row as it stands in metrics.jsonl; what was not set is left out."""
-    return json.dumps(plain(row.model_dump(exclude_unset=True))) + "\n"
+    return json.dumps({"kind": row.kind, "iter": row.iter} | plain(row.model_dump(exclude_unset=True))) + "\n"
 
 
 class Times(Record):
