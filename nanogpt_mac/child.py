@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -35,16 +34,7 @@ GRACE_S = 60.0  # for a run that was asked to end to finish its iteration
 ROOM = 64 * 1024  # bytes; less is a full disk
 FEWEST_PILOT = 4  # iterations, before a pilot run is asked to end
 
-# The line of a log that says why, by the state that it means; the first that is found, from the end of the log.
-OOM = re.compile(
-    r"out of memory|MemoryError|bad_alloc|annot allocate memory|can't allocate memory|not enough memory"
-    r"|Insufficient Memory|failed to allocate",
-    re.IGNORECASE,
-)
-MISSING = re.compile(
-    r"not currently (implemented|supported) (for|on) the MPS|not implemented for ['\"]|NotImplementedError"
-    r"|not supported on MPS|(No|no) Metal kernel|Unable to load kernel",
-)
+OOM = re.compile(r"out of memory|MemoryError|bad_alloc|annot allocate memory", re.IGNORECASE)  # of any program
 RAISED = re.compile(r"^(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Fault)\w*\b")
 
 
@@ -73,8 +63,8 @@ class Question:
 
     what: str | Sequence[str | Path]
     task: Any = None
-    python: str = sys.executable
-    environment: Mapping[str, str] | None = None  # by default this process's
+    python: str | None = None  # by default this process's, as is the environment
+    environment: Mapping[str, str] | None = None
     timeout_s: float | None = None
     log: Path | None = None
 
@@ -92,7 +82,7 @@ def ask(
     what: str | Sequence[str | Path],
     task: Any = None,
     *,
-    python: str = sys.executable,
+    python: str | None = None,
     environment: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
 ) -> Any:
@@ -157,7 +147,7 @@ class _Asked:
         q = self.question
         given = dict(os.environ if q.environment is None else q.environment)
         given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), given.get("PYTHONPATH", "")]))
-        argv = [q.python, "-m", q.what] if isinstance(q.what, str) else [str(part) for part in q.what]
+        argv = [q.python or sys.executable, "-m", q.what] if isinstance(q.what, str) else [str(part) for part in q.what]
         self.output = tempfile.TemporaryFile()
         self.errors = tempfile.TemporaryFile() if q.log is None else q.log.open("w+b")
         try:
@@ -313,8 +303,17 @@ class Ending:
     seconds: float
 
 
-def supervise(argv: Sequence[str], folder: Path, environment: Mapping[str, str], limits: Limits) -> Ending:
-    """Run `argv`, which writes a run into `folder`; its output goes to log.txt there. Never leaves a process behind."""
+def supervise(
+    argv: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    limits: Limits,
+    signs: Mapping[str, re.Pattern[str]] | None = None,
+) -> Ending:
+    """Run `argv`, which writes a run into `folder`; its output goes to log.txt there. Never leaves a process behind.
+
+    `signs` are the states, by name, that a line of the log means in the words of the program that runs.
+    """
     begun = time.monotonic()
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
@@ -340,7 +339,7 @@ def supervise(argv: Sequence[str], folder: Path, environment: Mapping[str, str],
     well = (0, 128 + signal.SIGTERM, -signal.SIGTERM) if asked else (0,)  # the last: asked when it was done anyway
     if code in well and (folder / "summary.json").exists():
         return Ending(RunState.DONE, code, None, seconds)
-    state, reason = _why(code, (folder / "log.txt").read_text(errors="replace"))
+    state, reason = _why(code, (folder / "log.txt").read_text(errors="replace"), signs or {})
     return Ending(state, code, reason, seconds)
 
 
@@ -410,13 +409,13 @@ def _end(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _why(code: int, log: str) -> tuple[RunState, str]:
+def _why(code: int, log: str, signs: Mapping[str, re.Pattern[str]]) -> tuple[RunState, str]:
     """State and one-line reason of a run that ended by itself with `code`, from the log that it left."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for state, pattern in ((RunState.OOM, OOM), (RunState.MISSING_OP, MISSING)):
+    for state, pattern in ((RunState.OOM, OOM), *signs.items()):
         found = [line for line in lines if pattern.search(line)]
         if found and code != 2:
-            return state, _shortened(found[-1])
+            return RunState(state), _shortened(found[-1])
     if code < 0:
         name = _signal(-code)
         if -code == signal.SIGKILL:
@@ -437,30 +436,3 @@ def require_room(folder: Path) -> None:
     """After a failure: OSError where the disk is full, which is nobody's fault and would fail everything to come."""
     if shutil.disk_usage(folder).free < ROOM:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
-
-def outcome(folder: Path) -> dict[str, Any] | None:
-    """outcome.json of a run's folder, or None where the run has not ended."""
-    try:
-        found = json.loads((folder / "outcome.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def whole(folder: Path) -> bool:
-    """Whether the records of a run that has ended hold all that is read from them again."""
-    found = outcome(folder)
-    try:
-        if found is None or not 0 <= found["seconds"] < math.inf or not isinstance(found["state"], str):
-            return False
-        if found["state"] != "done":
-            return isinstance(found["reason"], str)
-        summary = json.loads((folder / "summary.json").read_text())
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        times = [row["iter_ms"] for row in rows if row["kind"] == "iteration" and not row.get("left_out")]
-        timing = summary["iter_ms"]
-        figures = [summary["first_iter_s"], *([timing["median"], timing["min"], *times] if times else [])]
-        return len(times) == timing.get("count", len(times)) and all(figure > 0 for figure in figures)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

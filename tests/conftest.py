@@ -12,6 +12,11 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 
+if kinds.gpu_left_out():  # as in every process that computes with MLX
+    import mlx.core as mx
+
+    mx.set_default_device(mx.Device(mx.cpu))
+
 
 @pytest.fixture
 def spec():

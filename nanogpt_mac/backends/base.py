@@ -110,6 +110,11 @@ class Kind:
         known = (capabilities for capabilities in self.devices if capabilities.device == device)
         return next(known, Capabilities(device, self.framework))
 
+    @property
+    def detects(self) -> bool:
+        """Whether there is a fallback detector for one of its devices."""
+        return any(capabilities.detector for capabilities in self.devices)
+
     def missing(self) -> str | None:
         """Why it cannot run here, or None when it can. May import the framework only where nothing is set before."""
         return None if find_spec(self.framework) else f"the package {self.framework} is not installed"

@@ -29,6 +29,14 @@ RESIDENT_SET, POOL, ALLOCATOR = "the process's resident set", "the driver's pool
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
+# A virtual Mac can have a GPU that does not compute, as GitHub's may: then MPS is left out, and MLX takes the CPU.
+NO_GPU = "NANOGPT_MAC_NO_GPU"
+
+
+def gpu_left_out() -> bool:
+    """Whether the user said that this machine's GPU is not to be used."""
+    return os.environ.get(NO_GPU, "0") not in ("", "0")
+
 
 # -- torch ------------------------------------------------------------------------------------------------------------
 
@@ -50,6 +58,8 @@ class Torch(Kind):
         simulated = simulator.install_if_asked()  # before anything asks torch for its devices
         import torch
 
+        if not simulated and gpu_left_out():
+            return f"{NO_GPU} leaves this machine's GPU out"
         if self.name == "cuda":
             return None if torch.cuda.is_available() else "torch finds no CUDA device"
         if simulated or torch.backends.mps.is_available():
@@ -69,7 +79,7 @@ TORCH: dict[str, Any] = {
     "compiler": "torch.compile",
     "settings": TorchSettings,
     "caches": ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
-    "out_of_memory": r"out of memory|can't allocate memory|not enough memory",
+    "out_of_memory": r"(?i:can't allocate memory|not enough memory)",
     "missing_operator": r"not currently (implemented|supported) (for|on) the MPS|not implemented for ['\"]"
     r"|NotImplementedError|not supported on MPS",
 }
@@ -101,6 +111,8 @@ class MLX(Kind):
             _borrow_torch_blas()
         import mlx.core as mx
 
+        if gpu_left_out():
+            mx.set_default_device(mx.Device(mx.cpu))
         if options.compile and mx.default_device() == mx.Device(mx.cpu):
             _require_compiler("mx.compile", "g++")  # the only one that MLX asks for; without it nothing is fused
 
@@ -176,7 +188,7 @@ KINDS: dict[str, Kind] = {
             rank={"darwin": 20, "linux": 30},
             settings=MLXSettings,
             caches=("TMPDIR",) if sys.platform == "linux" else (),  # its CPU build keeps compiled kernels there
-            out_of_memory=r"Insufficient Memory|failed to allocate",
+            out_of_memory=r"(?i:Insufficient Memory|failed to allocate)",
             missing_operator=r"(No|no) Metal kernel|Unable to load kernel",
         ),
         Torch(
@@ -280,7 +292,10 @@ def own_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {f.name: given[f.name] for f in fields(own) if f.name in given} if own else {}
 
 
-def pattern(which: str) -> re.Pattern[str]:
-    """One pattern of all kinds' `which`: "out_of_memory" or "missing_operator"."""
-    parts = dict.fromkeys(getattr(kind, which) for kind in KINDS.values())
-    return re.compile("|".join(part for part in parts if part), re.IGNORECASE if which == "out_of_memory" else 0)
+def signs() -> dict[str, re.Pattern[str]]:
+    """What the line of a log means, in the words of any framework: a state of records.run.RunState -> its pattern."""
+    joined = {
+        "oom": "|".join({kind.out_of_memory for kind in KINDS.values()} - {""}),
+        "missing_op": "|".join({kind.missing_operator for kind in KINDS.values()} - {""}),
+    }
+    return {state: re.compile(pattern) for state, pattern in joined.items() if pattern}

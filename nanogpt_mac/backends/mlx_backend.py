@@ -5,9 +5,11 @@ Import it through `kinds.create`, which sets what MLX reads from the process onl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, cast
 
 import mlx.core as mx
@@ -16,10 +18,11 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import Backend, BackendOptions, Tokens
+from nanogpt_mac.backends.base import Backend, BackendOptions, Lever, Recommended, Tokens
 from nanogpt_mac.backends.kinds import KINDS, MLXSettings
 from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
+from nanogpt_mac.records.capabilities import Capabilities
 
 Arrays = dict[str, mx.array]
 
@@ -33,6 +36,27 @@ class Handle:
 
 
 class MLXBackend(Backend):
+    LEVERS = (
+        Lever(
+            "backend.blas",
+            "own",
+            "the reference BLAS of MLX's Linux wheel",
+            lambda _, config: config.backend.blas == "torch",
+        ),
+        Lever(
+            "model.dropout",
+            0.0,
+            "no dropout, which learns something else; MLX then takes its fused attention",
+            lambda _, config: config.model.dropout > 0,
+        ),
+        Lever(
+            "model.dropout",
+            0.2,
+            "dropout of 0.2, which learns something else; MLX's fused attention cannot have it",
+            lambda _, config: config.model.dropout == 0,
+        ),
+    )
+
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
         self.spec, self.options, self.tokens = spec, options, tokens
         self.capabilities = KINDS[options.name].on(self.device_of(options.name))
@@ -64,6 +88,12 @@ class MLXBackend(Backend):
         if mx.default_device() != mx.Device(mx.gpu):
             return "cpu"
         return "metal" if mx.metal.is_available() else "cuda"
+
+    @classmethod
+    def recommended(cls, capabilities: Capabilities) -> tuple[Recommended, ...]:
+        """The reference BLAS of the Linux CPU wheel is ten times slower than libtorch's; no Mac has it."""
+        lends = sys.platform == "linux" and capabilities.device == "cpu" and find_spec("torch")
+        return (Recommended("backend.blas", "torch", "torch's BLAS"),) if lends else ()
 
     # -- data: what crosses to the device is the starts, or whole windows where the split does not live there -----
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import Backend, BackendOptions, Meant, Tokens
+from nanogpt_mac.backends.base import Backend, BackendOptions, Lever, Meant, Tokens
 from nanogpt_mac.backends.kinds import KINDS, TorchSettings
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
@@ -37,7 +37,44 @@ class Handle:
     sources: list[Tensor]  # what the iteration copies from, kept alive until it has
 
 
+def _rounds() -> bool:
+    """Whether the CPU's products change at all at lower precision: asked by computing one."""
+    matrix = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    before, exact = torch.get_float32_matmul_precision(), matrix @ matrix
+    try:
+        torch.set_float32_matmul_precision("medium")
+        return not torch.equal(matrix @ matrix, exact)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class TorchBackend(Backend):
+    LEVERS = (
+        Lever(
+            "backend.fused_adamw",
+            False,
+            "AdamW as torch's own loop over tensors, not one fused kernel",
+            lambda _, config: config.backend.fused_adamw is not False,
+        ),
+        Lever(
+            "matmul_precision",
+            "medium",
+            "float32 products rounded to bfloat16 inside",
+            lambda here, config: (
+                (here.device, config.dtype, config.matmul_precision) == ("cpu", "float32", "highest") and _rounds()
+            ),
+        ),
+        Lever(
+            "backend.compile_mode", "reduce-overhead", "the loss as CUDA graphs", lambda here, _: here.device == "cuda"
+        ),
+        Lever(
+            "backend.compile_mode",
+            "max-autotune-no-cudagraphs",
+            "kernels chosen by timing them",
+            lambda here, _: here.device == "cuda",
+        ),
+    )
+
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
         self.spec, self.options, self.tokens = spec, options, tokens
         self.settings = TorchSettings(**options.settings)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from nanogpt_mac.backends.base import PHASES
-from nanogpt_mac.fallbacks.observed import Call, Dispatch, Observed, Refused, Sign, Warned
+from nanogpt_mac.fallbacks.observed import Call, Observed, Refused, Sign, Warned
 from nanogpt_mac.fallbacks.signs import NOT_ON_CPU, NOT_ON_MPS, OUT_OF_MEMORY, short
+from nanogpt_mac.operators.dispatch import Dispatch
 from nanogpt_mac.records.fallbacks import Finding, FindingKind
 
 _SHOWN = 8  # calls of one operator whose shapes and places are listed
@@ -111,7 +112,7 @@ def _fallbacks(seen: Observed, stopped: set[Place], why: list[str]) -> list[Find
         (phase, op), warned, calls = place, warnings.get(place, []), profiled.get(place, [])
         if len(warned) != len(calls) and place not in stopped:
             why.append(f"{phase}: {op}: {len(warned)} warnings, but the profiler saw {len(calls)} fallbacks")
-        explicit = seen.dispatch.get(op) is Dispatch.EXPLICIT
+        explicit = seen.dispatch.get(op) is Dispatch.BY_HAND
         evidence = [f"{len(warned)} warnings that it runs on the CPU"] if warned else []
         evidence += [f"the profiler saw its tensors go to the CPU in {len(calls)} calls"] if calls else []
         evidence += [

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from nanogpt_mac.operators.dispatch import Dispatch
+
 
 class Sign(StrEnum):
     """What a profile shows of a call that left the device."""
@@ -16,15 +18,6 @@ class Sign(StrEnum):
     FALLBACK = "fallback"  # the CPU ran it
     HIDDEN = "hidden"  # a native kernel used the CPU inside
     SYNC = "sync"  # the host waited for the device
-
-
-class Dispatch(StrEnum):
-    """How the dispatcher's table has an operator for MPS."""
-
-    KERNEL = "kernel"
-    FALLBACK = "fallback"  # no kernel: the fallback takes it, if it is switched on
-    EXPLICIT = "explicit"  # registered as a CPU fallback
-    UNKNOWN = "unknown"
 
 
 @dataclass

@@ -30,11 +30,12 @@ from nanogpt_mac import simulator
 from nanogpt_mac.backends import base, kinds
 from nanogpt_mac.backends.base import PHASES, BackendOptions, Tokens
 from nanogpt_mac.fallbacks import profiled, signs
-from nanogpt_mac.fallbacks.observed import Dispatch, Observed, Profiled, Refused, Warned, Warnings
+from nanogpt_mac.fallbacks.observed import Observed, Profiled, Refused, Warned, Warnings
 from nanogpt_mac.fallbacks.phases import Phased
 from nanogpt_mac.fallbacks.refusals import Lines, Locator, located_in_profile
 from nanogpt_mac.fallbacks.signs import ADMITS, COMPILED_PHASES, CONTROL, FALLS_BACK, Frame, short
 from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.operators.dispatch import Dispatch, dispatch_of
 
 _OVERFLOWS = 30  # float16 iterations until the loss scale fits, at most
 _PROMPT = 4  # tokens
@@ -175,14 +176,6 @@ class Session:
                 break
 
 
-def _dispatch(op: str) -> Dispatch:
-    table = torch._C._dispatch_dump_table(op if "::" in op else f"aten::{op}")
-    line = next((line for line in table.splitlines() if line.startswith("MPS: ")), "")
-    if "[backend fallback]" in line:
-        return Dispatch.FALLBACK
-    return Dispatch.EXPLICIT if "MPSFallback" in line else Dispatch.KERNEL if line else Dispatch.UNKNOWN
-
-
 # -- trying the detector ----------------------------------------------------------------------------------------------
 
 
@@ -201,7 +194,7 @@ def _controls() -> dict[str, Callable[[], Any]]:
 def _control() -> tuple[str | None, Callable[[], Any]]:
     """An operator that is known to fall back, to see whether both passes see it; None where none does."""
     for name, call in _controls().items():
-        if _dispatch(name) in (Dispatch.FALLBACK, Dispatch.EXPLICIT):
+        if dispatch_of(name) in (Dispatch.MISSING, Dispatch.BY_HAND):
             return name, call
     return None, lambda: None
 
@@ -250,7 +243,7 @@ def examine(session: Session) -> Observed:
         ),
         control=control,
         refused=located,
-        dispatch={op: _dispatch(op) for op in sorted({r.op for r in rows} | {w.op for w in warned})},
+        dispatch={op: dispatch_of(op) for op in sorted({r.op for r in rows} | {w.op for w in warned})},
     )
 
 

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 TIMEOUT_S = 5.0
 SYSTEM_PATHS = ("/usr/bin", "/usr/sbin", "/bin", "/sbin")  # a cron job's PATH may lack /usr/sbin
-PACKAGES = ("torch", "mlx", "numpy", "wandb", "hydra-core", "nanogpt-mac")
+PACKAGES = ("numpy", "wandb", "hydra-core", "nanogpt-mac")  # and the back ends' frameworks
 
 SYSCTL = (
     "sysctl",
@@ -173,7 +173,7 @@ def _nvidia_gpu() -> tuple[str | None, str | None]:
         return None, None
 
 
-def environment() -> dict[str, Any]:
+def environment(frameworks: Sequence[str] = ()) -> dict[str, Any]:
     """Everything a record of a run needs to know about the machine, ready for JSON. Unknown facts are None.
 
     Keys: os, os_version, macos_version, machine, python, chip (the processor's name), cpu_cores, cpu_core_kinds (name
@@ -193,7 +193,7 @@ def environment() -> dict[str, Any]:
         "power_source": power_source(problems),
         "low_power_mode": low_power_mode(problems),
         "thermal_state": thermal_state(problems),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: _version(package) for package in dict.fromkeys((*frameworks, *PACKAGES))},
         "git": _git(problems),
         "problems": problems,
     }
@@ -309,8 +309,8 @@ def process_times() -> dict[str, float]:
 
 def _seconds_since_start() -> float:
     """psutil on Linux adds the boot time, which the kernel rounds to a second; /proc's own clock has 10 ms."""
-    stat = Path("/proc/self/stat")
-    if stat.exists():
-        started = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    if sys.platform == "linux":
+        stat = Path("/proc/self/stat").read_text()
+        started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started
     return time.time() - psutil.Process().create_time()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from nanogpt_mac.files import plain
-from nanogpt_mac.records.base import Amount, Count, Document, Number, Record, Share, Size
+from nanogpt_mac.records.base import Amount, Count, DamagedError, Document, Number, Record, Share, Size, first
 from nanogpt_mac.records.capabilities import Capabilities
 
 
@@ -93,6 +94,21 @@ class EventRow(Record):
 
 
 Row = Annotated[IterationRow | EvaluationRow | EventRow, Field(discriminator="kind")]
+_ROW: TypeAdapter[Row] = TypeAdapter(Row)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of metrics.jsonl. FileNotFoundError where there is none; `DamagedError` names the first damaged line."""
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(_ROW.validate_json(line))
+            except ValidationError as error:
+                if rows and not line.endswith(b"\n"):  # the run was killed while it wrote
+                    break
+                raise DamagedError(f"{path.name}, line {number}: {first(error)}") from error
+    return rows
 
 
 def row_line(row: IterationRow | EvaluationRow | EventRow) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Backend, Tokens
@@ -24,7 +23,6 @@ from nanogpt_mac.fallbacks import report
 from nanogpt_mac.files import run_folder, write_json
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 from nanogpt_mac.machine import chips, energy, gemm, probe
-from nanogpt_mac.overrides import key_of
 from nanogpt_mac.records.fallbacks import Fallbacks
 from nanogpt_mac.records.run import (
     CorpusFacts,
@@ -73,7 +71,7 @@ def run(config: Config) -> int:
 
     # The measured peak and the machine's facts belong to the run, but not to its clock.
     work = _work(config, source.spec, backend)
-    environment = probe.environment()
+    environment = probe.environment(kinds.frameworks())
     folder = run_folder(config.run_dir, label)
     facts = _facts(config, corpus, source, backend)
     session = Session(config, corpus, tokens, source, backend, work, folder, facts, found)
@@ -164,10 +162,7 @@ class Session:
 
     def _write_inputs(self, environment: dict[str, Any]) -> None:
         """.hydra/ as Hydra would leave it, and env.json."""
-        folder = self.folder / ".hydra"
-        folder.mkdir(exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
-        (folder / "overrides.yaml").write_text(yaml.safe_dump(self.config.given))
+        self.config.write_hydra(self.folder)
         # As an `Environment`, but not checked: whatever a machine answers, its run goes on.
         made = {"schema": Environment.SCHEMA, **environment, "backend": self.facts.model_dump()}
         write_json(self.folder / "env.json", made)
@@ -189,7 +184,7 @@ class Session:
 def _look_for_fallbacks(config: Config, spec: GPTSpec, backend: Backend) -> Fallbacks | None:
     """What leaves the GPU in this run's iterations, looked for in a child process; None where there is no detector."""
     if not backend.capabilities.detector:
-        if "fallbacks" in map(key_of, config.given):  # in a sweep over back ends, say
+        if "fallbacks" in config.named:  # in a sweep over back ends, say
             display.say(f"fallbacks= applies to MPS only; ignored on {backend.options.name}")
         return None
     if config.fallbacks == "off":

@@ -12,7 +12,6 @@ from nanogpt_mac.corpus.encoders import GPT2Encoder
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt import pretrained
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig, TrainState
-from nanogpt_mac.overrides import key_of
 from nanogpt_mac.records.checkpoint import CheckpointState
 from nanogpt_mac.train import checkpoint
 
@@ -78,10 +77,9 @@ def _open(config: Config, corpus: Corpus) -> Source:
 
 def _refuse_other_sizes(config: Config, spec: GPTSpec, source: str) -> None:
     """Sizes that the command line itself names must be those of the weights; a recipe's own sizes give way to them."""
-    named = set(map(key_of, config.given))
     for key in (f.name for f in dataclasses.fields(ModelConfig) if f.name != "dropout"):
         new, old = getattr(config.model, key), getattr(spec, key)
-        if {"model", f"model.{key}"} & named and new not in (None, old):
+        if {"model", f"model.{key}"} & config.named and new not in (None, old):
             raise InputError(f"model.{key}={new}: {source} has {old}, and weights keep their sizes; use {old}")
 
 

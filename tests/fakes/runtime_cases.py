@@ -381,7 +381,7 @@ def main(how: str, which: str) -> None:
         older_profiler(look, counts)
         stand_ins(session, look, counts)
         compiled_child()
-    assert watch._dispatch("no_such_operator") == "unknown"
+    assert watch.dispatch_of("no_such_operator") == "unknown"
     controls, watch._controls = watch._controls, dict
     untried = look()  # where everything runs on MPS there is nothing to try the detector with
     assert untried.complete

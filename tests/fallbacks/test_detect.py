@@ -356,7 +356,7 @@ def test_fallbacks_are_mps_alone(command, tmp_path):
     done = command("train.py", *named, "fallbacks=error")
     assert done.returncode == 0, done.stderr
     assert "fallbacks= applies to MPS only; ignored on cpu" in done.stdout
-    with pytest.raises(InputError, match="fallbacks=yes: allowed are report, error, off"):
+    with pytest.raises(InputError, match="fallbacks=yes: use report, error or off"):
         train_run.run(cli.compose(["fallbacks=yes"]))
 
 

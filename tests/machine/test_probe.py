@@ -223,7 +223,8 @@ def test_linux_facts_are_this_machines(monkeypatch):
     assert facts["cpu_cores"] is None or 1 <= facts["cpu_cores"] <= os.cpu_count()
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["versions"]["numpy"] == __import__("numpy").__version__
-    assert set(facts["versions"]) == {"torch", "mlx", "numpy", "wandb", "hydra-core", "nanogpt-mac"}
+    assert list(facts["versions"]) == ["numpy", "wandb", "hydra-core", "nanogpt-mac"]
+    assert probe.environment(["torch", "numpy"])["versions"]["torch"] == __import__("torch").__version__
     assert facts["problems"] == []
     assert json.loads(json.dumps(facts)) == facts
 
@@ -328,6 +329,7 @@ def test_process_times_are_what_time_would_give():
 
 
 def test_max_rss_is_in_bytes_on_a_mac(monkeypatch):
+    monkeypatch.setattr(probe, "on_mac", lambda: False)
     elsewhere = probe.process_times()["max_rss_bytes"]
     monkeypatch.setattr(probe, "on_mac", lambda: True)
     assert probe.process_times()["max_rss_bytes"] == pytest.approx(elsewhere / 1024, rel=0.05)

@@ -284,7 +284,7 @@ def test_sample_streams_the_same_text_from_every_back_end(command, text):
         (["run=."], r"run=\.: holds no checkpoint"),
         (["run=.", "temperature=-1"], "temperature=-1.0: must be at least 0"),
         (["run=.", "top_k=0"], "top_k=0: must be at least 1"),
-        (["run=.", "checkpoint=first"], "checkpoint=first: allowed are last, best"),
+        (["run=.", "checkpoint=first"], "checkpoint=first: use last or best"),
     ],
 )
 def test_sample_answers_mistakes_in_one_line(command, text, overrides, line):
