@@ -245,7 +245,7 @@ def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if cfg.run is None:
         return cfg  # validate() words it
     path = checkpoint.find(cfg.run)
-    saved = checkpoint.read_meta(path)["config"]
+    saved = checkpoint.read_meta(path).config
     resumed = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(_schema("config")), saved))
     for override in overrides:
         key = key_of(override)

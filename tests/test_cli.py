@@ -233,7 +233,9 @@ def test_nothing_heavy_is_imported_before_it_is_used():
         "matplotlib",
     ]
     modules = "cli config corpus backends.base backends.kinds gpt.spec gpt.pretrained machine.probe machine.chips "
-    modules += "machine.energy machine.gemm train.loop train.recorder train.checkpoint train.session train.sample"
+    modules += (
+        "machine.energy machine.gemm train.loop train.recorder train.checkpoint train.session train.sinks train.sample"
+    )
     imports = "; ".join(f"import nanogpt_mac.{m}" for m in modules.split())
     code = f"import sys; {imports}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -80,8 +80,8 @@ def check(config: CoverageConfig) -> Page:
     env = simulator.environment(True, *OTHERS)
     python = make(config.torch, config.nightly_index)
     print("running this model under the installed torch, and under the other", file=sys.stderr)
-    before = detect.check_task(made, sys.executable, env)
-    after = detect.check_task(made, python, env)
+    before = detect.check_task(made, sys.executable, env).document()
+    after = detect.check_task(made, python, env).document()
     meant = version(python)
     if after["torch"] not in (None, meant):  # what lies on its path must not be taken for it
         raise InputError(f"torch={config.torch}: torch {after['torch']} ran there instead of {meant}")

@@ -186,7 +186,7 @@ def _asked_device(fallback: bool) -> dict[str, Any]:
 
 def _detected(config: CoverageConfig) -> dict[str, Any]:
     task = other_torch.task(config.model, config.dtype, config.batch_size)
-    document = detect.check_task(task, sys.executable, simulator.environment(fallback=True))
+    document = detect.check_task(task, sys.executable, simulator.environment(fallback=True)).document()
     if not document["complete"]:
         raise InputError(f"the detector's run is incomplete: {'; '.join(document['why_incomplete'])}")
     found = Counter(f"{op}, {kind}, {phase}" for op, kind, phase in other_torch.findings(document))

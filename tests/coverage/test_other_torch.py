@@ -9,9 +9,9 @@ from nanogpt_mac.coverage import other_torch
 from nanogpt_mac.coverage.config import CoverageConfig, validate
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect
-from nanogpt_mac.fallbacks.findings import Finding
 from nanogpt_mac.gpt.spec import ModelConfig
 from nanogpt_mac.operators.wheel import NIGHTLY_INDEX
+from nanogpt_mac.records.fallbacks import FindingKind
 from nanogpt_mac.report import show
 
 UV = """#!/bin/bash
@@ -143,7 +143,7 @@ def test_a_torch_that_cannot_be_meant(asked, words):
 # -- the difference ---------------------------------------------------------------------------------------------------
 
 
-def finding(op, kind=Finding.MISSING_CPU, phase="forward"):
+def finding(op, kind=FindingKind.MISSING_CPU, phase="forward"):
     more = {"calls_per_iteration": 2, "where": "nanogpt_mac/gpt/torch_gpt.py:1", "advice": "wait"}
     return {"op": op, "kind": kind, "phase": phase, **more}
 
