@@ -63,8 +63,8 @@ class Question:
 
     what: str | Sequence[str | Path]
     task: Any = None
-    python: str = sys.executable
-    environment: Mapping[str, str] | None = None  # by default this process's
+    python: str | None = None  # by default this process's, as is the environment
+    environment: Mapping[str, str] | None = None
     timeout_s: float | None = None
     log: Path | None = None
 
@@ -82,7 +82,7 @@ def ask(
     what: str | Sequence[str | Path],
     task: Any = None,
     *,
-    python: str = sys.executable,
+    python: str | None = None,
     environment: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
 ) -> Any:
@@ -147,7 +147,7 @@ class _Asked:
         q = self.question
         given = dict(os.environ if q.environment is None else q.environment)
         given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), given.get("PYTHONPATH", "")]))
-        argv = [q.python, "-m", q.what] if isinstance(q.what, str) else [str(part) for part in q.what]
+        argv = [q.python or sys.executable, "-m", q.what] if isinstance(q.what, str) else [str(part) for part in q.what]
         self.output = tempfile.TemporaryFile()
         self.errors = tempfile.TemporaryFile() if q.log is None else q.log.open("w+b")
         try:

@@ -10,13 +10,17 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import DTYPES, MATMUL_PRECISIONS, BackendOptions
 from nanogpt_mac.corpus import DataConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
+from nanogpt_mac.overrides import key_of
 
 MOST_SEED = 2**63
 
@@ -131,7 +135,7 @@ class Config:
     path: str | None = None
     """Short for data.path."""
     given: list[str] = field(default_factory=list)
-    """Filled in by cli.py: the keys that the command line named."""
+    """Filled in by cli.py: the overrides of the command line."""
 
     max_iters: int = at_least(1, 5000)
     """The last iteration; one is an optimizer step."""
@@ -177,6 +181,18 @@ class Config:
     """Tokens of text drawn at the end; 0: none."""
     fallbacks: str = one_of("report", "error", "off")
     """MPS only: before training, look for operators that leave the GPU; error ends the run where there are any."""
+
+    @property
+    def named(self) -> set[str]:
+        """The keys and groups that the command line named."""
+        return {key_of(override) for override in self.given}
+
+    def write_hydra(self, folder: Path) -> None:
+        """.hydra/ in a run's folder, as Hydra would leave it: the config, and the overrides that were given."""
+        hydra = folder / ".hydra"
+        hydra.mkdir(exist_ok=True)
+        (hydra / "config.yaml").write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        (hydra / "overrides.yaml").write_text(yaml.safe_dump(self.given))
 
 
 @dataclass

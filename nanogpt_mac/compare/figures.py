@@ -14,8 +14,9 @@ from nanogpt_mac.compare.runs import Run, RunConfig, counts
 from nanogpt_mac.machine import chips
 from nanogpt_mac.measure import stats, times
 from nanogpt_mac.records import comparison as record
+from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.plan import Recipe
-from nanogpt_mac.records.run import Capabilities, Denominators, Environment, LeftOut
+from nanogpt_mac.records.run import Denominators, Environment, LeftOut
 
 MOST_POINTS = 400  # of one round's series
 BINS = 40

@@ -19,14 +19,13 @@ from nanogpt_mac.compare.contents import median, plain, where, work_facts
 from nanogpt_mac.compare.doubts import label
 from nanogpt_mac.compare.runs import is_run
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.files import write_aside
+from nanogpt_mac.files import run_folder, write_aside
 from nanogpt_mac.records.comparison import Machine, VariantResult, VariantState, Work
 from nanogpt_mac.records.plan import ParityState
 from nanogpt_mac.records.run import Environment
 from nanogpt_mac.report import page, show
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import DASH, count, listed, ms, percent, plural, ratio, size, text, when
-from nanogpt_mac.train.recorder import make_folder
 
 _WORK = ("batch_size", "gradient_accumulation_steps", "dtype", "matmul_precision", "corpus_sha256")  # what ranks need
 
@@ -93,7 +92,7 @@ def run(config: ReportConfig) -> int:
     output = config.output or own or "runs/{date}/{time}-report"
     report, html = (contents.report(single), contents.html(single)) if single else (board.report(), board.html())
     try:
-        folder = make_folder(output, "report") if output != own else folders[0]
+        folder = run_folder(output, "report") if output != own else folders[0]
         write_aside(folder / "report.md", show.markdown(report))
         write_aside(folder / "report.html", html)
     except InputError as error:

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanogpt_mac.config import Config
+from nanogpt_mac.corpus import vocab_size
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine import chips
@@ -37,8 +38,6 @@ from nanogpt_mac.report.table import Report, Row, Section, Table
 from nanogpt_mac.report.words import DASH, count, seconds
 
 MASTER_BYTES = 4  # weights, gradients, moments and the residual stream are float32 in every dtype
-# Symbols of the corpora that have them fixed, for a config that leaves the vocabulary to the corpus.
-VOCABULARIES = {"shakespeare_char": 65, "stand_in": 65, "shakespeare": 50304, "openwebtext": 50304}
 
 
 def bytes_per_iter(spec: GPTSpec, batch_size: int, accumulation: int, dtype: str) -> dict[str, int]:
@@ -180,8 +179,8 @@ def _tokens(config: Config) -> int:
 def _spec(config: Config) -> GPTSpec:
     model = dataclasses.asdict(config.model)
     if model["vocab_size"] is None:
-        model["vocab_size"] = VOCABULARIES.get(config.data.name)
-        if model["vocab_size"] is None or config.data.tokenizer == "bpe":
+        model["vocab_size"] = vocab_size(config.data)
+        if model["vocab_size"] is None:
             raise InputError(f"model.vocab_size=null: data={config.data.name} decides it; with chip= use a number")
     return GPTSpec(**model)
 

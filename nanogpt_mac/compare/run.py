@@ -17,12 +17,11 @@ from nanogpt_mac.compare.runner import ComparisonRunner
 from nanogpt_mac.config import Config
 from nanogpt_mac.config import validate as validate_run
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.files import lock, write_json
+from nanogpt_mac.files import lock, run_folder, write_json
 from nanogpt_mac.machine import probe
 from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.plan import Plan
 from nanogpt_mac.train.display import say
-from nanogpt_mac.train.recorder import make_folder
 
 LOCK = ".lock"  # held by the process at work: a second one would end the first one's runs
 
@@ -46,7 +45,7 @@ def run(config: CompareConfig) -> int:
     with contextlib.ExitStack() as stack:
         if config.run is None:
             plan, configs = plans.make(config)
-            folder = make_folder(config.run_dir, "compare").resolve()
+            folder = run_folder(config.run_dir, "compare").resolve()
             stack.enter_context(_alone(folder))
             _refuse_taken(folder, config.run_dir)
             write_json(folder / "plan.json", plan.document())

@@ -163,11 +163,11 @@ class ComparisonRunner(Runner):
 
             path.parent.mkdir(exist_ok=True)
             found = detect.check(job.config, open_source(job.config, prepare(job.config.data)).spec)
-            write_json(path, found)
-            count = len(found["findings"])
+            write_json(path, found.document())
+            count = len(found.findings)
             problems = [f"{count} operator{'s leave' if count != 1 else ' leaves'} the GPU"]
-            if not found["complete"]:
-                problems.append(f"not everything could be seen: {found['why_incomplete'][0]}")
+            if not found.complete:
+                problems.append(f"not everything could be seen: {found.why_incomplete[0]}")
             self.say(f"fallbacks: {job.label}: {'; '.join(problems)}")
 
 

@@ -17,9 +17,9 @@ from nanogpt_mac.compare import doubts
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.records.base import Count, DamagedError, Document, Record
+from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.comparison import Work
 from nanogpt_mac.records.run import (
-    Capabilities,
     Environment,
     EvaluationRow,
     EventRow,

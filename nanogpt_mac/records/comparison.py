@@ -8,9 +8,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, JsonValue
 
 from nanogpt_mac.records.base import Amount, Count, Document, Number, Record, Size
+from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.figures import Drift, Outliers, Ratio
 from nanogpt_mac.records.plan import Lever, Parity, ParityState
-from nanogpt_mac.records.run import Capabilities, Denominators, Environment, LeftOut, Mfu, ModelFacts, RunState, Times
+from nanogpt_mac.records.run import Denominators, Environment, LeftOut, Mfu, ModelFacts, RunState, Times
 
 Value = Annotated[float, Field(allow_inf_nan=False)]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from nanogpt_mac.files import plain
 from nanogpt_mac.records.base import Amount, Count, DamagedError, Document, Number, Record, Share, Size, first
 from nanogpt_mac.records.capabilities import Capabilities
 
@@ -109,6 +111,11 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def row_line(row: IterationRow | EvaluationRow | EventRow) -> str:
+    """A row as it stands in metrics.jsonl; what was not set is left out."""
+    return json.dumps({"kind": row.kind, "iter": row.iter} | plain(row.model_dump(exclude_unset=True))) + "\n"
+
+
 class Times(Record):
     """A distribution of iteration times, ms. `ci95` bounds the median; None below six values."""
 
@@ -183,7 +190,11 @@ class ProcessTimes(Record):
 
 
 class Energy(Record):
+    """Of the whole machine or GPU while the loop ran; the parts are None where they are not measured apart."""
+
     joules: Amount
+    gpu_joules: Amount | None = None
+    cpu_joules: Amount | None = None
     seconds: Amount
     source: str | None = None
 
@@ -193,18 +204,23 @@ class FallbackCounts(Record):
     why_incomplete: Count
 
 
-class RunSummary(Document, RunFacts, Mfu):
+class Ending(Record):
+    """How a run ended, and what it took in all."""
+
+    exit_state: ExitState
+    signal: str | None = None  # "SIGINT"
+    error: str | None = None  # one line
+    resumed_at: Count | None = None  # iteration
+    process: ProcessTimes | None = None
+    energy: Energy | None = None
+    fallbacks: FallbackCounts | None = None
+
+
+class RunSummary(Document, RunFacts, Ending, Mfu):
     """summary.json."""
 
     SCHEMA: ClassVar[int] = 2
 
-    exit_state: ExitState
-    signal: str | None = None
-    error: str | None = None
-    resumed_at: Count | None = None
-    process: ProcessTimes | None = None
-    energy: Energy | None = None
-    fallbacks: FallbackCounts | None = None
     times: Times  # `iter_ms` in schema 1
     left_out: dict[LeftOut, Count] = {}
     first_iter_s: Amount | None = None

@@ -101,7 +101,7 @@ def test_dtype_without_a_peak_is_not_guessed():
 def test_vocabulary_that_the_corpus_decides():
     config = cli.compose(["experiment=gpt2"])
     assert roofline.predict(config, "m4-pro").floor.flops > 1e14
-    config.data.name = "text"
+    config.data.name, config.data.tokenizer = "text", "char"
     with pytest.raises(InputError, match=r"model\.vocab_size=null"):
         roofline.predict(config, "m4-pro")
 

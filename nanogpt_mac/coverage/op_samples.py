@@ -1,5 +1,4 @@
-"""torch's own operator database, and running one of its samples on two devices: what opinfo.py and the coverage sweep
-share. Nothing here needs the simulated device."""
+"""torch's own operator database, and one of its samples run on two devices. Nothing here needs the simulated device."""
 
 from __future__ import annotations
 
@@ -8,6 +7,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def database() -> list[Any]:
@@ -33,8 +35,6 @@ def full_name(op: Any) -> str:
 
 def _on(device: str, value: Any) -> Any:
     """A fresh copy of a sample's arguments on a device."""
-    import torch
-    from torch.utils._pytree import tree_map
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -46,9 +46,6 @@ def _on(device: str, value: Any) -> Any:
 
 def tensors(value: Any) -> list[Any]:
     """The tensors anywhere in a nested value."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
@@ -60,8 +57,6 @@ def run(
     function: Callable[..., Any], device: str, sample: Any, backward: bool, seed: int = 0
 ) -> tuple[list[Any], list[Any]]:
     """Results and the gradients of the inputs, all on `device`; `seed` is that of random operators."""
-    import torch
-
     first, args, kwargs = _on(device, arguments(sample))
     if "device" in kwargs:
         kwargs["device"] = device
@@ -79,12 +74,9 @@ def difference(
 ) -> str:
     """How the device's tensors differ from the CPU's, or nothing.
 
-    Args:
-        tolerance: absolute and relative, by dtype; a dtype that is not in it must be equal.
-        values: False compares shapes and dtypes alone.
+    `tolerance` is absolute and relative, by dtype; a dtype that is not in it must be equal. Without `values` only
+    shapes and dtypes are compared.
     """
-    import torch
-
     if len(got) != len(expected):
         return f"{kind}: {len(got)} tensors, the CPU has {len(expected)}"
     for g, e in zip(got, expected, strict=True):

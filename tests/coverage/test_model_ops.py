@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from nanogpt_mac.coverage import trace
+from nanogpt_mac.coverage import model_ops
 from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.coverage.run import run
 from nanogpt_mac.gpt.spec import ModelConfig
@@ -33,8 +33,8 @@ def without(made, *ops, kind=Kind.MISSING_CPU):
 
 def predicted(made, model=TINY, dtype="float32"):
     try:
-        return trace.trace_model(model, dtype, made)
-    except trace.NoTrace as reason:
+        return model_ops.trace_model(model, dtype, made)
+    except model_ops.NoTrace as reason:
         pytest.skip(str(reason))
 
 
@@ -62,7 +62,7 @@ def test_the_operators_of_a_step(monkeypatch):
     assert calls["gelu.out"] == {"forward": 2, "evaluation": 2, "sampling": 2}
     assert [op for op in calls if made.entries[op].kind is Kind.COMPOSITE] == ["copy_"]
 
-    monkeypatch.setattr(trace, "_run_child", lambda task: pytest.fail("traced again"))
+    monkeypatch.setattr(model_ops, "_ask", lambda task: pytest.fail("traced again"))
     assert predicted(made) == traced  # from the cache
     (kept,) = (table.wheel.cache_folder() / "traces").iterdir()
     kept.write_text(kept.read_text()[:-100])
@@ -92,9 +92,9 @@ def test_sizes_do_not_change_the_operators(dtype, monkeypatch):
     """The traced model is narrow and short; the model as it is calls the same operators as often."""
     made = table.load("installed")
     narrow = predicted(made, ModelConfig(), dtype)
-    task = trace._changes(made, made) | {"model": vars(ModelConfig()), "dtype": dtype, "live": False}
+    task = model_ops._changes(made, made) | {"model": vars(ModelConfig()), "dtype": dtype, "live": False}
     program = (
-        "import json, sys; from nanogpt_mac.coverage import trace;"
+        "import json, sys; from nanogpt_mac.coverage import model_ops_child as trace;"
         "trace._LENGTH, trace._HEAD, trace._BATCH = 256, 64, 4;"
         "print(json.dumps(trace._trace(json.load(sys.stdin)).phases))"
     )
@@ -111,18 +111,18 @@ def test_a_machine_that_cannot_trace_cannot_tell(monkeypatch, capsys, wheels):
     monkeypatch.setattr(sys, "platform", "win32")
     assert run(CoverageConfig(torch=str(wheels[0]))) == 2
     printed = capsys.readouterr().out
-    assert "cannot tell which operators this model calls: the simulated MPS device runs on Linux only" in printed
+    assert "Cannot tell which operators this model calls: MPS needs a Mac, or Linux to simulate it" in printed
     assert "structured delegate" in printed
     assert "Operators of this model" not in printed
 
 
 @ON_LINUX
 def test_a_child_that_fails_is_a_reason(monkeypatch, tmp_path, tables):
-    monkeypatch.setattr(trace, "load", lambda asked: tables[0])
+    monkeypatch.setattr(model_ops, "load", lambda asked: tables[0])
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho first >&2\necho 'no compiler here' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
-    with pytest.raises(trace.NoTrace, match=r"tracing on the simulated MPS device failed: no compiler here"):
-        trace.trace_model(TINY, "float32", tables[0])
+    with pytest.raises(model_ops.NoTrace, match=r"tracing on the simulated MPS device failed: no compiler here"):
+        model_ops.trace_model(TINY, "float32", tables[0])
     assert not list((table.wheel.cache_folder() / "traces").glob("*"))
