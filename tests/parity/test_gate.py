@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fakes.parity_mutants import MUTANTS
+from fakes.support import FRAMEWORKS
 
 from nanogpt_mac.cli import compose
 from nanogpt_mac.gpt.pretrained import TRANSPOSED
@@ -278,7 +279,7 @@ COMPILED = ["mm", "bmm", "_fused_adamw_", "linalg_vector_norm"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("backend", ["cpu", "mlx"])
+@pytest.mark.parametrize("backend", FRAMEWORKS)
 def test_every_fault_of_torch_and_mlx_is_caught(variant, tmp_path, backend, dtype):
     names = [name for name in MUTANTS if name.startswith("torch:" if backend == "cpu" else "mlx:")]
     config = variant(f"backend={backend}", f"dtype={dtype}", "model.dropout=0.1", "model.bias=true")
