@@ -78,7 +78,7 @@ TORCH: dict[str, Any] = {
     "framework": "torch",
     "compiler": "torch.compile",
     "settings": TorchSettings,
-    "caches": ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
+    "caches": {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"},
     "out_of_memory": r"(?i:can't allocate memory|not enough memory)",
     "missing_operator": r"not currently (implemented|supported) (for|on) the MPS|not implemented for ['\"]"
     r"|NotImplementedError|not supported on MPS",
@@ -187,7 +187,7 @@ KINDS: dict[str, Kind] = {
             eager_by_name=False,
             rank={"darwin": 20, "linux": 30},
             settings=MLXSettings,
-            caches=("TMPDIR",) if sys.platform == "linux" else (),  # its CPU build keeps compiled kernels there
+            caches={"TMPDIR": "tmp"} if sys.platform == "linux" else {},  # its CPU build keeps compiled kernels there
             out_of_memory=r"(?i:Insufficient Memory|failed to allocate)",
             missing_operator=r"(No|no) Metal kernel|Unable to load kernel",
         ),
@@ -290,6 +290,17 @@ def own_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Of settings `given` under `backend.`, those that back end `name` has; it ignores the others'."""
     own = KINDS[name].settings
     return {f.name: given[f.name] for f in fields(own) if f.name in given} if own else {}
+
+
+def detects(name: str) -> bool:
+    """Whether there is a fallback detector for back end `name`; none for "auto", which could be any."""
+    return name in KINDS and any(here.detector for here in KINDS[name].devices)
+
+
+def caches(name: str, place: Path) -> dict[str, str]:
+    """The environment in which back end `name` keeps its compiled code under `place`; that of every one for "auto"."""
+    kinds = (KINDS[name],) if name in KINDS else tuple(KINDS.values())
+    return {variable: str(place / folder) for kind in kinds for variable, folder in kind.caches.items()}
 
 
 def signs() -> dict[str, re.Pattern[str]]:

@@ -19,7 +19,6 @@ from typing import Any
 
 from nanogpt_mac import child, cli
 from nanogpt_mac.backends import kinds
-from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.config import Config
 from nanogpt_mac.machine import probe
@@ -97,7 +96,7 @@ class Runner:
 
     def _detect_fallbacks(self) -> None:
         """What leaves the GPU, of MPS variants; one whose detector fails is timed all the same."""
-        mps = [name for name, config in self.configs.items() if KINDS[config.backend.name].detects]
+        mps = [name for name, config in self.configs.items() if kinds.detects(config.backend.name)]
         for name in mps:
             path = self.folder / "fallbacks" / f"{name}.json"
             if path.exists():
@@ -332,10 +331,10 @@ class Runner:
         """Compilers' caches belong to the variant: its pilot run compiles from cold, its rounds do not."""
         cache = self.folder / "cache" / variant.name
         environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-        for variable in KINDS[self.configs[variant.name].backend.name].caches:
-            folder = cache / variable.lower()
-            folder.mkdir(parents=True, exist_ok=True)
-            environment[variable] = str(folder)
+        caches = kinds.caches(self.configs[variant.name].backend.name, cache)
+        for folder in caches.values():
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        environment |= caches
         return environment | {"PYTHONUNBUFFERED": "1"}
 
     def _skip(self, number: int | str, name: str, reason: str) -> None:
