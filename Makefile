@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 LOCK ?= requirements.lock
 CONSTRAINTS = $(if $(LOCK),-c $(LOCK))
 RUN ?=
+# Of Python in the package: what is added must replace something.
+MAX_LINES = 17000
 PYTEST ?=
 
 .PHONY: compare train test setup lint mypy-linux mypy-darwin test-slow test-online clean
@@ -26,6 +28,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(MAKE) -j2 mypy-linux mypy-darwin
+	$(BIN)/lint-imports
+	@lines=$$(cat $$(find nanogpt_mac -name '*.py') | wc -l); [ $$lines -lt $(MAX_LINES) ] || \
+	  { echo "nanogpt_mac has $$lines lines of Python; keep it under $(MAX_LINES)"; exit 1; }
 
 mypy-linux mypy-darwin: setup
 	$(BIN)/mypy --platform $(@:mypy-%=%) --cache-dir .mypy_cache/$(@:mypy-%=%)

@@ -6,7 +6,7 @@ from nanogpt_mac.cli import main
 
 
 def report(config):  # imported late: `--help` needs no framework
-    from nanogpt_mac.compare.report.leaderboard import run
+    from nanogpt_mac.compare.leaderboard import run
 
     return run(config)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -64,8 +63,8 @@ class Question:
 
     what: str | Sequence[str | Path]
     task: Any = None
-    python: str = sys.executable
-    environment: Mapping[str, str] | None = None  # by default this process's
+    python: str | None = None  # by default this process's, as is the environment
+    environment: Mapping[str, str] | None = None
     timeout_s: float | None = None
     log: Path | None = None
 
@@ -83,7 +82,7 @@ def ask(
     what: str | Sequence[str | Path],
     task: Any = None,
     *,
-    python: str = sys.executable,
+    python: str | None = None,
     environment: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
 ) -> Any:
@@ -148,7 +147,7 @@ class _Asked:
         q = self.question
         given = dict(os.environ if q.environment is None else q.environment)
         given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), given.get("PYTHONPATH", "")]))
-        argv = [q.python, "-m", q.what] if isinstance(q.what, str) else [str(part) for part in q.what]
+        argv = [q.python or sys.executable, "-m", q.what] if isinstance(q.what, str) else [str(part) for part in q.what]
         self.output = tempfile.TemporaryFile()
         self.errors = tempfile.TemporaryFile() if q.log is None else q.log.open("w+b")
         try:
@@ -437,30 +436,3 @@ def require_room(folder: Path) -> None:
     """After a failure: OSError where the disk is full, which is nobody's fault and would fail everything to come."""
     if shutil.disk_usage(folder).free < ROOM:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
-
-def outcome(folder: Path) -> dict[str, Any] | None:
-    """outcome.json of a run's folder, or None where the run has not ended."""
-    try:
-        found = json.loads((folder / "outcome.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def whole(folder: Path) -> bool:
-    """Whether the records of a run that has ended hold all that is read from them again."""
-    found = outcome(folder)
-    try:
-        if found is None or not 0 <= found["seconds"] < math.inf or not isinstance(found["state"], str):
-            return False
-        if found["state"] != "done":
-            return isinstance(found["reason"], str)
-        summary = json.loads((folder / "summary.json").read_text())
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        times = [row["iter_ms"] for row in rows if row["kind"] == "iteration" and not row.get("left_out")]
-        timing = summary["iter_ms"]
-        figures = [summary["first_iter_s"], *([timing["median"], timing["min"], *times] if times else [])]
-        return len(times) == timing.get("count", len(times)) and all(figure > 0 for figure in figures)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

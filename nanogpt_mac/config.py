@@ -1,22 +1,74 @@
 """The typed config of `train.py` and `sample.py`, and every check that needs no data and no framework.
 
-Plain dataclasses: the command line behind them is cli.py's business. Defaults are nanoGPT's shakespeare_char.
+Plain dataclasses: the command line behind them is cli.py's business. What a value may be stands beside its default;
+rules about several keys are in `validate`. Defaults are nanoGPT's shakespeare_char.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import DTYPES, MATMUL_PRECISIONS, BackendOptions
 from nanogpt_mac.corpus import DataConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
+from nanogpt_mac.overrides import key_of
 
-SYNC_POLICIES = ("completion", "iteration", "interval")
-FALLBACKS = ("report", "error", "off")
-WANDB_MODES = ("offline", "online", "disabled")
+MOST_SEED = 2**63
+
+# -- what a value may be ----------------------------------------------------------------------------------------------
+
+
+def one_of(default: Any, *others: Any) -> Any:
+    """A field with few values."""
+    return field(default=default, metadata={"allowed": (default, *others)})
+
+
+def at_least(low: float, default: float | None, below: float | None = None) -> Any:
+    """A field with a number from `low` up to, not including, `below`."""
+    return field(default=default, metadata={"low": low, "below": below})
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Hold every field of a dataclass, and of those in it, against what stands beside it. A null is always allowed.
+
+    InputError at the first that does not fit.
+    """
+    for each in dataclasses.fields(config):
+        key, value, rule = prefix + each.name, getattr(config, each.name), each.metadata
+        if dataclasses.is_dataclass(value):
+            check_fields(value, f"{key}.")
+        if "allowed" in rule:
+            check_one_of(key, value, rule["allowed"])
+        if "low" in rule and value is not None:
+            low, below = rule["low"], rule["below"]
+            if not (low <= value and (below is None or value < below)):  # true for nan
+                limit = "" if below is None else " and finite" if below == math.inf else f" and below {_spelt(below)}"
+                raise InputError(f"{key}={_spelt(value)}: must be at least {_spelt(low)}{limit}")
+
+
+def check_one_of(key: str, value: Any, allowed: Sequence[Any]) -> None:
+    if not any(value == a and type(value) is type(a) for a in allowed):  # 1 is not true
+        *most, last = map(_spelt, allowed)
+        raise InputError(f"{key}={_spelt(value)}: use {', '.join(most)} or {last}")
+
+
+def _spelt(value: Any) -> str:
+    """A value as the command line spells it."""
+    if value == MOST_SEED:
+        return "2**63"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+# -- train.py ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -41,12 +93,17 @@ else:  # `name` and every kind's own settings: a back end ignores those of other
 
 @dataclass
 class WandbConfig:
-    mode: str = "offline"
+    mode: str = one_of("offline", "online", "disabled")
+    """offline keeps everything in the run's folder, for `wandb sync`; online needs an account."""
     project: str = "nanogpt-mac"
     entity: str | None = None
+    """The account or team; null: wandb's own default."""
     group: str | None = None
+    """Runs of one group are shown together."""
     name: str | None = None
+    """Of the run; null: its folder's name."""
     tags: list[str] = field(default_factory=list)
+    """Beside the back end and the corpus, which every run has."""
 
 
 @dataclass
@@ -58,41 +115,84 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
-    compile: Any = "auto"  # auto | true | false
-    dtype: str = "float32"  # of the matrix products; weights, moments and loss stay float32
-    matmul_precision: str = "highest"  # high and medium allow TF32 and the like
-    seed: int = 1337
+    compile: Any = one_of("auto", True, False)
+    """Compile the training step; auto: where that is known to be faster (MLX and CUDA)."""
+    dtype: str = one_of(*DTYPES)
+    """Of the matrix products; weights, moments and loss stay float32."""
+    matmul_precision: str = one_of(*MATMUL_PRECISIONS)
+    """Of float32 products; high and medium allow TF32 and the like."""
+    seed: int = at_least(0, 1337, below=MOST_SEED)
+    """Of initial weights, batches, dropout and samples."""
 
-    init_from: str = "scratch"  # scratch | resume | gpt2* | a Hugging Face folder | a nanoGPT ckpt.pt
-    run: str | None = None  # the run (or checkpoint) to resume
+    init_from: str = "scratch"
+    """scratch, resume, gpt2 to gpt2-xl, a Hugging Face folder, or nanoGPT's ckpt.pt."""
+    run: str | None = None
+    """The run or checkpoint to go on from, with init_from=resume."""
     run_dir: str = "runs/{date}/{time}-{name}"
+    """The folder of this run; {name} is the back end's."""
     data_dir: str = "data"
-    path: str | None = None  # short for data.path
-    given: list[str] = field(default_factory=list)  # filled in by cli.py: the keys that the command line named
+    """Where prepared corpora are kept; short for data.dir."""
+    path: str | None = None
+    """Short for data.path."""
+    given: list[str] = field(default_factory=list)
+    """Filled in by cli.py: the overrides of the command line."""
 
-    max_iters: int = 5000
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-3
+    max_iters: int = at_least(1, 5000)
+    """The last iteration; one is an optimizer step."""
+    batch_size: int = at_least(1, 64)
+    """Windows of model.block_size tokens in one forward pass."""
+    gradient_accumulation_steps: int = at_least(1, 1)
+    """Forward passes of one iteration."""
+    learning_rate: float = at_least(0, 1e-3)
+    """The highest, which warm-up ends at."""
     decay_lr: bool = True
-    warmup_iters: int = 100
+    """Warm up, then decay along a cosine; false: learning_rate throughout."""
+    warmup_iters: int = at_least(0, 100)
+    """Iterations of linear warm-up."""
     lr_decay_iters: int = 5000
-    min_lr: float = 1e-4
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
-    grad_clip: float = 1.0
+    """The iteration at which min_lr is reached."""
+    min_lr: float = at_least(0, 1e-4)
+    """After the decay."""
+    weight_decay: float = at_least(0, 0.1)
+    """AdamW's, of matrices and embeddings alone."""
+    beta1: float = at_least(0, 0.9, below=1)
+    """AdamW's decay of the first moment, an iteration."""
+    beta2: float = at_least(0, 0.99, below=1)
+    """AdamW's decay of the second moment, an iteration."""
+    grad_clip: float = at_least(0, 1.0)
+    """The gradient's largest norm; 0: not clipped."""
 
-    eval_interval: int = 250  # 0: never
-    eval_iters: int = 200
-    log_interval: int = 10
-    checkpoint: bool = True  # `last` and `best`, at every evaluation and at the end
+    eval_interval: int = at_least(0, 250)
+    """Iterations between evaluations; 0: none."""
+    eval_iters: int = at_least(1, 200)
+    """Batches of each split in an evaluation."""
+    log_interval: int = at_least(1, 10)
+    """Iterations between lines on the console."""
+    checkpoint: bool = True
+    """Keep `last` and `best`, at every evaluation and at the end."""
 
-    sync: str = "completion"  # when the host waits: completion (one iteration behind), iteration, interval
-    timing_warmup: int = 5  # iterations after the first that enter no statistic
-    gemm_seconds: float = 1.0  # spent on measuring this back end's matmul peak, for mfu_measured; 0: not measured
-    sample_tokens: int = 300  # text drawn at the end of a run; 0: none
-    fallbacks: str = "report"  # report | error | off: MPS alone, what leaves the GPU, looked for before training
+    sync: str = one_of("completion", "iteration", "interval")
+    """When the host waits: one iteration behind, for each iteration, or once every log_interval."""
+    timing_warmup: int = at_least(0, 5)
+    """Iterations after the first that enter no statistic."""
+    gemm_seconds: float = at_least(0, 1.0)
+    """Seconds spent on this back end's fastest matrix product, for mfu_measured; 0: not measured."""
+    sample_tokens: int = at_least(0, 300)
+    """Tokens of text drawn at the end; 0: none."""
+    fallbacks: str = one_of("report", "error", "off")
+    """MPS only: before training, look for operators that leave the GPU; error ends the run where there are any."""
+
+    @property
+    def named(self) -> set[str]:
+        """The keys and groups that the command line named."""
+        return {key_of(override) for override in self.given}
+
+    def write_hydra(self, folder: Path) -> None:
+        """.hydra/ in a run's folder, as Hydra would leave it: the config, and the overrides that were given."""
+        hydra = folder / ".hydra"
+        hydra.mkdir(exist_ok=True)
+        (hydra / "config.yaml").write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        (hydra / "overrides.yaml").write_text(yaml.safe_dump(self.given))
 
 
 @dataclass
@@ -100,65 +200,34 @@ class SampleConfig:
     """Everything that `python sample.py` can be told."""
 
     run: str = "???"
-    checkpoint: str = "last"  # last | best
+    """The run, or the checkpoint, to sample from."""
+    checkpoint: str = one_of("last", "best")
+    """Which of the run's checkpoints."""
     backend: BackendConfig = field(default_factory=BackendConfig)
-    dtype: str = "float32"
-    matmul_precision: str = "highest"
+    dtype: str = one_of(*DTYPES)
+    """Of the matrix products."""
+    matmul_precision: str = one_of(*MATMUL_PRECISIONS)
+    """Of float32 products."""
     data_dir: str = "data"
-    prompt: str = "\n"  # FILE:path reads a file, as nanoGPT does
-    num_samples: int = 1
-    max_new_tokens: int = 500
-    temperature: float = 0.8
-    top_k: int | None = 200
-    seed: int = 1337
-
-
-def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if not any(value == a and type(value) is type(a) for a in allowed):  # 1 is not true
-        names = ", ".join(_as_typed(a) for a in allowed)
-        raise InputError(f"{key}={_as_typed(value)}: allowed are {names}")
-
-
-def _as_typed(value: Any) -> str:
-    """A value as the command line spells it."""
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
-def _at_least(config: Any, low: float, *keys: str) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        if not value >= low:  # false for nan too
-            raise InputError(f"{key}={value}: must be at least {low}")
-
-
-def _seed(config: Config | SampleConfig) -> None:
-    if not 0 <= config.seed < 2**63:
-        raise InputError(f"seed={config.seed}: allowed are whole numbers from 0 to 2**63 - 1")
-
-
-def _check_backend(config: Config | SampleConfig) -> None:
-    _one_of("backend", config.backend.name, ("auto", *kinds.KINDS))
-    for key, (_, _, allowed) in kinds.settings().items():
-        if allowed:
-            _one_of(f"backend.{key}", getattr(config.backend, key), allowed)
-    _one_of("dtype", config.dtype, DTYPES)
-    _one_of("matmul_precision", config.matmul_precision, MATMUL_PRECISIONS)
+    """Where prepared corpora are kept."""
+    prompt: str = "\n"
+    """The text to go on from; FILE:path reads a file, as nanoGPT does."""
+    num_samples: int = at_least(1, 1)
+    """How many texts."""
+    max_new_tokens: int = at_least(1, 500)
+    """Tokens of each text."""
+    temperature: float = at_least(0, 0.8)
+    """Below 1 the likely becomes likelier; 0: always the likeliest token."""
+    top_k: int | None = at_least(1, 200)
+    """Draw among so many likeliest tokens; null: among all."""
+    seed: int = at_least(0, 1337, below=MOST_SEED)
+    """Of the drawing."""
 
 
 def validate(config: Config) -> None:
     """Raise InputError at the first value that cannot be meant."""
     _check_backend(config)
-    _one_of("compile", config.compile, ("auto", True, False))
-    _one_of("sync", config.sync, SYNC_POLICIES)
-    _one_of("wandb.mode", config.wandb.mode, WANDB_MODES)
-    _one_of("fallbacks", config.fallbacks, FALLBACKS)
-    _at_least(config, 1, "max_iters", "batch_size", "gradient_accumulation_steps", "eval_iters", "log_interval")
-    _seed(config)
-    _at_least(config, 0, "warmup_iters", "eval_interval", "timing_warmup", "sample_tokens")
-    _at_least(config, 0.0, "learning_rate", "min_lr", "weight_decay", "grad_clip", "gemm_seconds")
-    for key in ("beta1", "beta2"):
-        if not 0.0 <= getattr(config, key) < 1.0:
-            raise InputError(f"{key}={getattr(config, key)}: allowed are values from 0 up to, not including, 1")
+    check_fields(config)
     if config.decay_lr and config.lr_decay_iters <= config.warmup_iters:
         raise InputError(
             f"lr_decay_iters={config.lr_decay_iters}: must be more than warmup_iters={config.warmup_iters}"
@@ -166,18 +235,23 @@ def validate(config: Config) -> None:
     if config.init_from == "resume" and config.run is None:
         raise InputError("run=null: init_from=resume needs the run to go on from (run=runs/DATE/TIME-NAME)")
     if config.init_from != "resume" and config.run is not None:
-        raise InputError(f"run={config.run}: only init_from=resume takes a run (here init_from={config.init_from})")
+        raise InputError(
+            f"run={config.run}: only init_from=resume takes a run (here init_from={config.init_from}); add "
+            "init_from=resume"
+        )
 
 
 def validate_sample(config: SampleConfig) -> None:
     """As `validate`, for sample.py."""
     _check_backend(config)
-    _one_of("checkpoint", config.checkpoint, ("last", "best"))
-    _at_least(config, 1, "num_samples", "max_new_tokens")
-    _seed(config)
-    _at_least(config, 0, "temperature")
-    if config.top_k is not None:
-        _at_least(config, 1, "top_k")
+    check_fields(config)
+
+
+def _check_backend(config: Config | SampleConfig) -> None:
+    check_one_of("backend", config.backend.name, ("auto", *kinds.KINDS))
+    for key, (_, _, allowed) in kinds.settings().items():
+        if allowed:
+            check_one_of(f"backend.{key}", getattr(config.backend, key), allowed)
 
 
 def backend_options(config: Config | SampleConfig, name: str, compiled: bool = False) -> BackendOptions:

@@ -4,6 +4,6 @@
 class InputError(Exception):
     """Something the user gave cannot be used.
 
-    Its text is one line that names the key (or file), the value and what is allowed; the commands print it
+    Its text is one line that names the key (or file), the value and what to do; the commands print it
     without a traceback and exit with code 2.
     """

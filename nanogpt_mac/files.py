@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,6 +83,34 @@ def point(link: Path, target: str) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(target)
     aside.replace(link)
+
+
+def run_folder(pattern: str, name: str) -> Path:
+    """Make a run's folder from `pattern` ({date}, {time}, {name}); a taken name gets a number, a given one does not.
+
+    InputError when a folder that was named outright already holds a run, or cannot be made.
+    """
+    now = datetime.now()
+    text = pattern.replace("{date}", now.strftime("%Y-%m-%d")).replace("{time}", now.strftime("%H-%M-%S"))
+    folder = Path(text.replace("{name}", name))
+    is_pattern = any(part in pattern for part in ("{date}", "{time}", "{name}"))
+    if not is_pattern and (folder / "metrics.jsonl").exists():
+        raise InputError(f"run_dir={pattern}: already holds a run; use a new or an empty folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            candidate = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+            try:
+                candidate.mkdir()
+            except FileExistsError:
+                if is_pattern:
+                    continue
+            break
+        if not os.access(candidate, os.W_OK | os.X_OK) or not candidate.is_dir():
+            raise PermissionError(errno.EACCES, "not a folder that can be written", str(candidate))
+    except OSError as error:
+        raise InputError(f"run_dir={pattern}: cannot be made: {error.strerror}: {error.filename}") from error
+    return candidate
 
 
 # -- one process at a time --------------------------------------------------------------------------------------------

@@ -148,3 +148,16 @@ def test_a_cache_file_is_read_and_made_again_where_it_is_damaged(tmp_path, capsy
     assert files.kept(path, lambda text: json.loads(text)["a"], make) == 1
     assert len(made) == 2
     assert "damaged ('a'); it is made again" in capsys.readouterr().err
+
+
+def test_run_folders_are_named_by_the_pattern_and_never_shared(tmp_path):
+    pattern = f"{tmp_path}/{{date}}/{{name}}"
+    first, second = files.run_folder(pattern, "mps-compile"), files.run_folder(pattern, "mps-compile")
+    assert first.name == "mps-compile"
+    assert second.name == "mps-compile-2"
+    assert len(first.parent.name) == len("2026-01-01")
+    named = files.run_folder(f"{tmp_path}/mine", "cpu")
+    assert named == tmp_path / "mine"
+    (named / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match="already holds a run"):
+        files.run_folder(f"{tmp_path}/mine", "cpu")

@@ -292,17 +292,6 @@ def own_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {f.name: given[f.name] for f in fields(own) if f.name in given} if own else {}
 
 
-def detects(name: str) -> bool:
-    """Whether there is a fallback detector for back end `name`; none for "auto", which could be any."""
-    return name in KINDS and any(here.detector for here in KINDS[name].devices)
-
-
-def caches(name: str, place: Path) -> dict[str, str]:
-    """The environment in which back end `name` keeps its compiled code under `place`; that of every one for "auto"."""
-    kinds = (KINDS[name],) if name in KINDS else tuple(KINDS.values())
-    return {variable: str(place / folder) for kind in kinds for variable, folder in kind.caches.items()}
-
-
 def signs() -> dict[str, re.Pattern[str]]:
     """What the line of a log means, in the words of any framework: a state of records.run.RunState -> its pattern."""
     joined = {

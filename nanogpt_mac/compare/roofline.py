@@ -24,23 +24,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from nanogpt_mac.config import Config
+from nanogpt_mac.corpus import vocab_size
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine import chips
 from nanogpt_mac.machine.gemm import DTYPES
+from nanogpt_mac.records.comparison import Roofline, Work
+from nanogpt_mac.report import show as kit
+from nanogpt_mac.report.table import Report, Row, Section, Table
+from nanogpt_mac.report.words import DASH, count, seconds
 
 MASTER_BYTES = 4  # weights, gradients, moments and the residual stream are float32 in every dtype
-# Symbols of the corpora that have them fixed, for a config that leaves the vocabulary to the corpus.
-VOCABULARIES = {"shakespeare_char": 65, "stand_in": 65, "shakespeare": 50304, "openwebtext": 50304}
 
 
 def bytes_per_iter(spec: GPTSpec, batch_size: int, accumulation: int, dtype: str) -> dict[str, int]:
     """The module's count: weights, gradients, adamw, activations, and their sum as total."""
     if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype}: allowed are {', '.join(DTYPES)}")
+        raise InputError(f"dtype={dtype}: use one of {', '.join(DTYPES)}")
     L, C, V, e = spec.n_layer, spec.n_embd, spec.vocab_size, DTYPES[dtype]
     master = MASTER_BYTES * (spec.n_params() + spec.block_size * C)
     tokens = batch_size * spec.block_size * accumulation
@@ -60,7 +63,7 @@ def floor(
     peak_source: str | None,
     bandwidth: float | None,
     bandwidth_source: str | None,
-) -> dict[str, Any] | None:
+) -> Roofline | None:
     """The floor of an iteration of `flops` FLOPs and `traffic` bytes; None where neither rate is known.
 
     `peak` in FLOP/s, `bandwidth` in bytes/s. A rate that is not known leaves its part out, and the floor is that of
@@ -72,41 +75,41 @@ def floor(
     if not known:
         return None
     bound = max(known, key=known.__getitem__)
-    return {
-        "floor_ms": known[bound],
-        "compute_ms": compute,
-        "memory_ms": memory,
-        "bound": bound,
-        "flops": flops,
-        "bytes": traffic,
-        "peak": peak,
-        "peak_source": peak_source if peak else None,
-        "bandwidth": bandwidth,
-        "bandwidth_source": bandwidth_source if bandwidth else None,
-    }
+    return Roofline(
+        floor_ms=known[bound],
+        compute_ms=compute,
+        memory_ms=memory,
+        bound=bound,
+        flops=flops,
+        bytes=traffic,
+        peak=peak,
+        peak_source=peak_source if peak else None,
+        bandwidth=bandwidth,
+        bandwidth_source=bandwidth_source if bandwidth else None,
+    )
 
 
-def of_run(
-    work: dict[str, Any], chip: chips.Chip | None, on_gpu: bool, measured_peak: float | None
-) -> dict[str, Any] | None:
-    """The floor of recorded work (runs.Run.work) where it ran; None where nothing is known of it.
+def of_run(work: Work, chip: chips.Chip | None, on_gpu: bool, measured_peak: float | None) -> Roofline | None:
+    """The floor of recorded work where it ran; None where nothing is known of it.
 
     `chip`: the machine's accelerator where it is known. A back end on the CPU is held against the matmul measured on
     it, and on an Apple chip against the bandwidth of the memory, which CPU and GPU share.
     """
-    try:
-        spec = GPTSpec(**work["model"])
-        accumulation = work.get("gradient_accumulation_steps") or 1
-        traffic = bytes_per_iter(spec, work["batch_size"], accumulation, work["dtype"])["total"]
-    except (KeyError, TypeError, InputError):
+    if work.model is None or not work.batch_size or not work.tokens_per_iter or work.dtype is None:
         return None
-    peak = chips.peak(chip, work["dtype"], work.get("matmul_precision") or "highest") if on_gpu else None
+    try:
+        spec = GPTSpec(**work.model.model_dump())
+        accumulation = work.gradient_accumulation_steps or 1
+        traffic = bytes_per_iter(spec, work.batch_size, accumulation, work.dtype)["total"]
+    except (TypeError, InputError):  # another version's model
+        return None
+    peak = chips.peak(chip, work.dtype, work.matmul_precision or "highest") if on_gpu else None
     source = (
         f"{chip.name}'s peak{', disputed' if chip.disputed else ''}" if chip and peak else "best matmul measured here"
     )
     shares_memory = chip is not None and (on_gpu or chip.name.startswith("Apple"))
     bandwidth = chip.bandwidth if chip is not None and shares_memory else None
-    flops = work.get("flops_per_iter") or float(spec.flops_per_token() * work["tokens_per_iter"])
+    flops = work.flops_per_iter or float(spec.flops_per_token() * work.tokens_per_iter)
     return floor(flops, traffic, peak or measured_peak, source, bandwidth, chip.name if chip else None)
 
 
@@ -126,124 +129,97 @@ def find_chip(name: str) -> chips.Chip:
     asked = int(cores) if key in NAMES and cores.isdigit() else None
     full = NAMES.get(key if asked is not None else name.strip().lower())
     if full is None or (asked is not None and full not in chips.APPLE):
-        raise InputError(f"chip={name}: allowed are {', '.join(NAMES)}, all, and a number of GPU cores as in m4-max-32")
+        raise InputError(f"chip={name}: use one of {', '.join(NAMES)}, all, or a number of GPU cores as in m4-max-32")
     most = chips.APPLE[full].cores if full in chips.APPLE else None
     chip = chips.find(full, asked if asked is not None else most)
     if chip is None:
-        raise InputError(f"chip={name}: {full} has at most {most} GPU cores; allowed is {key}-1 to {key}-{most}")
+        raise InputError(f"chip={name}: {full} has at most {most} GPU cores; use {key}-1 to {key}-{most}")
     return chip
 
 
-def predict(config: Config, chip_name: str) -> dict[str, Any]:
-    """The floor of one iteration of `config` on `chip_name`: arithmetic, nothing is run.
+@dataclass(frozen=True)
+class Prediction:
+    """The floor of one iteration on a chip: arithmetic, nothing is run.
 
-    Keys: those of `floor`, chip, gpu_cores, disputed, range_ms (the floor at the highest and lowest peak that a
-    source claims, or None), note, dtype, tokens_per_iter, recipe_seconds (max_iters iterations at the floor, without
-    evaluations). floor_ms is None, with the reason in note, where the chip's peak is not known for the dtype.
+    `floor` is None, with the reason in `note`, where the chip's peak is not known for the dtype. `range_ms`: the floor
+    at the highest and at the lowest peak that a source claims. `recipe_seconds`: max_iters iterations at the floor,
+    without evaluations.
     """
-    chip = find_chip(chip_name)
-    spec = _spec(config)
+
+    chip: chips.Chip
+    floor: Roofline | None
+    range_ms: tuple[float, float] | None
+    recipe_seconds: float | None
+    note: str | None
+
+
+def predict(config: Config, chip_name: str) -> Prediction:
+    chip, spec = find_chip(chip_name), _spec(config)
     accumulation = config.gradient_accumulation_steps
-    tokens = config.batch_size * accumulation * spec.block_size
-    flops = float(spec.flops_per_token() * tokens)
+    flops = float(spec.flops_per_token() * _tokens(config))
     traffic = bytes_per_iter(spec, config.batch_size, accumulation, config.dtype)["total"]
     peak = chips.peak(chip, config.dtype, config.matmul_precision)
-    facts: dict[str, Any] = {
-        "chip": chip.name,
-        "gpu_cores": chip.gpu_cores,
-        "disputed": chip.disputed,
-        "note": chip.note,
-        "dtype": config.dtype,
-        "tokens_per_iter": tokens,
-        "range_ms": None,
-        "recipe_seconds": None,
-    }
-    source = "; ".join(chip.sources[:1])
-    found = floor(flops, traffic, peak, source, chip.bandwidth, f"{chip.name}'s memory")
-    if peak is None or found is None:
-        reason = f"no trustworthy {config.dtype} peak of this chip is known"
-        return facts | dict.fromkeys(floor(1.0, 1.0, 1.0, "", 1.0, "") or {}) | {"note": reason}
-    if chip.float32_range and config.dtype == "float32":
-        bounds = [floor(flops, traffic, rate, "", chip.bandwidth, "") for rate in reversed(chip.float32_range)]
-        facts["range_ms"] = [bound["floor_ms"] for bound in bounds if bound]
-    return facts | found | {"recipe_seconds": found["floor_ms"] / 1e3 * config.max_iters}
+
+    def at(rate: float) -> Roofline | None:
+        return floor(flops, traffic, rate, "; ".join(chip.sources[:1]), chip.bandwidth, f"{chip.name}'s memory")
+
+    found = at(peak) if peak else None
+    if found is None:
+        return Prediction(chip, None, None, None, f"no trustworthy {config.dtype} peak of this chip is known")
+    claimed = reversed(chip.float32_range) if chip.float32_range and config.dtype == "float32" else ()
+    bounds = [bound.floor_ms for rate in claimed if (bound := at(rate))]
+    span = (bounds[0], bounds[1]) if bounds else None
+    return Prediction(chip, found, span, found.floor_ms / 1e3 * config.max_iters, chip.note)
+
+
+def _tokens(config: Config) -> int:
+    return config.batch_size * config.gradient_accumulation_steps * _spec(config).block_size
 
 
 def _spec(config: Config) -> GPTSpec:
     model = dataclasses.asdict(config.model)
     if model["vocab_size"] is None:
-        model["vocab_size"] = VOCABULARIES.get(config.data.name)
-        if model["vocab_size"] is None or config.data.tokenizer == "bpe":
-            raise InputError(
-                f"model.vocab_size=null: data={config.data.name} decides it; allowed with chip= is a number"
-            )
+        model["vocab_size"] = vocab_size(config.data)
+        if model["vocab_size"] is None:
+            raise InputError(f"model.vocab_size=null: data={config.data.name} decides it; with chip= use a number")
     return GPTSpec(**model)
 
 
 def show(config: Config, names: Sequence[str] = ("all",)) -> None:
     """Print the floor of `config` on the named chips, or on every known one, as a table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    chosen = list(NAMES) if "all" in names else list(names)
-    rows = [predict(config, name) for name in chosen]
-    spec, tokens = _spec(config), rows[0]["tokens_per_iter"]
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title_style="")
-    table.add_column("chip")
-    for heading in (
-        "GPU cores",
-        "floor ms",
-        "range ms",
-        "compute ms",
-        "memory ms",
-        "bound",
-        "TFLOP/s",
-        "GB/s",
-        "recipe",
-    ):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        mark = " (disputed)" if row["disputed"] else ""
-        table.add_row(f"{row['chip']}{mark}", str(row["gpu_cores"] or ""), *_cells(row))
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=160)
-    console.print("ARITHMETIC, not a measurement: nothing was run, and no program reaches 100 % of a peak.")
-    console.print(
+    chosen = [predict(config, name) for name in (NAMES if "all" in names else names)]
+    spec, tokens = _spec(config), _tokens(config)
+    columns = ["chip", "GPU cores", "floor ms", "range ms", "compute ms", "memory ms", "bound by", "TFLOP/s", "GB/s",
+               "full recipe"]  # fmt: skip
+    work = (
         f"{spec.n_layer} layers x {spec.n_head} heads x {spec.n_embd}, block {spec.block_size}, {spec.vocab_size} "
         f"symbols, batch {config.batch_size} x {config.gradient_accumulation_steps}, {config.dtype}: {tokens} tokens, "
         f"{spec.flops_per_token() * tokens / 1e9:.1f} GFLOP an iteration"
     )
-    console.print(table)
-    for row in (row for row in rows if row["floor_ms"] is None):
-        console.print(f"{row['chip']}: {row['note']}")
-    console.print(
-        "floor: FLOPs over peak or bytes over bandwidth, whichever takes longer. range: by the lowest and highest peak "
-        f"that a source claims.\nrecipe: {config.max_iters} iterations at the floor, without evaluations."
-    )
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    if row["floor_ms"] is None:
-        return []
-    bounds = row["range_ms"]
-    return [
-        f"{row['floor_ms']:.4g}",
-        f"{bounds[0]:.3g} to {bounds[1]:.3g}" if bounds else "",
-        f"{row['compute_ms']:.4g}",
-        "" if row["memory_ms"] is None else f"{row['memory_ms']:.3g}",
-        row["bound"],
-        f"{row['peak'] / 1e12:.4g}",
-        "" if row["bandwidth"] is None else f"{row['bandwidth'] / 1e9:.4g}",
-        _duration(row["recipe_seconds"]),
+    notes = [
+        "Floor: FLOPs over peak or bytes over bandwidth, whichever takes longer. Range: by the highest and lowest peak "
+        "that a source claims.",
+        f"Full recipe: {config.max_iters} iterations at the floor, without evaluations.",
     ]
+    notes += [f"{p.chip.name}: {p.note}" for p in chosen if p.floor is None]
+    section = Section("floor", "Floor", notes, [Table(work, columns, [Row(_cells(p)) for p in chosen])])
+    sentence = "ARITHMETIC, not a measurement: nothing was run, and no program reaches 100 % of a peak."
+    kit.show(Report("Roofline", "Roofline", sentence, [section]))
 
 
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+def _cells(prediction: Prediction) -> list[str]:
+    chip, found, bounds = prediction.chip, prediction.floor, prediction.range_ms
+    first = [f"{chip.name}{' (disputed)' if chip.disputed else ''}", count(chip.gpu_cores)]
+    if found is None:
+        return [*first, *[DASH] * 8]
+    return [
+        *first,
+        f"{found.floor_ms:.4g}",
+        f"{bounds[0]:.3g} to {bounds[1]:.3g}" if bounds else DASH,
+        f"{found.compute_ms:.4g}",
+        f"{found.memory_ms:.3g}" if found.memory_ms is not None else DASH,
+        found.bound,
+        f"{(found.peak or 0) / 1e12:.4g}",
+        f"{found.bandwidth / 1e9:.4g}" if found.bandwidth else DASH,
+        seconds(prediction.recipe_seconds),
+    ]

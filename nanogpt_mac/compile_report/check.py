@@ -5,7 +5,7 @@
             step()
         with seen.iteration("training"):  # one steady iteration, whose launches are reported
             step()
-    seen.report()  # JSON-able
+    describe(seen)  # a dictionary that JSON takes
 
 `check` does that with the project's own back end in a process and a compiler cache of their own: on a Mac live, off it
 as a dry run on the simulated device, which records kernels and does not run them.
@@ -13,41 +13,35 @@ as a dry run on the simulated device, which records kernels and does not run the
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from nanogpt_mac import simulator
+from nanogpt_mac.compile_report.describe import describe
 from nanogpt_mac.compile_report.seen import Seen, watch
 from nanogpt_mac.compile_report.text import lines, sections
+from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 
-__all__ = ["Seen", "check", "lines", "sections", "watch"]
+__all__ = ["Seen", "check", "describe", "lines", "sections", "watch"]
 
-PACKAGE = Path(__file__).resolve().parents[1]
-_SYMBOLS = 65  # of the default corpus
 _TIMED_ITERATIONS = 10
-_DROPPED = ("PYTORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TORCH_LOGS")  # what changes the outcome
+_DROPPED = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TORCH_LOGS")  # what changes the outcome
 
 
 def check(model: ModelConfig, dtype: str, batch_size: int, warm: bool = True) -> dict[str, Any]:
-    """Compiles this model for MPS in a fresh process with an empty cache, and reports what came of it.
+    """Compile this model for MPS in a fresh process with an empty cache, and report what came of it.
 
     Adds to the report: `label` (live on a Mac, otherwise dry run), `model`, and `warm`, what a second process with
-    the first one's cache spent on compiling (None without `warm`).
-
-    Raises:
-        InputError: there is neither a Mac's GPU nor a machine for the simulated one, or the model cannot be compiled.
+    the first one's cache spent on compiling (None without `warm`). InputError where there is neither a Mac's GPU nor a
+    machine for the simulated one, or the model cannot be compiled.
     """
     _spec(model)
-    task = json.dumps({"model": asdict(model), "dtype": dtype, "batch_size": batch_size})
+    task = {"model": asdict(model), "dtype": dtype, "batch_size": batch_size}
     with tempfile.TemporaryDirectory(prefix="nanogpt-mac-compile-") as cache:
         report = _run_child(task, cache)
         second = _run_child(task, cache) if warm else None
@@ -57,22 +51,19 @@ def check(model: ModelConfig, dtype: str, batch_size: int, warm: bool = True) ->
 
 
 def _spec(m: ModelConfig) -> GPTSpec:
-    symbols = m.vocab_size or _SYMBOLS
+    symbols = m.vocab_size or TINY_SHAKESPEARE_SYMBOLS
     return GPTSpec(m.n_layer, m.n_head, m.n_embd, m.block_size, symbols, m.dropout, m.bias, m.gelu)
 
 
-def _run_child(task: str, cache: str) -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_DROPPED)}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = cache
-    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
-    if sys.platform != "darwin":
-        environment[simulator.VARIABLE] = "1"
-    argv = [sys.executable, "-W", "ignore", "-m", "nanogpt_mac.compile_report.check"]
-    child = subprocess.run(argv, input=task, capture_output=True, text=True, env=environment, check=False)
-    if child.returncode:
-        words = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-        raise InputError(f"compiled=true: compiling this model for MPS failed: {words[-1]}")
-    made: dict[str, Any] = json.loads(child.stdout)
+def _run_child(task: dict[str, Any], cache: str) -> dict[str, Any]:
+    from nanogpt_mac import child  # psutil and pydantic, which the detector's child may not have
+
+    environment = simulator.environment(False, *_DROPPED, TORCHINDUCTOR_CACHE_DIR=cache, PYTHONWARNINGS="ignore")
+    name = "nanogpt_mac.compile_report.check"
+    try:
+        made: dict[str, Any] = child.ask(name, task, python=sys.executable, environment=environment)
+    except child.ChildError as error:
+        raise InputError(f"compiled=true: compiling this model for MPS failed: {error}") from error
     return made
 
 
@@ -128,7 +119,7 @@ def _child(task: dict[str, Any]) -> dict[str, Any]:
             seen.iterations["training"].ms = _iteration_ms(backend, starts)
             with seen.timing():
                 backend.wait(backend.step(starts, 1e-3))
-        report = seen.report()
+        report = describe(seen)
     about = {"label": "live" if live else "dry run", "model": {**task["model"], "vocab_size": spec.vocab_size}}
     return {**about, "dtype": task["dtype"], "batch_size": batch_size, **report}
 
@@ -145,7 +136,6 @@ def _iteration_ms(backend: Any, starts: Any) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        print(json.dumps(_child(json.load(sys.stdin))))
-    except InputError as error:
-        sys.exit(str(error))
+    from nanogpt_mac import child
+
+    child.answer(_child)

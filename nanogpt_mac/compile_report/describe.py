@@ -9,8 +9,8 @@ from typing import Any
 
 from nanogpt_mac import simulator
 from nanogpt_mac.compile_report import dynamo, suspects
-from nanogpt_mac.compile_report.recorders import Call
-from nanogpt_mac.compile_report.seen import Iteration, Seen, alike
+from nanogpt_mac.compile_report.recorders import Call, What
+from nanogpt_mac.compile_report.seen import Iteration, Seen
 
 SCHEMA = 1
 _GRADIENTS_OFF = re.compile(r"\d+/\d+: GLOBAL_STATE changed: grad_mode")
@@ -22,7 +22,9 @@ def describe(seen: Seen) -> dict[str, Any]:
     """The report of what was seen. A figure that this torch does not give is None, with a line under `unknown`."""
     import torch
 
+    seen.collect()
     simulated = simulator.active()
+    training = seen.iterations.get("training")
     counters = seen.counters()
     stats = counters.get("stats", Counter()) if counters is not None else None
     compiled = stats["unique_graphs"] if stats is not None else None
@@ -30,6 +32,7 @@ def describe(seen: Seen) -> dict[str, Any]:
         seen.doubt("graphs", "Dynamo made graphs, and no module that Inductor generated was seen")
     if seen.graphs and not seen.libraries and any(graph["kernels"] for graph in seen.graphs.values()):
         seen.doubt("launches", "generated modules hold Metal kernels, and none went through torch.mps.compile_shader")
+    times = suspects.Times(training.ms if training else None, seen.ms_each, live=seen.execute and not simulated)
     return {
         "schema": SCHEMA,
         "torch": torch.__version__,
@@ -43,7 +46,7 @@ def describe(seen: Seen) -> dict[str, Any]:
         "cache": _caches(seen, counters, compiled),
         "kernels_generated": sum(graph["kernels"] for graph in seen.graphs.values()) if seen.known("graphs") else None,
         "iterations": {name: _iteration(seen, it) for name, it in seen.iterations.items()},
-        "suspects": suspects.judge(seen, live=seen.execute and not simulated),
+        "suspects": suspects.judge(training.calls, times, seen.known) if training is not None else [],
         "unknown": list(seen.unknown),
     }
 
@@ -117,9 +120,9 @@ def _caches(seen: Seen, counters: dict[str, Counter[str]] | None, compiled: int 
 
 
 def _iteration(seen: Seen, iteration: Iteration) -> dict[str, Any]:
-    metal = [call for call in iteration.calls if call.what == "metal"]
-    externs = [call for call in iteration.calls if call.what == "extern"]
-    aten = [call for call in iteration.calls if call.what == "aten"]
+    metal = [call for call in iteration.calls if call.what is What.METAL]
+    externs = [call for call in iteration.calls if call.what is What.EXTERN]
+    aten = [call for call in iteration.calls if call.what is What.ATEN]
     reductions = sum(call.is_reduction for call in metal)
     launched, graphs = seen.known("launches"), seen.known("graphs")
     matmuls, buffers = seen.known("graphs", "matmuls"), seen.known("graphs", "buffers")
@@ -136,7 +139,7 @@ def _iteration(seen: Seen, iteration: Iteration) -> dict[str, Any]:
         "aten": _rows(seen, aten) if graphs else None,
         "aten_bytes": sum(call.bytes for call in aten) if graphs else None,
         "matrix_products": sum(call.products for call in (*externs, *aten)) if matmuls else None,
-        "buffers": sum(c.what == "buffer" for c in iteration.calls) if buffers else None,
+        "buffers": sum(c.what is What.BUFFER for c in iteration.calls) if buffers else None,
     }
 
 
@@ -144,12 +147,12 @@ def _rows(seen: Seen, calls: Sequence[Call]) -> list[dict[str, Any]]:
     """One row for all calls that are alike, in the order of their first."""
     groups: dict[tuple[Any, ...], list[Call]] = {}
     for call in calls:
-        groups.setdefault((alike(call), call.threads, call.group), []).append(call)
+        groups.setdefault((call.alike, call.threads, call.group), []).append(call)
     rows = []
     for group in groups.values():
         first = group[0]
         row: dict[str, Any] = {"name": first.name, "graph": first.graph, "count": len(group)}
-        if first.what == "metal":
+        if first.what is What.METAL:
             row["kind"] = "reduction" if first.is_reduction else "pointwise"
             row["does"] = _does(first)
             row["threads"] = list(first.threads or ())
@@ -160,7 +163,7 @@ def _rows(seen: Seen, calls: Sequence[Call]) -> list[dict[str, Any]]:
         row["dtypes"] = list(first.dtypes)
         row["bytes"] = sum(call.bytes for call in group)
         row["lines"] = sorted({call.line for call in group if call.line})
-        row["ms_each"] = seen.ms_each.get(alike(first))
+        row["ms_each"] = seen.ms_each.get(first.alike)
         rows.append(row)
     return rows
 

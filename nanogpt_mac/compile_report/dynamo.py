@@ -1,7 +1,7 @@
 """What torch.compile's front end, Dynamo, tells of itself: counters, records of compilations, and graph breaks.
 
 None of it is public API. What a version does not have raises AttributeError, ImportError, KeyError or TypeError, which
-`Seen.ask` in inductor.py turns into a line under `unknown`.
+`Recorder.ask` in recorders.py turns into a line under `unknown`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,27 @@ _INTEGERS = ("int", "long", "short", "char", "uchar", "bool")
 _current: Recorder | None = None
 
 
+Alike = tuple[str | None, str, tuple[tuple[int, ...], ...]]
+
+
+class What(StrEnum):
+    """What a compiled graph can do."""
+
+    METAL = "metal"  # a launch of a generated kernel
+    EXTERN = "extern"  # a matrix product, or another kernel with an out= form
+    ATEN = "aten"
+    BUFFER = "buffer"
+
+
 @dataclass(frozen=True)
 class Call:
     """One thing that a compiled graph did: a Metal launch, a matrix product, an ATen operator, a new buffer.
 
-    `what` is metal, extern, aten or buffer; `code` the kernel's Metal source; `threads` and `group` as launched, None
+    `code` is the kernel's Metal source; `threads` and `group` as launched, None
     where torch chooses; `bytes` sums the sizes of its tensors; `line` is the model's line behind it, where known.
     """
 
-    what: str
+    what: What
     name: str
     graph: str | None
     bytes: int
@@ -45,6 +58,11 @@ class Call:
     group: tuple[int, ...] | None = None
     line: str | None = None
     products: int = 0
+
+    @property
+    def alike(self) -> Alike:
+        """What two calls must share to take the same time."""
+        return self.graph, self.name, self.shapes
 
     @property
     def is_reduction(self) -> bool:
@@ -90,7 +108,7 @@ class Recorder(ABC):
         """Whether nothing among these is in doubt."""
         return not any(line.startswith(f"{name}: ") for line in self.unknown for name in what)
 
-    def call(self, what: str, name: str, args: Any, kwargs: Any, frame: Any, **more: Any) -> Call:
+    def call(self, what: What, name: str, args: Any, kwargs: Any, frame: Any, **more: Any) -> Call:
         """A record of a call with these arguments, made by the generated code in `frame`."""
         import torch
 
@@ -183,7 +201,7 @@ class _Kernel:
             return
         sizes = {key: _sizes(kwargs.get(name)) for key, name in (("threads", "threads"), ("group", "group_size"))}
         more = {"code": self._code, **sizes}
-        _current.record(_current.call("metal", self._name, args, {}, sys._getframe(1), **more), run)
+        _current.record(_current.call(What.METAL, self._name, args, {}, sys._getframe(1), **more), run)
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
@@ -290,7 +308,7 @@ class _Externs:
                 run = partial(kwargs.get, "out")
             products = int(name in ("mm", "bmm", "addmm", "baddbmm"))
             return _current.record(
-                _current.call("extern", name, args, kwargs, sys._getframe(1), products=products), run
+                _current.call(What.EXTERN, name, args, kwargs, sys._getframe(1), products=products), run
             )
 
         return recorded
@@ -325,7 +343,7 @@ class _Operator:
             run = partial(_shapes_only, self._value, args, kwargs)
         name = self._path.removesuffix(".default")
         mask = args[-1] if name == "aten.linear_backward" and isinstance(args[-1], list) else []
-        call = _current.call("aten", name, args, kwargs, sys._getframe(1), products=sum(map(bool, mask[:2])))
+        call = _current.call(What.ATEN, name, args, kwargs, sys._getframe(1), products=sum(map(bool, mask[:2])))
         return _current.record(call, run)
 
 
@@ -333,7 +351,7 @@ def _buffer(allocate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     run = partial(allocate, *args, **kwargs)
     if _current is None:
         return run()
-    return _current.record(Call("buffer", str(kwargs.get("device", "")), _current._graph, 0), run)
+    return _current.record(Call(What.BUFFER, str(kwargs.get("device", "")), _current._graph, 0), run)
 
 
 def _shapes_only(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

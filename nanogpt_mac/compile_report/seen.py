@@ -1,6 +1,6 @@
 """Watching torch.compile in this process: what it made, and what one marked iteration then does on MPS.
 
-Everything that is no public API of torch is read through `ask`, which turns what a version does not have into a line
+Everything that is not public API of torch is read through `ask`, which turns what a version does not have into a line
 under `unknown` and a null, never into a zero. For a process of its own, never for a timed run.
 """
 
@@ -13,16 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanogpt_mac.compile_report import dynamo
-from nanogpt_mac.compile_report.recorders import Call, Recorder, recording
+from nanogpt_mac.compile_report.recorders import Alike, Call, Recorder, What, recording
 
 _REPEATS = 10  # of a call that is timed
-
-Alike = tuple[str | None, str, tuple[tuple[int, ...], ...]]
-
-
-def alike(call: Call) -> Alike:
-    """What two calls must share to take the same time."""
-    return call.graph, call.name, call.shapes
 
 
 @dataclass
@@ -36,7 +29,7 @@ class Iteration:
 
 
 class Seen(Recorder):
-    """What `watch` saw. `report()` may be called inside its context or after it."""
+    """What `watch` saw; `describe` makes the report of it, inside the context or after it."""
 
     def __init__(self, execute: bool) -> None:
         super().__init__(execute)
@@ -55,12 +48,12 @@ class Seen(Recorder):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Names what is going on, so that a compilation is reported under it. For warming up."""
-        self._collect()
+        self.collect()
         before, self._phase = self._phase, name
         try:
             yield
         finally:
-            self._collect()
+            self.collect()
             self._phase = before
 
     @contextmanager
@@ -96,13 +89,13 @@ class Seen(Recorder):
             self._marked.runs[graph] += 1
 
     def record(self, call: Call, run: Callable[[], Any]) -> Any:
-        if self._timing and call.what != "buffer" and alike(call) not in self.ms_each:
-            self.ms_each[alike(call)] = _milliseconds(run)
+        if self._timing and call.what is not What.BUFFER and call.alike not in self.ms_each:
+            self.ms_each[call.alike] = _milliseconds(run)
         if self._marked is not None:
             self._marked.calls.append(call)
         return run()
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """Takes over the compilations since the last call, under the current phase."""
         records = self.ask("compilations", dynamo.compilations) or []
         known = {id(record) for record in self._known}
@@ -118,13 +111,6 @@ class Seen(Recorder):
         if now is None:
             return None
         return {group: values - self._counted.get(group, Counter()) for group, values in now.items()}
-
-    def report(self) -> dict[str, Any]:
-        """Everything that was seen, JSON-able: see docs/coverage.md."""
-        from nanogpt_mac.compile_report.describe import describe
-
-        self._collect()
-        return describe(self)
 
 
 def _milliseconds(run: Callable[[], Any]) -> float:
@@ -146,12 +132,9 @@ def _milliseconds(run: Callable[[], Any]) -> float:
 def watch(execute: bool = True) -> Iterator[Seen]:
     """Watches compilation, and what every graph compiled inside does. Enter it before the first compilation.
 
-    Args:
-        execute: False records generated kernels, matrix products and functional ATen operators in place of running
-            them: launches, shapes and sizes are right, values garbage. For a dry run at full size.
-
-    Raises:
-        RuntimeError: another `watch` is open in this process.
+    With `execute=False` generated kernels, matrix products and functional ATen operators are recorded in place of
+    being run: launches, shapes and sizes are right, values garbage. For a dry run at full size. RuntimeError where
+    another `watch` is open in this process.
     """
     seen = Seen(execute)
     loggers = seen.ask("lines of graph breaks", dynamo.break_loggers) or []

@@ -11,13 +11,13 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from nanogpt_mac.compile_report.recorders import Call
-from nanogpt_mac.compile_report.seen import Seen, alike
+from nanogpt_mac.compile_report.recorders import Alike, Call, What
 
 SIMD = 32  # lanes that a Mac's GPU runs in step
 CONFIRMED_SHARE = 0.1
@@ -50,49 +50,58 @@ class Suspect:
     commands: tuple[str, ...]
 
 
-def judge(seen: Seen, live: bool) -> list[dict[str, Any]]:
-    """Every suspect against the marked training iteration; [] where none was marked.
+class Status(StrEnum):
+    UNKNOWN = "unknown"  # this torch does not show what the rule looks at
+    ABSENT = "absent"
+    SUSPECT = "suspect"
+    CONFIRMED = "confirmed"
 
-    Args:
-        live: whether the times in `seen` are a Mac's.
-    """
-    iteration = seen.iterations.get("training")
-    if iteration is None:
-        return []
-    rows = []
-    for suspect in SUSPECTS:
-        status, found, ms = "unknown", Found(0, "this torch does not tell what the rule looks at"), None
-        if seen.known(*suspect.needs):
-            found = suspect.look(iteration.calls)
-            status = "suspect" if found.count else "absent"
-        evidence = found.evidence
-        times = [seen.ms_each.get(alike(call)) for call in found.priced]
-        if live and times and iteration.ms and None not in times:
-            ms = sum(t for t in times if t is not None)
-            evidence += f"; timed on this Mac: {ms:.2f} of an iteration's {iteration.ms:.2f} ms"
-            status = "confirmed" if ms >= CONFIRMED_SHARE * iteration.ms else status
-        elif status == "suspect":
-            evidence += "; not timed" + ("" if live else ": no Mac") if found.priced else "; only the A/B can time it"
-        rows.append(
-            {
-                "name": suspect.name,
-                "status": status,
-                "claim": suspect.claim,
-                "versions": suspect.versions,
-                "evidence": evidence,
-                "count": found.count,
-                "ms": ms,
-                "commands": list(suspect.commands),
-            }
-        )
-    return rows
+
+@dataclass(frozen=True)
+class Times:
+    """What a Mac's own clock gave, in ms: an iteration, and calls by what they share. Empty where there is no Mac."""
+
+    iteration: float | None = None
+    each: Mapping[Alike, float] = field(default_factory=dict)
+    live: bool = False
+
+
+def judge(calls: Sequence[Call], times: Times, known: Callable[..., bool]) -> list[dict[str, Any]]:
+    """Every suspect against the calls of a training iteration; `known` says whether its needs are beyond doubt."""
+    return [_judged(suspect, calls, times, known(*suspect.needs)) for suspect in SUSPECTS]
+
+
+def _judged(suspect: Suspect, calls: Sequence[Call], times: Times, known: bool) -> dict[str, Any]:
+    status, found, ms = Status.UNKNOWN, Found(0, "this torch does not show what the rule looks at"), None
+    if known:
+        found = suspect.look(calls)
+        status = Status.SUSPECT if found.count else Status.ABSENT
+    evidence, whole = found.evidence, times.iteration
+    priced = [times.each.get(call.alike) for call in found.priced]
+    if times.live and priced and whole and None not in priced:
+        ms = sum(t for t in priced if t is not None)
+        evidence += f"; timed on this Mac: {ms:.2f} of an iteration's {whole:.2f} ms"
+        status = Status.CONFIRMED if ms >= CONFIRMED_SHARE * whole else status
+    elif status is Status.SUSPECT:
+        why = "" if times.live else ": no Mac"
+        evidence += f"; not timed{why}" if found.priced else "; only the A/B can time it"
+    return {
+        "name": suspect.name,
+        "status": status,
+        "claim": suspect.claim,
+        "versions": suspect.versions,
+        "evidence": evidence,
+        "count": found.count,
+        "ms": ms,
+        "commands": list(suspect.commands),
+    }
 
 
 # -- what the rules look at -------------------------------------------------------------------------------------------
 
 
 def _metal(calls: Sequence[Call]) -> list[Call]:
-    return [call for call in calls if call.what == "metal"]
+    return [call for call in calls if call.what is What.METAL]
 
 
 def _lines(calls: Sequence[Call]) -> str:
@@ -128,7 +137,7 @@ def _serial_welford(calls: Sequence[Call]) -> Found:
     if not serial:
         return Found(0, f"{len(using)} launches hold {', '.join(names)}, which this torch's header computes as a tree")
     loops = sum(math.prod(call.threads or ()) * math.prod(call.group or ()) for call in serial)
-    how = "serially in every lane" if None not in answers.values() else "in a way that its missing header does not tell"
+    how = "serially in every lane" if None not in answers.values() else "in a way that its missing header cannot show"
     text = (
         f"{len(serial)} launches hold {', '.join(names)}, which this torch computes {how}: {loops:.2g} loop iterations"
     )
@@ -142,7 +151,7 @@ def _odd_groups(calls: Sequence[Call]) -> Found:
     sizes = Counter(math.prod(c.group or ()) for c in odd)
     text = ", ".join(f"{n} x {size}" for size, n in sorted(sizes.items()))
     return Found(
-        len(odd), f"{len(odd)} reductions in groups of no multiple of {SIMD} threads: {text}{_lines(odd)}", odd
+        len(odd), f"{len(odd)} reductions in groups that are not a multiple of {SIMD} threads: {text}{_lines(odd)}", odd
     )
 
 
@@ -163,7 +172,7 @@ def is_copy(call: Call) -> bool:
     values = [line for line in body if line.startswith("auto tmp")]
     loads = [line for line in values if "ptr" in line]
     return (
-        call.what == "metal"
+        call.what is What.METAL
         and not call.is_reduction
         and len(loads) == 1
         and len(body) - len(values) == 1
@@ -172,8 +181,8 @@ def is_copy(call: Call) -> bool:
 
 
 def _plain_attention(calls: Sequence[Call]) -> Found:
-    fused = [c for c in calls if c.what == "aten" and "scaled_dot_product" in c.name]
-    products = [c for c in calls if c.what == "extern" and c.name in ("bmm", "baddbmm")]
+    fused = [c for c in calls if c.what is What.ATEN and "scaled_dot_product" in c.name]
+    products = [c for c in calls if c.what is What.EXTERN and c.name in ("bmm", "baddbmm")]
     if not products:
         return Found(0, f"{len(fused)} calls of {fused[0].name}" if fused else "no batched matrix product")
     copies = [c for c in calls if is_copy(c) and any(len(shape) == 4 for shape in c.shapes)]
@@ -194,7 +203,7 @@ def _atomics(calls: Sequence[Call]) -> Found:
 
 
 def _buffers(calls: Sequence[Call]) -> Found:
-    made = sum(call.what == "buffer" for call in calls)
+    made = sum(call.what is What.BUFFER for call in calls)
     return Found(made, f"{made} buffers made from Python in an iteration")
 
 
@@ -251,7 +260,7 @@ SUSPECTS = (
     ),
     Suspect(
         "odd reduction groups",
-        f"threadgroups of no multiple of {SIMD} lanes, such as those of layer norm's weight gradients",
+        f"threadgroups that are not a multiple of {SIMD} lanes, such as those of layer norm's weight gradients",
         "seen in 2.13 and 2.15",
         _odd_groups,
         ("launches",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanogpt_mac.coverage.render import Section
+Section = tuple[str, list[str], list[list[str]]]  # title, headings, rows
 
 
 def lines(report: dict[str, Any]) -> list[str]:

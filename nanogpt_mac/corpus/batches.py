@@ -22,7 +22,7 @@ def _stream(split: str) -> int:
 
 
 def starts(seed: int, step: int, split: str, count: int, length: int, block_size: int) -> np.ndarray:
-    """First token of each of `count` windows of `block_size + 1` tokens in a split of `length` tokens.
+    """Index of the first token of each of `count` windows of `block_size + 1` tokens in a split of `length` tokens.
 
     Philox 4x64 is keyed by (seed, split); the step is the second word of its counter, so the 2**64 blocks of
     one step never reach those of the next. `split` is any name: different names give independent draws
@@ -31,13 +31,13 @@ def starts(seed: int, step: int, split: str, count: int, length: int, block_size
     span / 2**64) (Lemire's multiply-shift), whose bias is below span / 2**64.
 
     Returns int64 of shape (count,), each in [0, length - block_size - 1].
-    Raises InputError where not even one window fits.
+    Raises InputError if not even one window fits.
     """
     span = length - block_size
     if span < 1:
         raise InputError(
             f"model.block_size={block_size}: a window is block_size + 1 tokens and the {split} split of this "
-            f"corpus has {length}; at most {length - 1} is possible"
+            f"corpus has {length}; use at most {length - 1}"
         )
     key = np.array([seed % 2**64, _stream(split)], np.uint64)
     counter = np.array([0, step, 0, 0], np.uint64)

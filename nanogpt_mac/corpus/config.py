@@ -1,81 +1,104 @@
-"""The `data` group of the configuration and what is allowed in it."""
+"""The `data` group of the configuration, and which vocabulary a corpus gives."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from nanogpt_mac.corpus.encoders import MAX_VOCAB
+from nanogpt_mac.corpus.encoders import MAX_VOCAB, PADDED_GPT2_TOKENS
 from nanogpt_mac.errors import InputError
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TINY_SHAKESPEARE_SYMBOLS = 65
 NAMES = ("shakespeare_char", "shakespeare", "openwebtext", "text", "stand_in")
 TOKENIZERS = ("char", "gpt2", "bpe")
-USERS = {  # fields that only these corpora take
-    "url": ("shakespeare_char", "shakespeare"),
-    "sha256": ("shakespeare_char", "shakespeare", "text"),
-    "dataset": ("openwebtext",),
-}
+
+
+def _limited(
+    default: Any, ok: Callable[[Any], object] = lambda value: True, use: str = "", only: Sequence[str] = NAMES
+) -> Any:
+    """A field whose value, unless it is null, must pass `ok` (else the error says what to `use`) and whose corpora are
+    `only` these."""
+    return field(default=default, metadata={"ok": ok, "use": use, "only": only})
 
 
 @dataclass
 class DataConfig:
-    """One corpus: the `data` group of the configuration.
+    """One corpus. `check` enforces the limits beside the fields and those between fields."""
 
-    - `name`: one of NAMES.
-    - `dir`: prepared corpora live in folders under it.
-    - `path`: shakespeare*: a local copy, under the same checksum; text: the file; openwebtext: a file, folder
-      or glob of documents (jsonl, json, csv, parquet with a column `text`; txt) in place of the Hub.
-    - `url`, `sha256`: where tiny Shakespeare is and what it must be (null: the usual ones). For text, `sha256`
-      is checked where it is given.
-    - `tokenizer`: char, gpt2, or bpe (trained on the training split).
-    - `vocab_size`: how many tokens that BPE gets; null means 4096.
-    - `val_fraction`: share held out: the end of a text, or shuffled documents.
-    - `dataset`: openwebtext: NAME or NAME@REVISION on the Hugging Face Hub (null: Skylion007/openwebtext).
-    - `num_proc`: openwebtext: processes that load and encode.
-    """
+    name: str = _limited("shakespeare_char", NAMES.__contains__, f"one of {', '.join(NAMES)}")
+    """Which corpus."""
 
-    name: str = "shakespeare_char"
     dir: str = "data"
+    """Folder that holds the prepared corpora, one folder each."""
+
     path: str | None = None
-    url: str | None = None
-    sha256: str | None = None
-    tokenizer: str = "char"
-    vocab_size: int | None = None
-    val_fraction: float = 0.1
-    dataset: str | None = None
-    num_proc: int = 8
+    """shakespeare, shakespeare_char: a local copy, under the same checksum. text: the file. openwebtext: a file, folder
+    or glob of documents (jsonl, json, csv, parquet with a column `text`; txt) in place of the Hub."""
+
+    url: str | None = _limited(None, only=("shakespeare_char", "shakespeare"))
+    """Where to download tiny Shakespeare. null: from its usual address."""
+
+    sha256: str | None = _limited(
+        None,
+        re.compile("[0-9a-f]{64}").fullmatch,
+        "64 hexadecimal digits in lower case",
+        only=("shakespeare_char", "shakespeare", "text"),
+    )
+    """Checksum that the text must have. null: tiny Shakespeare's; for text, none."""
+
+    tokenizer: str = _limited("char", TOKENIZERS.__contains__, f"one of {', '.join(TOKENIZERS)}")
+    """One token a character, GPT-2's BPE, or a BPE trained on the training split."""
+
+    vocab_size: int | None = _limited(
+        None,
+        lambda tokens: 256 <= tokens <= MAX_VOCAB,
+        f"256 (the bytes) to {MAX_VOCAB} (what fits in uint16)",
+    )
+    """Tokens that the trained BPE gets. null: 4096."""
+
+    val_fraction: float = _limited(0.1, lambda share: 0 < share < 1, "a number between 0 and 1, both excluded")
+    """Share of the text (its end) or of the documents (shuffled) that is held out for validation."""
+
+    dataset: str | None = _limited(None, only=("openwebtext",))
+    """NAME or NAME@REVISION on the Hugging Face Hub. null: Skylion007/openwebtext."""
+
+    num_proc: int = _limited(8, lambda processes: processes >= 1, "at least 1")
+    """openwebtext: processes that load and encode."""
 
 
 def check(cfg: DataConfig) -> None:
-    """Raises InputError for a value that is not allowed, whatever is on disk or on the network."""
+    """Raises InputError for a value that cannot be used, whatever is on disk or on the network."""
 
     def refuse(key: str, why: str) -> InputError:
         value = getattr(cfg, key)
         return InputError(f"data.{key}={'null' if value is None else value}: {why}")
 
-    if cfg.name not in NAMES:
-        raise refuse("name", f"not one of {', '.join(NAMES)}")
-    if cfg.tokenizer not in TOKENIZERS:
-        raise refuse("tokenizer", f"not one of {', '.join(TOKENIZERS)}")
+    for key, limits in ((item.name, item.metadata) for item in fields(cfg) if item.metadata):
+        value = getattr(cfg, key)
+        if value is not None and not limits["ok"](value):
+            raise refuse(key, f"use {limits['use']}")
+        if value is not None and cfg.name not in limits["only"]:
+            raise refuse(key, f"data={cfg.name} has no use for it; use it with data={' or '.join(limits['only'])}")
     if cfg.name == "shakespeare_char" and cfg.tokenizer != "char":
-        raise refuse("tokenizer", "data=shakespeare_char has characters; data=shakespeare takes any")
+        raise refuse("tokenizer", "data=shakespeare_char has characters; use data=shakespeare for other tokens")
     if cfg.name == "openwebtext" and cfg.tokenizer != "gpt2":
-        raise refuse("tokenizer", "data=openwebtext has gpt2")
-    if cfg.tokenizer == "bpe":
-        if cfg.vocab_size is not None and not 256 <= cfg.vocab_size <= MAX_VOCAB:
-            raise refuse("vocab_size", f"allowed are 256 (the bytes) to {MAX_VOCAB} (what fits in uint16)")
-    elif cfg.vocab_size is not None:
-        raise refuse("vocab_size", f"data.tokenizer={cfg.tokenizer} has its own size; only bpe takes one")
-    if not 0 < cfg.val_fraction < 1:
-        raise refuse("val_fraction", "must lie between 0 and 1, both excluded")
-    if cfg.num_proc < 1:
-        raise refuse("num_proc", "must be at least 1")
+        raise refuse("tokenizer", "data=openwebtext has GPT-2's tokens; use data.tokenizer=gpt2")
+    if cfg.vocab_size is not None and cfg.tokenizer != "bpe":
+        raise refuse("vocab_size", f"data.tokenizer={cfg.tokenizer} has its own size; use data.tokenizer=bpe")
     if cfg.name == "text" and cfg.path is None:
-        raise refuse("path", "data=text needs a file")
+        raise refuse("path", "data=text needs a file; use data.path=FILE")
     if cfg.name == "stand_in" and cfg.path is not None:
-        raise refuse("path", "data=stand_in is generated and reads no file")
-    for key, users in USERS.items():
-        if getattr(cfg, key) is not None and cfg.name not in users:
-            raise refuse(key, f"data={cfg.name} has no use for it; only {', '.join(users)}")
-    if cfg.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", cfg.sha256):
-        raise refuse("sha256", "must be 64 hexadecimal digits in lower case")
+        raise refuse("path", "data=stand_in is generated and reads no file; use data=text")
+
+
+def vocab_size(cfg: DataConfig) -> int | None:
+    """Vocabulary of a model trained from scratch on this corpus, where it is known before the corpus is prepared.
+
+    65 characters for tiny Shakespeare and its stand-in; 50,304 for GPT-2's tokens, padded as nanoGPT does. None for
+    another text's characters and for a trained BPE, which may need fewer tokens than it was allowed.
+    """
+    if cfg.tokenizer == "gpt2":
+        return PADDED_GPT2_TOKENS
+    return None if cfg.tokenizer == "bpe" or cfg.name == "text" else TINY_SHAKESPEARE_SYMBOLS

@@ -1,4 +1,4 @@
-"""One checked download, its failures sorted into "no network" and "not what it should be"."""
+"""One checked download. Its failures are either "no network" or "not the file that was expected"."""
 
 import logging
 import sys
@@ -11,11 +11,11 @@ TIMEOUT_S = (4, 30)  # to connect to one address, and between two pieces of the 
 
 
 class NoNetwork(Exception):  # noqa: N818 - a state, not a fault
-    """Nobody answered at the address: no name service, no route, connection refused or timed out."""
+    """No connection to the address: no name service, no route, refused, or timed out."""
 
 
 def download(url: str, sha256: str) -> bytes:
-    """The bytes at `url`, whose sha256 must be the one given. Nothing is kept on disk, whatever happens.
+    """The bytes at `url`, which must have this sha256. Nothing is kept on disk, whatever happens.
 
     Raises NoNetwork where no connection could be made, and InputError where one was made but the answer is
     an HTTP error, is cut short or has another checksum. Proxies are taken from the environment, as
@@ -44,11 +44,11 @@ def download(url: str, sha256: str) -> bytes:
 
 
 def _expected(sha256: str) -> str:
-    return f"a whole file of sha256 {sha256}; nothing was kept"
+    return f"a whole file with sha256 {sha256}; nothing was kept; try again, or use a local copy with data.path=FILE"
 
 
 def _reason(error: Exception) -> object:
-    """What urllib3 said, from inside what requests says."""
+    """urllib3's own error, from inside that of requests."""
     inner = error.args[0] if error.args else error
     return getattr(inner, "reason", None) or inner
 

@@ -13,6 +13,8 @@ import numpy as np
 from nanogpt_mac.errors import InputError
 
 MAX_VOCAB = 65535  # token numbers are stored as uint16
+GPT2_TOKENS = 50257
+PADDED_GPT2_TOKENS = 50304  # nanoGPT trains from scratch with GPT-2's 50,257 rounded up to a multiple of 64
 CHUNK = 1 << 20  # characters handed to a BPE at a time, so that memory stays flat
 
 
@@ -32,7 +34,7 @@ class Encoder(Protocol):
 
 
 def chunks(text: str, size: int = CHUNK) -> Iterator[str]:
-    """Cuts text into pieces of about `size` characters that a GPT-2 style BPE encodes as it would the whole.
+    """Cuts text into pieces of about `size` characters; a GPT-2 style BPE gives them the tokens of the whole text.
 
     Its splitting pattern never joins a line end with a printable character before it, so such a place is a
     safe cut.
@@ -54,7 +56,7 @@ def _whole_characters(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         broken = text[error.start : error.end]
-        raise InputError(f"text with {broken!r} in it is not valid Unicode; allowed is any UTF-8") from None
+        raise InputError(f"text with {broken!r} in it is not valid Unicode; use UTF-8 text") from None
     return text
 
 
@@ -64,7 +66,7 @@ class CharEncoder:
     def __init__(self, chars: str) -> None:
         if not 0 < len(chars) <= MAX_VOCAB or list(chars) != sorted(set(chars)):
             raise InputError(
-                f"character vocabulary of {len(chars)}: needs 1 to {MAX_VOCAB} characters, sorted, each once"
+                f"character vocabulary of {len(chars)}: use 1 to {MAX_VOCAB} characters, sorted, each once"
             )
         self.chars = chars
         self._numbers = {char: number for number, char in enumerate(chars)}
@@ -84,16 +86,16 @@ class CharEncoder:
         except KeyError:
             unknown = "".join(sorted(set(text) - set(self.chars)))
             raise InputError(
-                f"characters {unknown!r} are not in the vocabulary of this corpus; allowed are {self.chars!r}"
+                f"characters {unknown!r} are not in the vocabulary of this corpus; use only {self.chars!r}"
             ) from None
 
     def array(self, text: str) -> np.ndarray:
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        table = np.full(0x110000, MAX_VOCAB, np.uint16)  # a number that no character has
+        table = np.full(0x110000, MAX_VOCAB, np.uint16)  # a number of no character
         table[[ord(char) for char in self.chars]] = np.arange(len(self.chars), dtype=np.uint16)
         tokens = table[points]
         if (tokens == MAX_VOCAB).any():
-            self.encode(text)  # raises, and shows which
+            self.encode(text)  # raises and shows which
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -123,13 +125,13 @@ class GPT2Encoder:
             except (OSError, ValueError) as error:  # every error of requests is an OSError
                 raise InputError(
                     f"data.tokenizer=gpt2: tiktoken could not load its GPT-2 tables ({type(error).__name__}); "
-                    "connect once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has already kept them"
+                    "connect once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept them before"
                 ) from error
         return self._encoding
 
     @property
     def vocab_size(self) -> int:
-        return 50257 if self._encoding is None else int(self._encoding.n_vocab)
+        return GPT2_TOKENS if self._encoding is None else int(self._encoding.n_vocab)
 
     @property
     def end_of_text(self) -> int:
@@ -145,8 +147,7 @@ class GPT2Encoder:
     def decode(self, tokens: Sequence[int]) -> str:
         """Bytes that form no character (the tail of a stream cut mid-character) become U+FFFD.
 
-        So does a number past the vocabulary, which a model whose vocabulary is padded (nanoGPT's 50,304) may
-        draw.
+        So does a number past the vocabulary, which a model with a padded vocabulary (nanoGPT's 50,304) may draw.
         """
         single = self.encoding.decode_single_token_bytes
         size = self.vocab_size
@@ -213,4 +214,4 @@ def encoder_from_json(description: dict[str, Any]) -> Encoder:
             return TrainedBPEEncoder(Tokenizer.from_str(json.dumps(description["tokenizer"])))
         except Exception as error:  # tokenizers raises bare Exception for JSON that is not a tokenizer
             raise InputError(f"encoder kind=bpe: its tokenizer cannot be read ({error})") from error
-    raise InputError(f"encoder kind={kind!r}: allowed are char (with chars), gpt2 and bpe (with tokenizer)")
+    raise InputError(f"encoder kind={kind!r}: use char (with chars), gpt2 or bpe (with tokenizer)")

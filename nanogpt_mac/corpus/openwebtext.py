@@ -44,7 +44,7 @@ def prepare_documents(cfg: DataConfig, encoder: GPT2Encoder | None = None) -> Co
     def build(folder: Path) -> None:
         import datasets
 
-        encoder.encode("")  # missing tables show before all documents are fetched
+        encoder.encode("")  # fails now, not after all documents are fetched, if GPT-2's tables are missing
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         caches = folder / "caches"
@@ -52,9 +52,9 @@ def prepare_documents(cfg: DataConfig, encoder: GPT2Encoder | None = None) -> Co
         try:
             documents = _load_files(files, caches) if files else _load_hub(dataset, cfg.num_proc)
             if getattr(documents.features.get("text"), "dtype", None) not in ("string", "large_string"):
-                raise InputError(f"{asked}: needs a column text of strings; has {documents.features}")
+                raise InputError(f"{asked}: has {documents.features}; use documents with a column text of strings")
             if len(documents) < 2:
-                raise InputError(f"{asked}: {len(documents)} documents; needs at least 2, one for each split")
+                raise InputError(f"{asked}: {len(documents)} documents; use at least 2, one for each split")
             parts = documents.train_test_split(test_size=cfg.val_fraction, seed=SPLIT_SEED, shuffle=True)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
@@ -101,13 +101,13 @@ def _files(path: str) -> list[Path]:
     files = sorted(file for file in found if file.is_file() and file.suffix in BUILDERS)
     kinds = {BUILDERS[file.suffix] for file in files}
     if len(kinds) != 1:
-        what = f"holds {', '.join(sorted(kinds))} files together" if kinds else "no such documents"
-        raise InputError(f"data.path={path}: {what}; needs files of one kind: {', '.join(BUILDERS)}")
+        what = f"holds {', '.join(sorted(kinds))} files together" if kinds else "no documents there"
+        raise InputError(f"data.path={path}: {what}; use files of one kind: {', '.join(BUILDERS)}")
     return files
 
 
 def _stamp(file: Path) -> list[str | int]:
-    """What tells that a file is the same: documents may be too many to read them whenever a run starts."""
+    """Identifies a file by path, size and time: documents may be too many to be read whenever a run starts."""
     state = file.stat()
     return [str(file.resolve()), state.st_size, state.st_mtime_ns]
 
@@ -128,13 +128,13 @@ def _load_hub(dataset: str, num_proc: int) -> Any:
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
-        # Asked first, and once: the library itself would try for half a minute.
+        # One request first: the library itself would try for half a minute.
         try:
             requests.head(constants.ENDPOINT, timeout=TIMEOUT_S)
         except requests.RequestException as error:
             raise InputError(
                 f"data.dataset={dataset}: cannot reach the Hugging Face Hub ({type(error).__name__}); connect, "
-                "set HF_HUB_OFFLINE=1 to use its cache on this machine, or name local files with data.path="
+                "set HF_HUB_OFFLINE=1 to use its cache on this machine, or use local files with data.path="
             ) from error
     name, _, revision = dataset.partition("@")
     return datasets.load_dataset(name, revision=revision or None, split="train", num_proc=num_proc)

@@ -1,6 +1,6 @@
 """Prepared corpora on disk: `<dir>/<key>/` with train.bin, val.bin (little-endian uint16) and meta.json.
 
-A folder is written aside under a lock and renamed into place, so it is whole or it is not there.
+A folder is written aside under a lock and renamed into place, so it is either whole or absent.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def write_meta(
 
 
 def open_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Corpus:
-    """The corpus under `root/key`, built first if it is not there.
+    """The corpus under `root/key`, built first if it is missing.
 
     `build(folder)` fills an empty folder with both splits and meta.json. Only one process builds a key at a
     time; others wait and then open what it made. The lock ends with its process, so whatever a killed one
@@ -168,25 +168,22 @@ def _build(root: Path, key: str, build: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path, waiting: str) -> Iterator[None]:
-    """Held by one process at a time; the kernel lets go of it when that process ends, however it ends."""
-    import fcntl
+    """Held by one process at a time; the kernel lets go of it when that process ends, however it ends.
 
-    while True:
-        file = path.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(waiting, file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        # The holder before us removed the file on leaving: then a new one must be locked.
-        if os.fstat(file.fileno()).st_nlink:
-            break
-        file.close()
+    The file stays: removing it could give two waiting processes a lock each.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(waiting, file=sys.stderr)
+        lock.acquire()
     try:
         yield
     finally:
-        path.unlink()
-        file.close()
+        lock.release()
 
 
 def _sync(file: IO[Any]) -> None:

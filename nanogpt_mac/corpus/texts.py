@@ -29,7 +29,9 @@ def prepare_text(cfg: DataConfig) -> Corpus:
         sha256 = hashlib.sha256(data).hexdigest()
         expected = cfg.sha256 or (None if cfg.name == "text" else TINY_SHAKESPEARE_SHA256)
         if expected not in (None, sha256):
-            raise InputError(f"data.path={cfg.path}: sha256 is {sha256}; data={cfg.name} needs {expected}")
+            raise InputError(
+                f"data.path={cfg.path}: sha256 is {sha256}; data={cfg.name} needs {expected}; use another file"
+            )
         name = cfg.name
         if name == "text":
             name = "text-" + re.sub("[^a-z0-9]+", "_", Path(cfg.path).stem.lower())[:40]
@@ -40,19 +42,19 @@ def prepare_text(cfg: DataConfig) -> Corpus:
     except NoNetwork as error:
         if cfg.name != "shakespeare_char":
             raise InputError(
-                f"data.url={url}: no network ({error}); connect, or name a local copy with data.path=FILE"
+                f"data.url={url}: no network ({error}); connect, or use a local copy with data.path=FILE"
             ) from error
         print(
-            f"WARNING: no network, so tiny Shakespeare cannot be had ({error}): using the built-in STAND-IN, "
-            "generated verse of the same length and symbols. Times compare with the real text, losses do not. "
-            "For the real text connect, or name a local copy with data.path=FILE.",
+            f"WARNING: no network, so tiny Shakespeare cannot be downloaded ({error}): using the built-in STAND-IN, "
+            "generated text of the same length and symbols. Times compare with the real text, losses do not. "
+            "For the real text connect, or use a local copy with data.path=FILE.",
             file=sys.stderr,
         )
         return prepare_text(replace(cfg, name="stand_in"))
 
 
 def _open(cfg: DataConfig, name: str, sha256: str, read: Callable[[], bytes]) -> Corpus:
-    """The prepared corpus of the text with this checksum; `read` is called only where it is not there yet."""
+    """The prepared corpus of the text with this checksum; `read` is called only if it must be prepared first."""
     vocab_size = (cfg.vocab_size or DEFAULT_BPE_VOCAB) if cfg.tokenizer == "bpe" else None
     identity = {
         "sha256": sha256,
@@ -72,7 +74,7 @@ def _open(cfg: DataConfig, name: str, sha256: str, read: Callable[[], bytes]) ->
             if len(tokens) < 2:
                 raise InputError(
                     f"data.val_fraction={cfg.val_fraction}: leaves {len(tokens)} {split} tokens of a text of "
-                    f"{len(text)} characters; each split needs at least 2"
+                    f"{len(text)} characters; each split needs at least 2; use a longer text or another fraction"
                 )
             splits[split] = write_split(folder / f"{split}.bin", [tokens])
         is_stand_in = cfg.name == "stand_in"
@@ -85,9 +87,9 @@ def _decode(data: bytes, cfg: DataConfig) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"data.path={cfg.path}: byte {error.start} is not UTF-8; needs UTF-8 text") from error
+        raise InputError(f"data.path={cfg.path}: byte {error.start} is not UTF-8; use a file of UTF-8 text") from error
     if not text:
-        raise InputError(f"data.path={cfg.path}: empty; needs text")
+        raise InputError(f"data.path={cfg.path}: empty; use a file that holds text")
     return text
 
 
@@ -95,11 +97,12 @@ def _encoder(cfg: DataConfig, text: str, train: str, vocab_size: int | None) -> 
     if cfg.tokenizer == "gpt2":
         return GPT2Encoder()
     if vocab_size is not None:
-        # Trained on the training split alone: the held-out text must not shape the tokens it is judged in.
+        # Trained on the training split alone: the held-out text must not shape the tokens that it is judged by.
         return TrainedBPEEncoder.train(train, vocab_size)
     symbols = len(set(text))
     if symbols > MAX_VOCAB:
         raise InputError(
-            f"data.tokenizer=char: the text has {symbols} different characters; at most {MAX_VOCAB} fit; use bpe"
+            f"data.tokenizer=char: the text has {symbols} different characters and at most {MAX_VOCAB} fit; "
+            "use data.tokenizer=bpe"
         )
     return CharEncoder.of(text)

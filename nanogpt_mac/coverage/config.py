@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nanogpt_mac.backends.base import DTYPES
+from nanogpt_mac.coverage import page
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
+from nanogpt_mac.operators.wheel import NIGHTLY_INDEX
 
-NIGHTLY_INDEX = "https://download.pytorch.org/whl/nightly/cpu"  # PyTorch's own
 SCOPES = ("model", "ops", "surface", "opinfo")
 FORMATS = ("table", "json", "markdown")
 # Keys that only some tasks read, where the others would ignore them in silence.
@@ -25,7 +26,7 @@ READ_BY = {
 
 @dataclass
 class CoverageConfig:
-    """Everything that `python mps_coverage.py` can be told."""
+    """What `python mps_coverage.py` can be asked."""
 
     torch: str = "installed"  # installed | nightly | a release such as 2.15.0 | the path of a macOS arm64 wheel
     against: str | None = None  # a second torch: what was gained and lost since
@@ -38,8 +39,9 @@ class CoverageConfig:
 
     run: bool = False  # also run the training step with that torch, in an environment of its own
     compiled: bool = False  # what torch.compile makes of the training step
-    verify: Any = False  # true: is what was predicted off a Mac so? predict: write the predictions down
+    verify: Any = False  # true: do the predictions made off a Mac hold? predict: write the predictions down
     output: str | None = None  # verify: the JSON to write; by default mps-verify-TORCH-DATE.json
+    html: str | None = None  # also write the report as a page of HTML to this file
 
     model: ModelConfig = field(default_factory=ModelConfig)  # scope=model: the model whose training step is traced
     dtype: str = "float32"
@@ -59,9 +61,9 @@ def validate(config: CoverageConfig) -> None:
     """Raise InputError at the first value that cannot be meant."""
     for key, allowed in (("scope", SCOPES), ("format", FORMATS), ("dtype", DTYPES)):
         if getattr(config, key) not in allowed:
-            raise InputError(f"{key}={getattr(config, key)}: allowed are {', '.join(allowed)}")
+            raise InputError(f"{key}={getattr(config, key)}: use {', '.join(allowed[:-1])} or {allowed[-1]}")
     if not re.fullmatch(r"3\.\d+", config.python):
-        raise InputError(f"python={config.python}: allowed are versions such as 3.12")
+        raise InputError(f"python={config.python}: use a version such as 3.12")
     if config.scope == "ops" and not operators(config):
         given = "null" if config.op is None else config.op
         raise InputError(f"op={given}: scope=ops needs the operators to look at (op=gelu or op=[gelu,linalg_svd])")
@@ -69,11 +71,13 @@ def validate(config: CoverageConfig) -> None:
         raise InputError(f"op={config.op}: only scope=ops and scope=opinfo take operators (here scope={config.scope})")
     for key in ("samples", "batch_size"):
         if getattr(config, key) < 1:
-            raise InputError(f"{key}={getattr(config, key)}: allowed are whole numbers from 1")
+            raise InputError(f"{key}={getattr(config, key)}: use a whole number from 1")
     if config.verify not in (False, True, "predict"):
-        raise InputError(f"verify={config.verify}: allowed are false, true and predict")
+        raise InputError(f"verify={config.verify}: use true, false or predict")
     if config.output is not None and not config.verify:
-        raise InputError(f"output={config.output}: only verify writes a file")
+        raise InputError(f"output={config.output}: only verify writes a file of its own; leave it out")
+    if config.html is not None:
+        page.writable("html", config.html)
     _one_task(config)
     GPTSpec(**asdict(config.model) | {"vocab_size": 1 if config.model.vocab_size is None else config.model.vocab_size})
 
@@ -88,7 +92,7 @@ def _one_task(config: CoverageConfig) -> None:
     }
     asked = [task for task, wanted in tasks.items() if wanted]
     if len(asked) > 1:
-        raise InputError(f"{asked[0]} {asked[1]}: one at a time")
+        raise InputError(f"{asked[0]} {asked[1]}: use one at a time")
     for key, readers in READ_BY.items():
         default = CoverageConfig.__dataclass_fields__[key].default
         if getattr(config, key) != default and (asked or [STATIC])[0] not in readers:
@@ -97,13 +101,15 @@ def _one_task(config: CoverageConfig) -> None:
         return
     task = asked[0]
     if config.scope not in ("model", "opinfo"):
-        raise InputError(f"scope={config.scope}: {task} looks at this model; allowed is scope=model")
+        raise InputError(f"scope={config.scope}: {task} looks at this model; use scope=model")
     if config.binary and task != "verify=true":
-        raise InputError(f"binary=true: {task} reads no binary; allowed is binary=false")
+        raise InputError(f"binary=true: {task} reads no binary; leave it out")
     if config.run:
         if config.torch == "installed":
-            raise InputError("torch=installed: run=true needs another torch: nightly, a release, or a wheel for here")
+            raise InputError(
+                "torch=installed: run=true needs another torch: use torch=nightly, a release, or a wheel's path"
+            )
     elif config.torch != "installed":
-        raise InputError(f"torch={config.torch}: {task} runs the torch that is installed; allowed is installed")
+        raise InputError(f"torch={config.torch}: {task} runs the torch that is installed; leave torch= out")
     if config.against is not None:
-        raise InputError(f"against={config.against}: {task} compares with what is installed; allowed is null")
+        raise InputError(f"against={config.against}: {task} compares with what is installed; leave against= out")

@@ -24,22 +24,17 @@ Listed = dict[str, list[str] | None]  # operator to its dtypes, None for all
 
 @dataclass
 class Expected:
-    """The lists of one torch.
+    """The lists of one torch."""
 
-    Args:
-        lists: leg (`forward` or `gradient`) to list to operators. Names ending in SKIPLIST are not run at all.
-        complex: operators that are expected to work on complex numbers; any other is expected to fail there.
-    """
-
+    # Leg (`forward` or `gradient`) to list to operators. Names ending in SKIPLIST are not run at all.
     lists: dict[str, dict[str, Listed]] = field(default_factory=dict)
-    complex: set[str] | None = None
+    complex: set[str] | None = None  # operators that should work on complex numbers; any other should fail there
 
     def of(self, name: str, dtype: str, gradient: bool, macos: tuple[int, ...] | None = None) -> str:
         """What is expected of an operator (`op.name + op.variant_test_name`): empty, or the lists that it is in.
 
-        Args:
-            gradient: whether the backward pass is meant; what fails forward fails there too.
-            macos: the version at hand, None away from a Mac; lists for macOS before a version need one.
+        `gradient` asks about the backward pass; what fails forward fails there too. `macos` is the version at hand,
+        None away from a Mac; lists for macOS before a version need one.
         """
         found = []
         for leg in ("forward", "gradient") if gradient else ("forward",):

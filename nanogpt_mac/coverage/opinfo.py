@@ -6,53 +6,40 @@ not end, is an outcome of its own and the sweep goes on behind it.
 
 from __future__ import annotations
 
-import json
 import platform
-import queue
-import signal
-import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from nanogpt_mac import child, simulator
 from nanogpt_mac.coverage import expected
-from nanogpt_mac.coverage.device import environment
-from nanogpt_mac.coverage.render import CANNOT_TELL, LOST, OK, Page, Section, some
+from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.operators import wheel
-from nanogpt_mac.operators.table import HAND_LIST, Kind
+from nanogpt_mac.operators import by_hand, wheel
+from nanogpt_mac.report.table import Section
 
 SCHEMA = 1
+JUDGEMENTS = ("newly fails", "newly falls back", "works although listed", "as expected", "not judged")
 STATUSES = ("works", "falls back", "missing", "dtype limit", "wrong value", "error", "crashed", "skipped")
 _FAILS = ("missing", "dtype limit", "wrong value", "error", "crashed")
 _BATCH = 1000  # cases a process: what one of them breaks in a device ends with it
 _LIMIT_S = 300  # a case that takes longer hangs
-_BY_HAND = [f"'aten::{row.op}'" for row in HAND_LIST if row.kind is Kind.FALLBACK]
+_BY_HAND = [f"'aten::{row.op}'" for row in by_hand.LIST if not row.raises]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator of the database in one dtype.
-
-    Args:
-        status: one of STATUSES.
-        leg: `forward`, or `gradient` where the forward pass works.
-        reason: what was seen; empty where it works.
-        expected: the lists of torch that have it; empty where torch expects it to work.
-        judged: `as expected`, `newly fails`, `newly falls back`, `works although listed`, `not judged`.
-    """
+    """One operator of the database in one dtype."""
 
     op: str
     dtype: str
-    status: str
-    leg: str
-    reason: str
-    expected: str
-    judged: str
+    status: str  # one of STATUSES
+    leg: str  # `forward`, or `gradient` where the forward pass works
+    reason: str  # what was seen; empty where it works
+    expected: str  # the lists of torch that have it; empty where torch expects it to work
+    judged: str  # one of JUDGEMENTS
 
 
 @dataclass
@@ -73,8 +60,8 @@ def judge(status: str, reason: str, listed: str) -> str:
         return "as expected" if fails_there else "not judged" if not_run else "newly fails"
     if not_run:
         return "not judged"
-    by_hand = any(op in reason for op in _BY_HAND) or not reason.startswith("The operator")
-    if status == "falls back" and not by_hand:
+    registered = any(op in reason for op in _BY_HAND) or not reason.startswith("The operator")
+    if status == "falls back" and not registered:
         return "newly falls back"
     return "works although listed" if fails_there else "as expected"
 
@@ -82,11 +69,8 @@ def judge(status: str, reason: str, listed: str) -> str:
 def sweep(names: list[str], samples: int) -> Sweep:
     """Runs the cases of the operators `names`, all for none; a line of progress goes to standard error.
 
-    Args:
-        samples: of each case and leg, at most.
-
-    Raises:
-        InputError: no expecttest, no device, an operator that the database does not have, or the child cannot start.
+    `samples` is how many of each case and leg are run at most. InputError where there is no expecttest or no device,
+    for an operator that the database does not have, and where the child cannot start.
     """
     if find_spec("expecttest") is None:
         raise InputError("scope=opinfo: torch's operator database needs expecttest: python -m pip install expecttest")
@@ -94,23 +78,32 @@ def sweep(names: list[str], samples: int) -> Sweep:
     assert torch.path is not None
     lists = expected.read(torch.path)
     macos = tuple(int(part) for part in platform.mac_ver()[0].split(".") if part) or None
-    task: dict[str, Any] = {"ops": names, "samples": samples, "start": 0, "stop": _BATCH}
+    task: dict[str, Any] = {"ask": "cases", "ops": names, "samples": samples, "start": 0, "stop": _BATCH}
     head: dict[str, Any] = {}
     cases: list[Case] = []
     while not head or task["start"] < head["cases"]:
         under_way: dict[str, Any] | None = None
-        for line in _child(task):
-            if "cases" in line:
-                head = line
-            elif "status" not in line:
-                under_way = line
-            else:
-                assert under_way is not None
-                cases.append(_case(under_way | line, lists, macos))
-                under_way = None
-                _progress(len(cases), head["cases"])
-        if under_way is not None:  # the last line was of a child that ended in the middle
-            why = under_way.get("died", "its process ended")
+        why = "its process ended"
+        environment = simulator.environment(fallback=False)
+        question = child.Question("nanogpt_mac.coverage.device_child", task, None, environment, _LIMIT_S)
+        try:
+            for line in child.ask_lines(question):
+                if "cases" in line:
+                    head = line
+                elif "status" not in line:
+                    under_way = line
+                else:
+                    assert under_way is not None
+                    cases.append(_case(under_way | line, lists, macos))
+                    under_way = None
+                    _progress(len(cases), head["cases"])
+        except child.ChildError as error:
+            why = str(error)
+            if under_way is None:
+                raise InputError(why if why.startswith("op=") else f"scope=opinfo: {why}") from error
+        if not head:
+            raise InputError(f"scope=opinfo: {why} before it ran anything")
+        if under_way is not None:  # it ended in the middle of this case
             cases.append(_case(under_way | {"status": "crashed", "leg": "forward", "reason": why}, lists, macos))
         task["start"] = len(cases)
         task["stop"] = task["start"] + _BATCH
@@ -127,70 +120,6 @@ def _case(seen: dict[str, Any], lists: expected.Expected, macos: tuple[int, ...]
     listed = ", ".join(dict.fromkeys(filter(None, found)))
     judged = judge(seen["status"], seen["reason"], listed)
     return Case(seen["op"], seen["dtype"], seen["status"], seen["leg"], seen["reason"], listed, judged)
-
-
-def _child(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What one process says. A case under way when it dies or hangs is yielded again, with `died`.
-
-    InputError where it ends before its first case.
-    """
-    argv = [sys.executable, "-W", "ignore", "-m", "nanogpt_mac.coverage.opinfo_child"]
-    child = subprocess.Popen(
-        argv,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(fallback=False),
-        errors="replace",
-    )
-    assert child.stdin is not None
-    assert child.stdout is not None
-    assert child.stderr is not None
-    child.stdin.write(json.dumps(task))
-    child.stdin.close()
-    said: queue.Queue[str | None] = queue.Queue()
-    errors: list[str] = []
-    readers = [
-        threading.Thread(target=_read_lines, args=(child.stdout, said), daemon=True),
-        threading.Thread(target=errors.extend, args=(child.stderr,), daemon=True),
-    ]
-    for reader in readers:
-        reader.start()
-    last: dict[str, Any] = {}
-    hung = False
-    try:
-        while (line := said.get(timeout=_LIMIT_S)) is not None:
-            if line.startswith("{"):  # a kernel may print as well
-                last = json.loads(line)
-                yield last
-    except queue.Empty:
-        hung = True
-    finally:
-        if child.poll() is None:
-            child.kill()
-        code = child.wait()
-        for reader in readers:
-            reader.join()
-        child.stdout.close()
-        child.stderr.close()
-    if hung and "key" in last:
-        yield last | {"died": f"no answer in {_LIMIT_S} s"}
-    elif code and "key" in last:
-        yield last | {"died": _signal(code)}
-    elif code or not last:
-        lines = "".join(errors).strip().splitlines() or [f"exit code {code}"]
-        raise InputError(lines[-1] if lines[-1].startswith("op=") else f"scope=opinfo: {lines[-1]}")
-
-
-def _read_lines(pipe: Any, said: queue.Queue[str | None]) -> None:
-    for line in pipe:
-        said.put(line)
-    said.put(None)
-
-
-def _signal(code: int) -> str:
-    return f"its process was killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
 
 
 def _progress(done: int, total: int, end: bool = False) -> None:
@@ -231,35 +160,24 @@ def page(swept: Sweep) -> Page:
         "counts": dict(Counter(c.status for c in swept.cases)),
         "judged": {name: len(cases) for name, cases in by_judgement.items()},
         "cases": [asdict(c) for c in sorted(swept.cases, key=lambda c: JUDGEMENTS.index(c.judged))],
-        "exit_code": code,
-        "verdict": verdict,
     }
-    return Page(
-        f"torch's operator database on MPS, torch {swept.torch}", lines, _sections(by_judgement), verdict, code, data
-    )
-
-
-JUDGEMENTS = ("newly fails", "newly falls back", "works although listed", "as expected", "not judged")
+    title = f"torch's operator database on MPS, torch {swept.torch}"
+    return Page(title, lines, _sections(by_judgement), code, verdict, data)
 
 
 def _sections(by_judgement: dict[str, list[Case]]) -> list[Section]:
-    made: list[Section] = []
+    made = []
     for name in ("newly fails", "newly falls back"):
-        if by_judgement[name]:
-            rows = [[c.op, c.dtype, c.status, c.leg, c.reason] for c in by_judgement[name]]
-            made.append((name.capitalize(), ["op", "dtype", "outcome", "leg", "what was seen"], rows))
-    falling = [c for c in by_judgement["as expected"] if c.status == "falls back"]
-    if falling:
-        rows = _by_op([(c.op, c.dtype, c.reason) for c in falling])
-        made.append(("Falls back, as it is registered to", ["op", "dtypes", "what was seen"], rows))
-    if works := by_judgement["works although listed"]:
-        rows = _by_op([(c.op, c.dtype, c.expected) for c in works])
-        made.append(("Works although torch lists it as failing", ["op", "dtypes", "lists"], rows))
-    everything = [c for cases in by_judgement.values() for c in cases]
-    counts = Counter((c.status, c.judged) for c in everything)
+        rows = [[c.op, c.dtype, c.status, c.leg, c.reason] for c in by_judgement[name]]
+        made.append(section(name.capitalize(), ["op", "dtype", "outcome", "leg", "what was seen"], rows))
+    falling = [(c.op, c.dtype, c.reason) for c in by_judgement["as expected"] if c.status == "falls back"]
+    made.append(section("Falls back, as it is registered to", ["op", "dtypes", "what was seen"], _by_op(falling)))
+    works = [(c.op, c.dtype, c.expected) for c in by_judgement["works although listed"]]
+    made.append(section("Works although torch lists it as failing", ["op", "dtypes", "lists"], _by_op(works)))
+    counts = Counter((c.status, name) for name, cases in by_judgement.items() for c in cases)
     table = [[s, *(str(counts[s, j]) for j in JUDGEMENTS)] for s in STATUSES if any(counts[s, j] for j in JUDGEMENTS)]
-    made.append(("Cases (operator x dtype) by outcome", ["", *JUDGEMENTS], table))
-    return made
+    made.append(section("Cases (operator x dtype) by outcome", ["", *JUDGEMENTS], table))
+    return [one for one in made if not one.missing]
 
 
 def _by_op(cases: list[tuple[str, str, str]]) -> list[list[str]]:

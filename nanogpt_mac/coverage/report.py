@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from nanogpt_mac.coverage.render import CANNOT_TELL, LOST, OK, Page, Section, some
-from nanogpt_mac.coverage.trace import Trace
+from nanogpt_mac.coverage.model_ops import Trace
+from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some
 from nanogpt_mac.operators.diff import ABSENT, Diff, compare
-from nanogpt_mac.operators.table import RUNS, Entry, Facts, Kind, Table
+from nanogpt_mac.operators.native_yaml import Facts
+from nanogpt_mac.operators.table import RUNS, Entry, Kind, Table
+from nanogpt_mac.report.table import Section
 
 SCHEMA = 1
 _GROUPS = ("lost", "gained", "moved", "unclear", "removed")
@@ -18,12 +20,9 @@ _NO_FACTS = Facts(kernel=None, delegate=None, cpu=False, composite=False, no_dev
 def build(
     scope: str, table: Table, ops: list[str], against: Table | None, trace: Trace | None, no_trace: str | None
 ) -> dict[str, Any]:
-    """The report.
+    """The report of `scope` (model, ops or surface), which lists and judges the overloads `ops`.
 
-    Args:
-        scope: model, ops or surface.
-        ops: the overloads that the scope lists and judges.
-        trace: scope=model: where `ops` come from; None when they cannot be had, and then `no_trace` says why.
+    Under scope=model they come from `trace`; where that is None, `no_trace` says why.
     """
     calls = trace.calls() if trace else {}
     entries = [
@@ -122,46 +121,36 @@ def _doubt(entries: list[Entry], table: Table, against: Table | None) -> str | N
 def page(report: dict[str, Any]) -> Page:
     """The report for people."""
     title = f"MPS coverage of torch {report['torch']['version']}"
-    return Page(title, _lines(report), sections(report), report["verdict"], report["exit_code"], report)
+    return Page(title, _lines(report), sections(report), report["exit_code"], report["verdict"], report)
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
     """The report as titled tables."""
-    torch, against = report["torch"], report["against"]
+    torch, against, scope = report["torch"], report["against"], report["scope"]
     both = [torch, *([against] if against else [])]
-    made: list[Section] = [
-        ("Where overloads run", ["", *(t["version"] for t in both)], [
-            *([kind.value, *(str(t["counts"][kind.value]) for t in both)] for kind in Kind),
-            ["registered by hand", *(", ".join(t["hand_list"]) or "none" for t in both)],
-        ]),
-    ]  # fmt: skip
-    if report["diff"]:
+    kinds = [[kind.value, *(str(t["counts"][kind.value]) for t in both)] for kind in Kind]
+    by_hand = ["registered by hand", *(", ".join(t["hand_list"]) or "none" for t in both)]
+    made = [section("Where overloads run", ["", *(t["version"] for t in both)], [*kinds, by_hand])]
+    if diff := report["diff"]:
         for title, key in (("whole surface", "surface"), (_scope_title(report), "scope")):
-            if key == "scope" and report["scope"] == "surface":
-                continue
-            rows = _changes(report["diff"][key])
-            made.append(
-                (f"Changes: {title}, {against['version']} to {torch['version']}", ["", "op", "before", "after"], rows)
-            )
-        by_hand = [[how, op] for how in ("added", "removed") for op in report["diff"]["surface"][f"hand_{how}"]]
-        if by_hand:
-            made.append(("Changes: registrations by hand", ["", "op"], by_hand))
-    if report["scope"] != "surface":
+            if key != "scope" or scope != "surface":
+                title = f"Changes: {title}, {against['version']} to {torch['version']}"
+                rows = _changes(diff[key])
+                made.append(section(title, ["", "op", "before", "after"], rows, empty=f"{title}: none"))
+        changed = [[how, op] for how in ("added", "removed") for op in diff["surface"][f"hand_{how}"]]
+        made.append(section("Changes: registrations by hand", ["", "op"], changed))
+    if scope != "surface":
         rows = [[op["op"], op["kind"], _calls(op["calls"]), _parts(op)] for op in report["ops"]]
-        if rows:
-            made.append((_scope_title(report).capitalize(), ["op", "kind", "calls", "made of, or note"], rows))
-    elif not report["diff"]:
+        made.append(section(_scope_title(report).capitalize(), ["op", "kind", "calls", "made of, or note"], rows))
+    elif not diff:
         bad = [op for op in report["ops"] if op["kind"] not in RUNS]
         rows = [[op["op"], op["kind"], op["reported_as"], op["note"] or ""] for op in bad]
-        made.append(("Overloads that do not run on MPS", ["op", "kind", "torch reports it as", "note"], rows))
-        if torch["binary"]:
-            rows = [
-                [op["op"], ", ".join(op["can_reach"])] for op in report["ops"] if op["kind"] in RUNS and op["can_reach"]
-            ]
-            made.append(("Composites with a branch to one of those", ["op", "can reach"], rows))
+        made.append(section("Overloads that do not run on MPS", ["op", "kind", "torch reports it as", "note"], rows))
+        reaching = [op for op in report["ops"] if op["kind"] in RUNS and op["can_reach"]] if torch["binary"] else []
+        rows = [[op["op"], ", ".join(op["can_reach"])] for op in reaching]
+        made.append(section("Composites with a branch to one of those", ["op", "can reach"], rows))
     wrong = [[t["version"], line] for t in both for line in t["disagreements"]]
-    if wrong:
-        made.append(("Where the binary contradicts the other sources", ["torch", "what"], wrong))
+    made.append(section("Where the binary contradicts the other sources", ["torch", "what"], wrong))
     return made
 
 
@@ -173,7 +162,7 @@ def _changes(diff: dict[str, Any]) -> list[list[str]]:
     rows = [[group, c["op"], c["before"], c["after"]] for group in _GROUPS if group != "removed" for c in diff[group]]
     if diff["removed"]:  # deprecated overloads go by the hundred
         rows.append(["removed", ", ".join(c["op"] for c in diff["removed"]), "", ABSENT])
-    return rows or [["nothing", "", "", ""]]
+    return rows
 
 
 def _calls(calls: dict[str, int] | None) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import traceback
 
-from nanogpt_mac.coverage import render, report
+from nanogpt_mac.coverage import page, report
 from nanogpt_mac.coverage.config import CoverageConfig, operators, validate
-from nanogpt_mac.coverage.trace import NoTrace, trace_model
+from nanogpt_mac.coverage.model_ops import NoTrace, trace_model
+from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.operators.table import RUNS, Kind, Table, load
 
@@ -16,28 +17,28 @@ def run(config: CoverageConfig) -> int:
     """Prints the report. 0: nothing is lost; 1: something is, or falls back to the CPU; 2: cannot tell."""
     validate(config)
     try:
-        page = _page(config)
+        made = _page(config)
     except OSError as error:  # the cache folder, mostly
         raise InputError(f"{error.filename}: cannot be read or written: {error.strerror or error}") from error
     except InputError:
         raise
-    except Exception:  # whatever it is, it is no loss of an operator, which exit code 1 would say
+    except Exception:  # whatever it is, no operator is lost, which exit code 1 would say
         traceback.print_exc()
-        return render.CANNOT_TELL
-    render.emit(page, config.format)
-    return page.exit_code
+        return CANNOT_TELL
+    page.emit(made, config.format, config.html)
+    return made.exit_code
 
 
-def _page(config: CoverageConfig) -> render.Page:
+def _page(config: CoverageConfig) -> Page:
     """What was asked for. Each of these is imported where it is wanted: some are slow to load."""
     if config.verify:
         from nanogpt_mac.coverage import verify
 
         return verify.predict(config) if config.verify == "predict" else verify.check(config)
     if config.run:
-        from nanogpt_mac.coverage import isolated
+        from nanogpt_mac.coverage import other_torch
 
-        return isolated.check(config)
+        return other_torch.check(config)
     if config.compiled:
         return _compiled(config)
     if config.scope == "opinfo":
@@ -47,7 +48,7 @@ def _page(config: CoverageConfig) -> render.Page:
     return _static(config)
 
 
-def _compiled(config: CoverageConfig) -> render.Page:
+def _compiled(config: CoverageConfig) -> Page:
     """The compile report. Exit code 1 where generated code calls an operator that leaves the GPU, 2 where unknown."""
     from nanogpt_mac.compile_report import check as compiled
 
@@ -58,19 +59,19 @@ def _compiled(config: CoverageConfig) -> render.Page:
     unclear = sorted({row["name"] for row in rows if row["kind"] is None or row["kind"] == Kind.UNKNOWN})
     launches = training.get("launches")
     if left:
-        code, verdict = render.LOST, f"generated code calls operators that MPS does not have: {render.some(left)}"
+        code, verdict = LOST, f"generated code calls operators that MPS does not have: {some(left)}"
     elif launches is None:
-        code, verdict = render.CANNOT_TELL, f"cannot tell what was launched: {'; '.join(made['unknown'])}"
+        code, verdict = CANNOT_TELL, f"cannot tell what was launched: {'; '.join(made['unknown'])}"
     elif unclear:
-        code, verdict = render.CANNOT_TELL, f"cannot tell where generated code runs {render.some(unclear)}"
+        code, verdict = CANNOT_TELL, f"cannot tell where generated code runs {some(unclear)}"
     else:
-        code, verdict = render.OK, f"all of a compiled iteration stays on the GPU, in {launches} Metal launches"
-    data = {**made, "scope": "compiled", "exit_code": code, "verdict": verdict}
+        code, verdict = OK, f"a compiled iteration stays on the GPU, in {launches} Metal launches"
     title = f"This model compiled for MPS, torch {made['torch']}"
-    return render.Page(title, compiled.lines(made), compiled.sections(made), verdict, code, data)
+    sections = [section(*table) for table in compiled.sections(made)]
+    return Page(title, compiled.lines(made), sections, code, verdict, made | {"scope": "compiled"})
 
 
-def _static(config: CoverageConfig) -> render.Page:
+def _static(config: CoverageConfig) -> Page:
     """The tables of one torch or two, without running any."""
     table = load(config.torch, config.python, config.binary, config.nightly_index)
     against = None
@@ -99,7 +100,7 @@ def _named(names: list[str], tables: list[Table]) -> list[str]:
         found = [op for op in known if op == name or op.split(".")[0] == name]
         if not found:
             close = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {', '.join(close)}?" if close else "allowed are names such as gelu and add.Tensor"
+            hint = f"did you mean {', '.join(close)}?" if close else "use a name such as gelu or add.Tensor"
             raise InputError(f"op={name}: torch {tables[0].version} has no such operator; {hint}")
         meant += [op for op in found if op not in meant]
     return meant

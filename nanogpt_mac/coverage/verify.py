@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -20,25 +19,28 @@ from typing import Any
 
 from packaging.version import Version
 
+from nanogpt_mac import child, files, simulator
 from nanogpt_mac.compile_report import check as compiled
-from nanogpt_mac.coverage import isolated
+from nanogpt_mac.coverage import other_torch
 from nanogpt_mac.coverage.config import CoverageConfig
-from nanogpt_mac.coverage.device import environment
-from nanogpt_mac.coverage.render import CANNOT_TELL, LOST, OK, Page, Section, some
-from nanogpt_mac.coverage.trace import NoTrace, trace_model
+from nanogpt_mac.coverage.model_ops import NoTrace, trace_model
+from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some, writable
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.fallbacks import detect as runtime
-from nanogpt_mac.operators.table import HAND_LIST, IN_COMPOSITE, Entry, Kind, Table, load
+from nanogpt_mac.fallbacks import detect
+from nanogpt_mac.operators import by_hand
+from nanogpt_mac.operators.dispatch import Dispatch
+from nanogpt_mac.operators.table import Entry, Kind, Table, load
+from nanogpt_mac.records.base import DamagedError
+from nanogpt_mac.records.coverage import Asked, Observed, Prediction
 
 SCHEMA = 1
 PREDICTIONS = Path(__file__).with_name("predictions")
 # Composites that the simulated device replaces by kernels of its own: their branch for MPS is compiled on a Mac only.
-OF_SIMULATOR = (*IN_COMPOSITE, "rms_norm", "scaled_dot_product_attention")
+OF_SIMULATOR = (*by_hand.IN_COMPOSITE, "rms_norm", "scaled_dot_product_attention")
 _LAUNCHES = ("launches", "pointwise", "reduction", "matrix_products", "buffers")
 _NAMES = {
     "phases": "operators that reach the device",
     "waits": "waits of the host for the device",
-    "classes": "classes of the dispatcher's table",
     "errors": "texts of errors",
     "warnings": "texts of warnings",
     "findings": "what leaves the GPU",
@@ -48,7 +50,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Item:
-    """One thing predicted and observed; `equal` is None where either side is not there, and `why` says so."""
+    """One thing predicted and observed; `equal` is None where either side is absent, and `why` says so."""
 
     name: str
     predicted: Any
@@ -75,45 +77,38 @@ def check(config: CoverageConfig) -> Page:
     """
     table = load("installed", config.python, config.binary)
     day = datetime.now(UTC).date().isoformat()
-    path = _writable(config.output or f"mps-verify-{table.version}-{day}.json")
-    seen, failed = _look(config, table, live=True)
-    told, no_prediction = predictions(table.version, _asked(config))
-    items = compare(told, seen, no_prediction, failed)
-    items += _classes(table, seen.get("classes"), failed.get("classes"), sys.platform != "darwin")
-    made = page(table.version, seen.get("device"), items, str(path))
-    path.write_text(json.dumps(made.data | {"machine": _machine(), "date": day, "asked": _asked(config)}, indent=1))
+    path = writable("output", config.output or f"mps-verify-{table.version}-{day}.json")
+    seen, classes, failed = _look(config, table, live=True)
+    predicted, no_prediction = predictions(table.version, _asked(config))
+    items = compare(predicted, seen, no_prediction, failed)
+    items += _classes(table, classes, failed.get("classes"), sys.platform != "darwin")
+    made = page(table.version, seen.device, items, str(path))
+    more = {"machine": _machine(), "date": day, "asked": _asked(config).model_dump()}
+    files.write_aside(path, json.dumps(made.data | more, indent=1))
     return made
 
 
 def predict(config: CoverageConfig) -> Page:
     """Writes the prediction for the installed torch, made on the simulated device.
 
-    InputError off Linux, and where any part of it cannot be had: a prediction with holes is none.
+    InputError off Linux, and where any part of it cannot be had: a prediction with holes is useless.
     """
     if sys.platform != "linux":
-        raise InputError(f"verify=predict: the simulated MPS device runs on Linux only, not on {sys.platform}")
+        raise InputError(f"verify=predict: the simulated MPS device needs Linux; this is {sys.platform}")
     table = load("installed", config.python, config.binary)
     release = _release(table.version)
-    path = _writable(config.output or str(PREDICTIONS / f"{release}.json"))
-    seen, failed = _look(config, table, live=False)
+    path = writable("output", config.output or str(PREDICTIONS / f"{release}.json"))
+    seen, _, failed = _look(config, table, live=False)
     if failed:
         raise InputError(f"verify=predict: {next(iter(failed.values()))}")
-    seen.pop("classes")
-    made = {"schema": SCHEMA, "release": release, "asked": _asked(config), **seen}
-    path.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
-    verdict = f"written: {path}"
-    return Page(f"Predictions for torch {release}", [f"made with torch {seen['torch']}"], [], verdict, OK, made)
+    made = Prediction(release=release, asked=_asked(config), **seen.model_dump()).document()
+    files.write_aside(path, json.dumps(made, indent=1, sort_keys=True) + "\n")
+    lines = [f"made with torch {seen.torch}"]
+    return Page(f"Predictions for torch {release}", lines, [], OK, f"written: {path}", made)
 
 
-def _writable(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"output={name}: allowed is a file in a folder that exists")
-    return path
-
-
-def _asked(config: CoverageConfig) -> dict[str, Any]:
-    return {"model": asdict(config.model), "dtype": config.dtype, "batch_size": config.batch_size}
+def _asked(config: CoverageConfig) -> Asked:
+    return Asked(model=asdict(config.model), dtype=config.dtype, batch_size=config.batch_size)
 
 
 def _release(version: str) -> str:
@@ -124,26 +119,30 @@ def _machine() -> dict[str, str]:
     return {"platform": platform.platform(), "machine": platform.machine(), "macos": platform.mac_ver()[0]}
 
 
-def predictions(version: str, asked: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+def predictions(version: str, asked: Asked) -> tuple[Observed, str | None]:
     """The prediction for a torch and a model, and where there is none, why."""
     path = PREDICTIONS / f"{_release(version)}.json"
-    made_for = ", ".join(sorted(p.stem for p in PREDICTIONS.glob("*.json"))) or "none"
-    if not path.is_file():
-        return {}, f"no prediction for torch {_release(version)}; made for {made_for}"
-    told: dict[str, Any] = json.loads(path.read_text())
-    if told["asked"] != asked:
-        return {}, "no prediction for this model; made for the default model, dtype and batch size"
-    return told, None
+    try:
+        made = Prediction.load(path)
+    except FileNotFoundError:
+        made_for = ", ".join(sorted(p.stem for p in PREDICTIONS.glob("*.json"))) or "none"
+        return Observed(), f"no prediction for torch {_release(version)}; made for {made_for}"
+    except DamagedError as error:
+        return Observed(), f"the prediction is damaged: {error}"
+    if made.asked != asked:
+        return Observed(), "no prediction for this model; made for the default model, dtype and batch size"
+    return made, None
 
 
 # -- looking ----------------------------------------------------------------------------------------------------------
 
 
-def _look(config: CoverageConfig, table: Table, live: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the device does, part by part, and why parts are absent.
+def _look(
+    config: CoverageConfig, table: Table, live: bool
+) -> tuple[Observed, dict[str, Dispatch] | None, dict[str, str]]:
+    """What the device does, the dispatcher's class of every overload, and by part why it is absent.
 
-    Args:
-        live: by torch's profiler; otherwise by the simulated device's own counters.
+    `live` looks by torch's profiler; otherwise by the simulated device's own counters.
     """
     seen: dict[str, Any] = {"torch": table.version}
     failed: dict[str, str] = {}
@@ -160,7 +159,8 @@ def _look(config: CoverageConfig, table: Table, live: bool) -> tuple[dict[str, A
     part(("warnings",), lambda: _asked_device(fallback=True))
     part(("findings",), lambda: _detected(config))
     part(("compiled",), lambda: _compiled(config))
-    return seen, failed
+    classes = seen.pop("classes", None)
+    return Observed(**seen), classes, failed
 
 
 def _traced(config: CoverageConfig, table: Table, live: bool) -> dict[str, Any]:
@@ -175,22 +175,21 @@ def _traced(config: CoverageConfig, table: Table, live: bool) -> dict[str, Any]:
 
 
 def _asked_device(fallback: bool) -> dict[str, Any]:
-    argv = [sys.executable, "-W", "ignore", "-m", "nanogpt_mac.coverage.verify_child", *(["texts"] if fallback else [])]
-    child = subprocess.run(argv, capture_output=True, text=True, env=environment(fallback=fallback), check=False)
-    if child.returncode:
-        lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-        raise InputError(f"the device could not be asked: {lines[-1]}")
-    said = json.loads(child.stdout)
-    texts = {op: re.sub(r"commit hash [0-9a-f]+", "commit hash ...", text or "") for op, text in said["texts"].items()}
-    return {"warnings": texts} if fallback else {"errors": texts, "classes": said["classes"]}
+    task = {"ask": "itself", "fallback": fallback}
+    try:
+        answer = child.ask("nanogpt_mac.coverage.device_child", task, environment=simulator.environment(fallback))
+    except child.ChildError as error:
+        raise InputError(f"the device could not be asked: {error}") from error
+    texts = {op: re.sub(r"commit hash [0-9a-f]+", "commit hash ...", t or "") for op, t in answer["texts"].items()}
+    return {"warnings": texts} if fallback else {"errors": texts, "classes": answer["classes"]}
 
 
 def _detected(config: CoverageConfig) -> dict[str, Any]:
-    task = isolated.task(config.model, config.dtype, config.batch_size)
-    document = runtime.check_task(task, sys.executable, environment(fallback=True))
+    task = other_torch.task(config.model, config.dtype, config.batch_size)
+    document = detect.check_task(task, sys.executable, simulator.environment(fallback=True)).document()
     if not document["complete"]:
         raise InputError(f"the detector's run is incomplete: {'; '.join(document['why_incomplete'])}")
-    found = Counter(f"{op}, {kind}, {phase}" for op, kind, phase in isolated.findings(document))
+    found = Counter(f"{op}, {kind}, {phase}" for op, kind, phase in other_torch.findings(document))
     return {"findings": dict(found)}
 
 
@@ -208,27 +207,23 @@ def _compiled(config: CoverageConfig) -> dict[str, Any]:
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
-def compare(
-    told: dict[str, Any], seen: dict[str, Any], no_prediction: str | None, failed: dict[str, str]
-) -> list[Item]:
+def compare(predicted: Observed, seen: Observed, no_prediction: str | None, failed: dict[str, str]) -> list[Item]:
     """Every part of a prediction against what was observed.
 
-    Args:
-        no_prediction: why `told` is empty.
-        failed: part to the reason that it was not observed.
+    `no_prediction` is why `predicted` is empty, `failed` has why a part was not observed.
     """
     items = []
-    for part in ("phases", "waits", "errors", "warnings", "findings", "compiled"):
-        mine, theirs = told.get(part), seen.get(part)
+    for part, name in _NAMES.items():
+        mine, theirs = getattr(predicted, part), getattr(seen, part)
         why = failed.get(part) or (no_prediction if mine is None else None)
         if why or mine is None or theirs is None:
-            items.append(Item(_NAMES[part], mine, theirs, None, why or "not in the prediction"))
+            items.append(Item(name, mine, theirs, None, why or "not in the prediction"))
         elif part in ("phases", "compiled"):
-            for name in dict.fromkeys([*mine, *theirs]):
-                a, b = mine.get(name, {}), theirs.get(name, {})
-                items.append(_item(f"{name}: {_NAMES[part]}" if part == "phases" else f"compiled {name}", a, b))
+            for key in dict.fromkeys([*mine, *theirs]):
+                title = f"{key}: {name}" if part == "phases" else f"compiled {key}"
+                items.append(_item(title, mine.get(key, {}), theirs.get(key, {})))
         else:
-            items.append(_item(_NAMES[part], mine, theirs))
+            items.append(_item(name, mine, theirs))
     return items
 
 
@@ -243,60 +238,60 @@ def _item(name: str, predicted: dict[str, Any], observed: dict[str, Any]) -> Ite
     return Item(name, predicted, observed, None, f"not known: {', '.join(sorted(set(unknown)))}")
 
 
-def expected_classes(entry: Entry) -> tuple[str, ...]:
-    """What the dispatcher may say of an overload of this kind (verify_child.dispatch_class)."""
-    if entry.op in {row.op for row in HAND_LIST if row.kind is Kind.MISSING} and entry.kind is Kind.MISSING:
-        return ("explicit fallback", "kernel")  # registered, by hand, to raise
+def expected_classes(entry: Entry) -> tuple[Dispatch, ...]:
+    """What the dispatcher may say of an overload of this kind."""
+    if entry.op in by_hand.RAISING and entry.kind is Kind.MISSING:
+        return (Dispatch.BY_HAND, Dispatch.KERNEL)
     if entry.kind in (Kind.MISSING, Kind.MISSING_CPU):
-        return ("composite",) if entry.facts.delegate else ("missing",)  # the generated wrapper of its out= form
+        return (Dispatch.COMPOSITE,) if entry.facts.delegate else (Dispatch.MISSING,)  # the wrapper of its out= form
     if entry.kind is Kind.FALLBACK:
-        return ("explicit fallback",)
-    return ("composite",) if entry.kind is Kind.COMPOSITE else ("kernel",)
+        return (Dispatch.BY_HAND,)
+    return (Dispatch.COMPOSITE,) if entry.kind is Kind.COMPOSITE else (Dispatch.KERNEL,)
 
 
-def _classes(table: Table, seen: dict[str, str] | None, failed: str | None, simulated: bool) -> list[Item]:
-    name = _NAMES["classes"]
+def _classes(table: Table, seen: dict[str, Dispatch] | None, failed: str | None, simulated: bool) -> list[Item]:
+    name = "classes of the dispatcher's table"
     if seen is None:
         return [Item(name, None, None, None, failed)]
-    told, observed = {}, {}
+    predicted: dict[str, str] = {}
+    observed: dict[str, str] = {}
     left_out = OF_SIMULATOR if simulated else ()
     for op, entry in table.entries.items():
         if entry.kind is not Kind.UNKNOWN and op not in left_out:
             may_be = expected_classes(entry)
             observed[op] = seen.get(op, "absent")
-            told[op] = observed[op] if observed[op] in may_be else may_be[0]
-    return [Item(name, told, observed, told == observed)]
+            predicted[op] = observed[op] if observed[op] in may_be else may_be[0]
+    return [Item(name, predicted, observed, predicted == observed)]
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
 def page(version: str, device: str | None, items: list[Item], path: str) -> Page:
-    wrong = [item.name for item in items if item.equal is False]
-    open_ = [item for item in items if item.equal is None]
+    wrong = [item for item in items if item.equal is False]
+    unknown = [item for item in items if item.equal is None]
     if wrong:
-        code, verdict = LOST, f"{len(wrong)} of {len(items)} predictions are not so: {some(wrong)}"
-    elif open_:
-        code, verdict = CANNOT_TELL, f"{len(open_)} of {len(items)} could not be compared: {open_[0].why}"
+        names = some([item.name for item in wrong])
+        code, verdict = LOST, f"{len(wrong)} of {len(items)} predictions do not hold: {names}"
+    elif unknown:
+        code, verdict = CANNOT_TELL, f"{len(unknown)} of {len(items)} could not be compared: {unknown[0].why}"
     else:
-        code, verdict = OK, f"all {len(items)} predictions are so"
+        code, verdict = OK, f"all {len(items)} predictions hold"
     rows = [[item.name, _short(item.predicted), _short(item.observed), _equal(item)] for item in items]
-    made: list[Section] = [("Predicted and observed", ["", "predicted", "observed", "equal"], rows)]
-    unequal = [item for item in items if item.equal is False]
-    details = [[i.name, key, _text(a), _text(b)] for i in unequal for key, (a, b) in i.differences().items()]
-    if details:
-        made.append(("What differs", ["", "", "predicted", "observed"], details))
+    details = [[i.name, key, _text(a), _text(b)] for i in wrong for key, (a, b) in i.differences().items()]
+    sections = [
+        section("Predicted and observed", ["", "predicted", "observed", "equal"], rows),
+        section("What differs", ["", "", "predicted", "observed"], details),
+    ]
     data = {
         "schema": SCHEMA,
         "scope": "verify",
         "torch": version,
         "device": device,
         "items": [asdict(item) for item in items],
-        "exit_code": code,
-        "verdict": verdict,
     }
     lines = [f"torch {version} on {device or 'no device'}; attach {path} to a report"]
-    return Page(f"Predictions against the device, torch {version}", lines, made, verdict, code, data)
+    return Page(f"Predictions against the device, torch {version}", lines, sections, code, verdict, data)
 
 
 def _equal(item: Item) -> str:

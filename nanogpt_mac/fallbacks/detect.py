@@ -1,56 +1,49 @@
 """The fallback detector: what of this model's training leaves the GPU on MPS, seen and not predicted.
 
 A child process (watch.py) runs every phase once more, before training and with all fallbacks made visible. Here its
-task is made and what it saw becomes findings. docs/coverage.md has the document's schema.
+task is made, and what it saw becomes findings.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nanogpt_mac import simulator
+from pydantic import TypeAdapter, ValidationError
+
+from nanogpt_mac import child, simulator
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.config import Config, backend_options
+from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS, vocab_size
 from nanogpt_mac.fallbacks.findings import findings_of
+from nanogpt_mac.fallbacks.observed import Call, Observed, Sign, Warned
 from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.records.fallbacks import Fallbacks, Meant, Passes, ProfilerPass, WarningPass
 
-if TYPE_CHECKING:
-    from nanogpt_mac.config import Config
-
-SCHEMA = 1
 TIMEOUT_S = 3600.0  # of the child; a large model is compiled in it
-_ROOT = Path(__file__).resolve().parents[2]
-_VOCABULARY = {"shakespeare": 50304, "openwebtext": 50304}  # of corpora that have GPT-2's tokens, as train.py pads them
-_CHARACTERS = 65
+_observed = TypeAdapter(Observed)
 
 
-def check(config: Config, spec: GPTSpec | None = None, resident: bool = True) -> dict[str, Any]:
-    """Runs the detector for a run of `config` on MPS. Takes a few iterations' time, and compiles if the run does.
+def check(config: Config, spec: GPTSpec | None = None, resident: bool = True) -> Fallbacks:
+    """Run the detector for a run of `config` on MPS. It takes a few iterations' time, and compiles if the run does.
 
-    Args:
-        spec: the run's model where it is known already; by default what `config.model` and `config.data` give.
-        resident: whether the corpus fits on the device, which decides how batches get there.
-
-    Returns:
-        The document, JSON-able. A child that fails is `complete: False` and the reason; nothing is raised for it.
+    `spec` is the run's model, by default what `config.model` and `config.data` give; `resident` is whether the corpus
+    fits on the device, which decides how batches get there. A child that fails makes the document incomplete and is
+    its reason; nothing is raised for it.
     """
     return check_task(task_of(config, spec, resident))
 
 
 def task_of(config: Config, spec: GPTSpec | None = None, resident: bool = True) -> dict[str, Any]:
-    """What `check` has the child do, JSON-able; for `check_task`."""
-    from nanogpt_mac.backends import kinds
-    from nanogpt_mac.config import backend_options
-
+    """What `check` has the child do, as JSON takes it; for `check_task`."""
     if spec is None:
-        vocabulary = config.model.vocab_size or _VOCABULARY.get(config.data.name, _CHARACTERS)
+        vocabulary = config.model.vocab_size or vocab_size(config.data) or TINY_SHAKESPEARE_SYMBOLS
         spec = GPTSpec(**asdict(config.model) | {"vocab_size": vocabulary})
     return {
         "options": asdict(backend_options(config, "mps", kinds.resolve_compile(config.compile, "mps"))),
@@ -66,94 +59,74 @@ def check_task(
     python: str = sys.executable,
     env: Mapping[str, str] | None = None,
     timeout_s: float = TIMEOUT_S,
-) -> dict[str, Any]:
+) -> Fallbacks:
     """As `check`, for a task and under any interpreter that has torch and numpy.
 
-    Args:
-        env: the child's environment, by default this process's. What the detector needs is added.
+    `env` is the child's environment, by default this process's; what the detector needs is added.
     """
-    seen, failure = _run_child(task, python, dict(os.environ if env is None else env), timeout_s)
-    return document(task, seen, failure)
-
-
-def document(task: dict[str, Any], seen: dict[str, Any], failure: str | None = None) -> dict[str, Any]:
-    """The document of what a child saw (watch.py), or of its failure."""
-    options = task["options"]
-    findings, why_incomplete = ([], [failure]) if failure else findings_of(seen)
-    passes: dict[str, Any] = {}
-    if not failure:
-        passes = {
-            "control": seen["control"],
-            "warnings": {
-                "calls": _calls(seen["warnings"]["fallbacks"]),
-                "admitted": len(seen["warnings"]["admitted"]),
-                "control": seen["warnings"]["control"],
-            },
-            "profiler": {
-                "calls": _calls([r for r in seen["profiler"]["records"] if r["sign"] == "fallback"]),
-                **{key: seen["profiler"][key] for key in ("meant", "operators", "overloads", "control")},
-            },
-        }
-    return {
-        "schema": SCHEMA,
-        "torch": seen.get("torch"),
-        "python": seen.get("python"),
-        "device": seen.get("device"),
-        "backend": "mps",
-        "compile": options["compile"],
-        "dtype": options["dtype"],
-        "model": task["spec"],
-        "batch_size": task["batch_size"],
-        "gradient_accumulation_steps": task["gradient_accumulation_steps"],
-        "complete": not why_incomplete,
-        "why_incomplete": why_incomplete,
-        "phases": seen.get("reached", []),
-        "findings": findings,
-        "passes": passes,
-        "seconds": seen.get("seconds"),
-        "compile_report": seen.get("compile_report"),
-    }
-
-
-def _calls(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Phase to operator to calls."""
-    counts: dict[str, Counter[str]] = {}
-    for row in rows:
-        counts.setdefault(row["phase"], Counter())[row["op"]] += 1
-    return {phase: dict(sorted(counter.items())) for phase, counter in counts.items()}
-
-
-def _run_child(
-    task: dict[str, Any], python: str, environment: dict[str, str], timeout_s: float
-) -> tuple[dict[str, Any], str | None]:
-    """What the child saw, or why there is nothing."""
+    environment = dict(os.environ if env is None else env)
     environment["PYTORCH_ENABLE_MPS_FALLBACK"] = "1"  # read when torch is loaded
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH", "")]))
     if simulator.active():
         environment[simulator.VARIABLE] = "1"
-    argv = [python, "-m", "nanogpt_mac.fallbacks.watch"]
-    # A folder of its own for what Inductor compiles, or the run would find it there and its compile time be no such.
+    # A folder of its own for what Inductor compiles: else the run would find it there, and compile in no time.
     with tempfile.TemporaryDirectory(prefix="nanogpt-mac-") as folder:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).resolve())
         try:
-            child = subprocess.run(
-                argv,
-                input=json.dumps(task | {"scratch": folder}),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                env=environment,
-                timeout=timeout_s,
-                check=False,
+            answer = child.ask(
+                "nanogpt_mac.fallbacks.watch",
+                task | {"scratch": folder},
+                python=python,
+                environment=environment,
+                timeout_s=timeout_s,
             )
-        except subprocess.TimeoutExpired:
-            return {}, f"the child did not end within {timeout_s:.0f} s"
-        except OSError as error:
-            return {}, f"{python}: cannot be run: {error.strerror}"
-    if child.returncode:
-        lines = [line for line in child.stderr.splitlines() if line.strip()] or ["without a word"]
-        return {}, f"the child ended with exit code {child.returncode}: {lines[-1].strip()[:300]}"
-    try:
-        return json.loads(child.stdout), None
-    except ValueError:
-        return {}, f"the child's document cannot be read: {child.stdout[:100]!r}"
+            return document(task, _observed.validate_python(answer))
+        except child.ChildError as error:
+            return document(task, failure=f"the detector's process failed: {error}")
+        except ValidationError as error:
+            return document(task, failure=f"the detector's answer is damaged: {error.errors()[0]['msg']}")
+
+
+def document(task: dict[str, Any], seen: Observed | None = None, failure: str = "") -> Fallbacks:
+    """The document of what a child saw, or of its `failure`."""
+    findings, why = ([], [failure]) if seen is None else findings_of(seen)
+    made = Fallbacks(
+        compile=task["options"]["compile"],
+        dtype=task["options"]["dtype"],
+        model=task["spec"],
+        batch_size=task["batch_size"],
+        gradient_accumulation_steps=task["gradient_accumulation_steps"],
+        complete=not why,
+        why_incomplete=tuple(why),
+        findings=tuple(findings),
+    )
+    if seen is None:
+        return made
+    about = {key: getattr(seen, key) for key in ("torch", "python", "device", "seconds", "compile_report")}
+    return made.model_copy(update={**about, "phases": tuple(seen.reached), "passes": _passes(seen)})
+
+
+def _passes(seen: Observed) -> Passes:
+    profiler = seen.profiler
+    return Passes(
+        control=seen.control,
+        warnings=WarningPass(
+            calls=_calls(seen.warnings.fallbacks),
+            admitted=len(seen.warnings.admitted),
+            control=seen.warnings.control,
+        ),
+        profiler=ProfilerPass(
+            calls=_calls(call for call in profiler.records if call.sign is Sign.FALLBACK),
+            meant=tuple(Meant(**asdict(meant)) for meant in profiler.meant),
+            operators=profiler.operators,
+            overloads=profiler.overloads,
+            control=profiler.control,
+        ),
+    )
+
+
+def _calls(rows: Iterable[Call | Warned]) -> dict[str, dict[str, int]]:
+    """Phase to operator to calls."""
+    counts: dict[str, Counter[str]] = {}
+    for row in rows:
+        counts.setdefault(row.phase, Counter())[row.op] += 1
+    return {phase: dict(sorted(counter.items())) for phase, counter in counts.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import linecache
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -19,40 +19,28 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanogpt_mac.backends.base import PHASES
+from nanogpt_mac.fallbacks.observed import Call, MeantCalls, Sign
 from nanogpt_mac.fallbacks.signs import CONTROL, Frame, is_generated, place, relative, short
 
 MARK = "nanogpt-mac: "  # names the annotations that phases are recognised by
 DEVICE = "mps"
 _MANY = 8  # tensor arguments
-FALLBACK, HIDDEN, SYNC = "fallback", "hidden", "sync"
 # Operators that only carry a transfer: whoever called them is the one that wanted it.
 CARRIERS = {"to", "_to_copy", "copy_", "_copy_from", "_copy_from_and_resize", "_to_cpu", "clone", "contiguous", "cpu"}
 CARRIERS |= {"item", "_local_scalar_dense", "is_nonzero", "lift_fresh", "lift_fresh_copy"}
 
 
 @dataclass
-class Record:
-    """One operator call that left the device, or waited for it."""
+class Record(Call):
+    """A call, and what is needed to judge it."""
 
-    sign: str  # FALLBACK, HIDDEN or SYNC
-    op: str
-    phase: str
-    ms: float
-    dtypes: list[str]
-    shapes: list[list[int]]
-    where: str | None
-    evidence: list[str]
-    bytes: int = 0
     transfers: int = 0
     to_host: bool = True
     own: bool | None = None  # whether the back end's own file made the call; None where that is not known
-    line_of: tuple[str, str, int] | None = (
-        None  # operator, file and first line of a function, of which no more is known
-    )
+    line_of: tuple[str, str, int] | None = None  # operator, file and first line of a function; no more is known
 
-    def json(self) -> dict[str, Any]:
-        kept = ("op", "phase", "ms", "dtypes", "shapes", "where", "evidence", "bytes")
-        return {key: getattr(self, key) for key in kept}
+    def call(self) -> Call:
+        return Call(**{f.name: getattr(self, f.name) for f in fields(Call)})
 
 
 @dataclass
@@ -60,7 +48,7 @@ class Profile:
     """What one pass saw."""
 
     records: list[Record] = field(default_factory=list)
-    meant: list[dict[str, Any]] = field(default_factory=list)  # transfers that MEANT explains
+    meant: list[MeantCalls] = field(default_factory=list)
     operators: dict[str, int] = field(default_factory=dict)  # phase to operators that took tensors of the device
     overloads: bool = True  # whether operators carry their overload names
     last: dict[str, Record] = field(default_factory=dict)  # phase to the outermost operator that began last
@@ -109,13 +97,13 @@ class _Reader:
                 self.forward[event.extra_fields.sequence_number] = event
             if _operator_above(event) is None:
                 last[phase] = event
-        self.found.last = {phase: self._record(SYNC, event, phase) for phase, event in last.items()}
+        self.found.last = {phase: self._record(Sign.SYNC, event, phase) for phase, event in last.items()}
         self.found.operators = {phase: counts[phase] for phase in (*PHASES, CONTROL)}
         for event in self.operators:
             if short(event.name) == "_to_cpu":
                 above = _operator_above(event)
                 if above is not None:
-                    self._keep(FALLBACK, above)
+                    self._keep(Sign.FALLBACK, above)
         for event in self.operators:
             self._transfer(event)
         self.found.records = [r for r in self.records.values() if not self._is_meant(r)]
@@ -138,18 +126,18 @@ class _Reader:
             to_host = True
         else:
             return
-        outer = [e for e in parents_of(event) if e.id in self.records and self.records[e.id].sign == FALLBACK]
+        outer = [e for e in parents_of(event) if e.id in self.records and self.records[e.id].sign == Sign.FALLBACK]
         if outer:
             self._add(self.records[outer[0].id], size)
             return
         owner = event if short(event.name) not in CARRIERS else self._owner(event)
         if owner is None or name != "copy_":
-            record = self._keep(SYNC, event if owner is None else owner)
+            record = self._keep(Sign.SYNC, event if owner is None else owner)
             record.to_host = to_host
         else:
             if not to_host and size <= 8 and owner.id not in self.records:
                 return  # a number that a kernel takes as an argument
-            record = self._keep(HIDDEN, owner)
+            record = self._keep(Sign.HIDDEN, owner)
         self._add(record, size)
 
     def _owner(self, event: Any) -> Any:
@@ -159,16 +147,16 @@ class _Reader:
         record.bytes += size
         record.transfers += 1
 
-    def _keep(self, sign: str, event: Any) -> Record:
+    def _keep(self, sign: Sign, event: Any) -> Record:
         record = self.records.get(event.id)
-        if record is None or (record.sign == SYNC and sign == HIDDEN):
+        if record is None or (record.sign == Sign.SYNC and sign == Sign.HIDDEN):
             before = record
             record = self.records[event.id] = self._record(sign, event, self._phase(event))
             if before is not None:
                 record.bytes, record.transfers = before.bytes, before.transfers
         return record
 
-    def _record(self, sign: str, event: Any, phase: str) -> Record:
+    def _record(self, sign: Sign, event: Any, phase: str) -> Record:
         tensors = tensors_of(event)
         origin, evidence = self._origin(event, phase)
         frames, exact = _frames(origin) if origin is not None else ([], True)
@@ -190,14 +178,13 @@ class _Reader:
     def _is_meant(self, record: Record) -> bool:
         for meant in self.backend.MEANT:
             same = (record.phase, record.op, record.to_host) == (meant.phase, meant.op, meant.to_host)
-            if record.sign == SYNC and same and record.own is not False:
-                row = {"phase": meant.phase, "op": meant.op, "reason": meant.reason, "calls": 1}
-                known = next((r for r in self.found.meant if r["reason"] == meant.reason), None)
+            if record.sign == Sign.SYNC and same and record.own is not False:
+                known = next((row for row in self.found.meant if row.reason == meant.reason), None)
                 if known is None:
-                    self.found.meant.append(row)
+                    self.found.meant.append(MeantCalls(meant.phase, meant.op, meant.reason))
                     return True
-                if known["calls"] < meant.most:
-                    known["calls"] += 1
+                if known.calls < meant.most:
+                    known.calls += 1
                     return True
         return False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -12,34 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nanogpt_mac.fallbacks.observed import Refused
 from nanogpt_mac.fallbacks.profiled import DEVICE, Record
 from nanogpt_mac.fallbacks.signs import NOT_ON_CPU, Frame, place, relative, short
 
 # Of torch, between the call of an operator and the mode that looks at it.
 _BETWEEN = ("/torch/utils/_python_dispatch.py", "/torch/_dynamo/eval_frame.py", "/torch/_compile.py")
-
-
-@dataclass
-class Located:
-    """An error that ended a phase.
-
-    Args:
-        op: the operator that raised it; None where that is not known.
-        cpu: whether the CPU ran the same call; None where it was not tried.
-    """
-
-    phase: str
-    type: str
-    text: str
-    op: str | None = None
-    dtypes: list[str] = field(default_factory=list)
-    shapes: list[list[int]] = field(default_factory=list)
-    where: str | None = None
-    cpu: bool | None = None
-    evidence: list[str] = field(default_factory=list)
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _line(error: BaseException) -> str:
@@ -51,7 +28,7 @@ class Locator(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Located | None = None
+        self.found: Refused | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -60,7 +37,7 @@ class Locator(TorchDispatchMode):
         except Exception as error:
             if self.found is None:  # an outer operator passes the error on
                 tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-                self.found = Located(
+                self.found = Refused(
                     phase="",
                     type=type(error).__name__,
                     text=_line(error),
@@ -72,9 +49,9 @@ class Locator(TorchDispatchMode):
                 )
             raise
 
-    def located(self, phase: str, error: Exception) -> Located:
+    def located(self, phase: str, error: Exception) -> Refused:
         """What was found, or the bare error where no operator raised it."""
-        found = self.found or Located(phase, type(error).__name__, _line(error))
+        found = self.found or Refused(phase, type(error).__name__, _line(error))
         found.phase = phase
         return found
 
@@ -120,14 +97,14 @@ def _runs_on_cpu(func: Any, args: Any, kwargs: Any) -> bool | None:
     try:
         with torch.utils._python_dispatch._disable_current_modes():
             func(*tree_map(moved, args), **tree_map(moved, kwargs))
-    except Exception as error:  # whatever it is, it is no limit of MPS
+    except Exception as error:  # whatever it is, MPS is not what limits
         return None if NOT_ON_CPU.search(str(error)) else False
     return True
 
 
-def located_in_profile(phase: str, error: Exception, last: Record | None) -> Located:
+def located_in_profile(phase: str, error: Exception, last: Record | None) -> Refused:
     """Of compiled code: the last operator that it called before the error came out of it."""
-    found = Located(phase, type(error).__name__, _line(error))
+    found = Refused(phase, type(error).__name__, _line(error))
     if last is not None:
         found.op, found.dtypes, found.shapes, found.where = last.op, last.dtypes, last.shapes, last.where
         found.evidence = list(last.evidence)

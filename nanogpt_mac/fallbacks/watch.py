@@ -1,6 +1,6 @@
 """The fallback detector's child: every phase of a model on MPS, run with all fallbacks made visible.
 
-`python -m nanogpt_mac.fallbacks.watch` reads a task (runtime.py makes it) as JSON and writes what it saw as
+`python -m nanogpt_mac.fallbacks.watch` reads a task (detect.py makes it) as JSON and writes what it saw as
 JSON. It needs torch and numpy and nothing else, so it runs under any interpreter with any torch.
 PYTORCH_ENABLE_MPS_FALLBACK=1 must be in its environment, since torch reads it when it is loaded.
 
@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
 
@@ -30,10 +30,12 @@ from nanogpt_mac import simulator
 from nanogpt_mac.backends import base, kinds
 from nanogpt_mac.backends.base import PHASES, BackendOptions, Tokens
 from nanogpt_mac.fallbacks import profiled, signs
+from nanogpt_mac.fallbacks.observed import Observed, Profiled, Refused, Warned, Warnings
 from nanogpt_mac.fallbacks.phases import Phased
-from nanogpt_mac.fallbacks.refusals import Lines, Located, Locator, located_in_profile
+from nanogpt_mac.fallbacks.refusals import Lines, Locator, located_in_profile
 from nanogpt_mac.fallbacks.signs import ADMITS, COMPILED_PHASES, CONTROL, FALLS_BACK, Frame, short
 from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.operators.dispatch import Dispatch, dispatch_of
 
 _OVERFLOWS = 30  # float16 iterations until the loss scale fits, at most
 _PROMPT = 4  # tokens
@@ -62,13 +64,13 @@ class Phases(Phased):
             self.current = before
 
 
-class Warned:
+class Listener:
     """The first pass: what torch warns of while the context lasts, each time it does, and where."""
 
     def __init__(self, phases: Phases) -> None:
         self.phases = phases
-        self.fallbacks: list[dict[str, Any]] = []
-        self.admitted: list[dict[str, Any]] = []  # native kernels that say that they use the CPU
+        self.fallbacks: list[Warned] = []
+        self.admitted: list[Warned] = []  # native kernels that say that they use the CPU
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -87,11 +89,11 @@ class Warned:
         # Those of the backward pass are all given at its end: its lines are not theirs.
         frames = [] if self.phases.current == "backward" else _stack(sys._getframe(1))
         generated = next((f for f in frames if signs.is_generated(f, _generated())), None)
-        row = {"phase": self.phases.current, "where": None if generated else signs.place(frames)}
+        warned = Warned(self.phases.current, None if generated else signs.place(frames))
         if found := FALLS_BACK.search(text):
-            self.fallbacks.append({"op": short(found[1]), **row})
+            self.fallbacks.append(replace(warned, op=short(found[1])))
         elif ADMITS.search(text):
-            self.admitted.append({"text": text.partition(" (Triggered")[0], **row})
+            self.admitted.append(replace(warned, text=text.partition(" (Triggered")[0]))
 
 
 def _stack(frame: FrameType | None) -> list[Frame]:
@@ -174,15 +176,6 @@ class Session:
                 break
 
 
-def _dispatch(op: str) -> str:
-    """How the dispatcher's table has an operator for MPS: `fallback`, `explicit`, `kernel` or `unknown`."""
-    table = torch._C._dispatch_dump_table(op if "::" in op else f"aten::{op}")
-    line = next((line for line in table.splitlines() if line.startswith("MPS: ")), "")
-    if "[backend fallback]" in line:
-        return "fallback"
-    return "explicit" if "MPSFallback" in line else "kernel" if line else "unknown"
-
-
 # -- trying the detector ----------------------------------------------------------------------------------------------
 
 
@@ -201,7 +194,7 @@ def _controls() -> dict[str, Callable[[], Any]]:
 def _control() -> tuple[str | None, Callable[[], Any]]:
     """An operator that is known to fall back, to see whether both passes see it; None where none does."""
     for name, call in _controls().items():
-        if _dispatch(name) in ("fallback", "explicit"):
+        if dispatch_of(name) in (Dispatch.MISSING, Dispatch.BY_HAND):
             return name, call
     return None, lambda: None
 
@@ -209,13 +202,13 @@ def _control() -> tuple[str | None, Callable[[], Any]]:
 # -- the passes -------------------------------------------------------------------------------------------------------
 
 
-def examine(session: Session) -> dict[str, Any]:
-    """Both passes over a session that is warm; runtime.py makes findings of it. JSON-able."""
+def examine(session: Session) -> Observed:
+    """Both passes over a session that is warm."""
     phases, (control, call) = session.phases, _control()
     phases.reached.clear()
-    warned = Warned(phases)
+    listener = Listener(phases)
     with session.hooked():
-        with warned.listening():
+        with listener.listening():
             with phases.phase(CONTROL):
                 call()
             session.run()
@@ -235,30 +228,26 @@ def examine(session: Session) -> dict[str, Any]:
             seen = profiled.read(profiler, overloads, _generated(), home)
             located = [_locate(session, unit, failed[unit], error, seen) for unit, error in raised.items()]
             _exact_lines(session, seen)
-    rows = [r for r in seen.records if r.phase != CONTROL]
-    told = [w for w in warned.fallbacks if w["phase"] != CONTROL]
-    ops = {r.op for r in rows} | {w["op"] for w in told}
-    return {
-        "reached": [p for p in PHASES if p in phases.reached],
-        "warnings": {
-            "fallbacks": told,
-            "admitted": warned.admitted,
-            "control": None if control is None else any(w["phase"] == CONTROL for w in warned.fallbacks),
-        },
-        "profiler": {
-            "records": [{"sign": r.sign, **r.json()} for r in rows],
-            "meant": seen.meant,
-            "operators": seen.operators,
-            "overloads": seen.overloads,
-            "control": None if control is None else any(r.phase == CONTROL for r in seen.records),
-        },
-        "control": control,
-        "refused": [location.json() for location in located],
-        "dispatch": {op: _dispatch(op) for op in sorted(ops)},
-    }
+    rows = [r.call() for r in seen.records if r.phase != CONTROL]
+    warned = [w for w in listener.fallbacks if w.phase != CONTROL]
+    heard, profiler_saw = len(warned) < len(listener.fallbacks), len(rows) < len(seen.records)
+    return Observed(
+        reached=[p for p in PHASES if p in phases.reached],
+        warnings=Warnings(warned, listener.admitted, None if control is None else heard),
+        profiler=Profiled(
+            records=rows,
+            meant=seen.meant,
+            operators=seen.operators,
+            overloads=seen.overloads,
+            control=None if control is None else profiler_saw,
+        ),
+        control=control,
+        refused=located,
+        dispatch={op: dispatch_of(op) for op in sorted({r.op for r in rows} | {w.op for w in warned})},
+    )
 
 
-def _locate(session: Session, unit: str, phase: str, error: Exception, seen: profiled.Profile) -> Located:
+def _locate(session: Session, unit: str, phase: str, error: Exception, seen: profiled.Profile) -> Refused:
     """Which operator raised: asked again with every operator of the phase looked at, else read from the profile."""
     last = seen.last.get(phase)
     if session.compiled and phase in COMPILED_PHASES:
@@ -301,8 +290,8 @@ def _look_at(session: Session, units: list[str], phases: list[str], mode: Locato
         session.phases.around = {}
 
 
-def watch(task: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the child reports of a task."""
+def watch(task: dict[str, Any]) -> Observed:
+    """Everything that the child sees of a task."""
     begin = time.perf_counter()
     session = Session(task)
     compiler = _compile_report() if session.compiled else nullcontext()
@@ -313,23 +302,27 @@ def watch(task: dict[str, Any]) -> dict[str, Any]:
                 session.run(["train"])
             with compiled.iteration("evaluation"):
                 session.run(["evaluation"])
-    seen = examine(session)
-    return {
-        "schema": 1,
-        "torch": torch.__version__,
-        "python": sys.version.partition(" ")[0],
-        "device": session.backend.device_name,
-        **seen,
-        "compile_report": compiled.report() if compiled is not None else None,
-        "seconds": time.perf_counter() - begin,
-    }
+    return replace(
+        examine(session),
+        torch=torch.__version__,
+        python=sys.version.partition(" ")[0],
+        device=session.backend.device_name,
+        compile_report=_described(compiled) if compiled is not None else None,
+        seconds=time.perf_counter() - begin,
+    )
 
 
 def _compile_report() -> Any:
     """What watches the compiler. It enters before the first compilation."""
-    from nanogpt_mac.compile_report import check as compiled
+    from nanogpt_mac.compile_report.seen import watch
 
-    return compiled.watch()
+    return watch()
+
+
+def _described(seen: Any) -> dict[str, Any]:
+    from nanogpt_mac.compile_report.describe import describe
+
+    return describe(seen)
 
 
 def _end_with_parent(scratch: str) -> None:
@@ -352,7 +345,7 @@ def main() -> None:
     task = json.load(sys.stdin)
     _end_with_parent(task["scratch"])
     simulator.install_if_asked()
-    json.dump(watch(task), document)
+    json.dump(asdict(watch(task)), document)
     document.flush()
 
 

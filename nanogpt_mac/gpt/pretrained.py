@@ -1,4 +1,4 @@
-"""Weights that others trained: GPT-2 from Hugging Face, and nanoGPT's own ckpt.pt. Nothing is unpickled."""
+"""Weights trained elsewhere: GPT-2 from Hugging Face, and nanoGPT's own ckpt.pt. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-ALLOWED = f"scratch, resume, {', '.join(GPT2)}, a folder with config.json and model.safetensors, a nanoGPT ckpt.pt"
-# OpenAI's weights lie input x output (Conv1D), ours output x input.
+SOURCES = f"scratch, resume, {', '.join(GPT2)}, a folder with config.json and model.safetensors, or a nanoGPT ckpt.pt"
+# OpenAI's weights are (inputs, outputs) (Conv1D), ours (outputs, inputs).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -24,8 +24,8 @@ class Pretrained:
     spec: GPTSpec
     state: TrainState
     best: float = float("inf")
-    dataset: str | None = None  # nanoGPT's name of the data it was trained on; None: GPT-2's own vocabulary
-    trained: bool = False  # whether moments and iteration came along, so that training goes on
+    dataset: str | None = None  # nanoGPT's name for the data it was trained on; None: text in GPT-2's own vocabulary
+    trained: bool = False  # whether it has moments and an iteration, so that training continues
 
     def crop(self, block_size: int) -> Pretrained:
         """The same model with a shorter context (nanoGPT's crop_block_size)."""
@@ -40,12 +40,12 @@ def _first_line(error: Exception) -> str:
 
 
 def is_pretrained(source: str) -> bool:
-    """Whether `source` is one of the things that `load` reads (and no run or checkpoint of ours)."""
+    """Whether `load` reads `source` (and it is not a run or checkpoint of ours)."""
     return source in GPT2 or source.endswith(".pt") or (Path(source) / "model.safetensors").is_file()
 
 
 def load(source: str, dropout: float) -> Pretrained:
-    """Read `source`: a GPT-2 name, a Hugging Face folder, or a nanoGPT checkpoint; InputError on anything else."""
+    """Read `source`: a GPT-2 name, a Hugging Face folder, or a nanoGPT checkpoint; InputError for anything else."""
     if source in GPT2:
         return _huggingface(_download(source), dropout)
     path = Path(source)
@@ -61,7 +61,7 @@ def load(source: str, dropout: float) -> Pretrained:
         ValueError,
     ) as error:  # of the wrong kind
         raise InputError(f"init_from={source}: damaged: {type(error).__name__}: {_first_line(error)}") from error
-    raise InputError(f"init_from={source}: no such file or folder, and no known name; allowed are {ALLOWED}")
+    raise InputError(f"init_from={source}: not a known name, file or folder; use {SOURCES}")
 
 
 def _download(name: str) -> Path:
@@ -70,7 +70,10 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these
-        raise InputError(f"init_from={name}: cannot be had from the Hugging Face hub: {_first_line(error)}") from error
+        raise InputError(
+            f"init_from={name}: cannot be downloaded from the Hugging Face Hub ({_first_line(error)}); connect, or use "
+            "a folder with config.json and model.safetensors"
+        ) from error
 
 
 def _huggingface(folder: Path, dropout: float) -> Pretrained:
@@ -82,7 +85,7 @@ def _huggingface(folder: Path, dropout: float) -> Pretrained:
         config = json.loads((folder / "config.json").read_bytes())
         tensors = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"init_from={folder}: not a readable GPT-2 folder: {_first_line(error)}") from error
+        raise InputError(f"init_from={folder}: not a GPT-2 folder that can be read: {_first_line(error)}") from error
     spec = _huggingface_spec(folder, config, dropout)
     weights = {}
     for name, array in tensors.items():
@@ -98,7 +101,7 @@ def _huggingface(folder: Path, dropout: float) -> Pretrained:
 def _huggingface_spec(folder: Path, config: dict[str, Any], dropout: float) -> GPTSpec:
     gelus = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
     n_embd = config.get("n_embd")
-    required = {  # what our model is; a checkpoint that differs would load and compute something else
+    required = {  # our model; a checkpoint that differs would load and compute something else
         "model_type": ("gpt2",),
         "activation_function": tuple(gelus),
         "layer_norm_epsilon": (1e-5,),
@@ -112,8 +115,8 @@ def _huggingface_spec(folder: Path, config: dict[str, Any], dropout: float) -> G
     for key, allowed in required.items():
         value = config.get(key, defaults.get(key))
         if value not in allowed:
-            names = ", ".join(str(a) for a in allowed if a is not None)
-            raise InputError(f"init_from={folder}: config.json has {key}={value}; allowed are {names}")
+            names = " or ".join(str(a) for a in allowed if a is not None)
+            raise InputError(f"init_from={folder}: config.json has {key}={value}; use a checkpoint with {names}")
     sizes: dict[str, str] = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "vocab_size": "vocab_size"}
     sizes["block_size"] = "n_positions"
     try:
@@ -125,16 +128,16 @@ def _huggingface_spec(folder: Path, config: dict[str, Any], dropout: float) -> G
 
 
 def _nanogpt(path: Path, dropout: float) -> Pretrained:
-    """nanoGPT's `torch.save`d dictionary, read with weights_only=True, with moments and iteration where it has them."""
+    """nanoGPT's `torch.save`d dictionary, read with weights_only=True, with moments and iteration if it holds them."""
     import torch
 
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no family of its own: a cut zip, a pickle that would run code, ...
+    except Exception as error:  # torch.load raises many kinds: a cut zip, a pickle that would run code, ...
         reason = _first_line(error)
         raise InputError(f"init_from={path}: not a checkpoint that can be read without running it: {reason}") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "model_args" not in saved:
-        raise InputError(f"init_from={path}: holds no nanoGPT checkpoint (no model and model_args)")
+        raise InputError(f"init_from={path}: not a nanoGPT checkpoint (it lacks model or model_args)")
     args = saved["model_args"]
     try:
         sizes: dict[str, Any] = {
@@ -146,7 +149,9 @@ def _nanogpt(path: Path, dropout: float) -> Pretrained:
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
     head = tensors.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, tensors["transformer.wte.weight"]):
-        raise InputError(f"init_from={path}: its lm_head.weight is not transformer.wte.weight; allowed is a tied head")
+        raise InputError(
+            f"init_from={path}: its lm_head.weight is not transformer.wte.weight; use a checkpoint whose head is tied"
+        )
     weights = {
         name: tensor.float().numpy().copy() for name, tensor in tensors.items() if not name.endswith(".attn.bias")
     }  # .attn.bias is the causal mask of a model without fused attention
@@ -156,7 +161,7 @@ def _nanogpt(path: Path, dropout: float) -> Pretrained:
     if trained:
         state.iteration = int(saved.get("iter_num", 0))
         if state.iteration < 0:
-            raise InputError(f"init_from={path}: iter_num={state.iteration}: must be at least 0")
+            raise InputError(f"init_from={path}: iter_num={state.iteration}: use a checkpoint at iteration 0 or later")
     config = saved.get("config")
     dataset = config.get("dataset") if isinstance(config, dict) else None
     best = float(saved["best_val_loss"]) if trained and "best_val_loss" in saved else float("inf")

@@ -16,21 +16,30 @@ INIT_LOSS_SCALE = 65536.0  # of float16, whose gradients underflow: torch.amp.Gr
 
 @dataclass
 class ModelConfig:
-    """The `model` group. Defaults are nanoGPT's shakespeare_char; `vocab_size: null` takes the corpus's own."""
+    """The `model` group. Its defaults, which stand only here, are nanoGPT's config/train_shakespeare_char.py."""
 
     n_layer: int = 6
+    """Blocks, at least 1."""
     n_head: int = 6
+    """Attention heads, at least 1; they must divide n_embd."""
     n_embd: int = 384
+    """Channels of the residual stream."""
     block_size: int = 256
+    """Longest context, in tokens."""
     dropout: float = 0.2
+    """Share of activations dropped in training, from 0 up to, not including, 1."""
     bias: bool = False
-    gelu: str = "exact"  # "tanh" is what OpenAI's GPT-2 weights were trained with
+    """Whether linear layers and layer norms have a bias."""
+    gelu: str = "exact"
+    """exact, or tanh: the approximation that OpenAI's GPT-2 weights were trained with."""
     vocab_size: int | None = None
+    """Tokens that the model knows. null: the corpus's own number, padded where nanoGPT pads it."""
 
 
 @dataclass(frozen=True)
 class GPTSpec:
-    """Sizes of one GPT. Parameter names, shapes and layouts are nanoGPT's (`out x in` for linear layers)."""
+    """Sizes of one GPT, as in ModelConfig. Parameter names, shapes and layouts are nanoGPT's ((outputs, inputs) for
+    linear layers). Raises InputError for sizes that cannot be."""
 
     n_layer: int
     n_head: int
@@ -38,22 +47,22 @@ class GPTSpec:
     block_size: int
     vocab_size: int
     dropout: float = 0.0
-    bias: bool = False
-    gelu: str = "exact"
+    bias: bool = ModelConfig.bias
+    gelu: str = ModelConfig.gelu
 
     def __post_init__(self) -> None:
         for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             if getattr(self, key) < 1:
-                raise InputError(f"model.{key}={getattr(self, key)}: must be at least 1")
+                raise InputError(f"model.{key}={getattr(self, key)}: use at least 1")
         if self.n_embd % self.n_head:
             raise InputError(
-                f"model.n_embd={self.n_embd}: must be divisible by model.n_head={self.n_head} "
-                f"(allowed: a multiple of {self.n_head})"
+                f"model.n_embd={self.n_embd}: model.n_head={self.n_head} does not divide it; "
+                f"use a multiple of {self.n_head}"
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"model.dropout={self.dropout}: allowed are values from 0 up to, not including, 1")
+            raise InputError(f"model.dropout={self.dropout}: use a number from 0 up to, not including, 1")
         if self.gelu not in GELUS:
-            raise InputError(f"model.gelu={self.gelu}: allowed are {', '.join(GELUS)}")
+            raise InputError(f"model.gelu={self.gelu}: use {' or '.join(GELUS)}")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's name and shape, in the order in which torch's twin registers them."""
@@ -97,36 +106,39 @@ class GPTSpec:
         missing, extra = shapes.keys() - arrays.keys(), arrays.keys() - shapes.keys()
         if missing or extra:
             what = f"lacks {min(missing)}" if missing else f"has an unknown tensor {min(extra)}"
-            raise InputError(f"{source}: {what}; it does not hold a GPT of these sizes")
+            raise InputError(f"{source}: {what}; use a file that holds a GPT of these sizes")
         for name, shape in shapes.items():
             array = arrays[name]
             if array.shape != shape or array.dtype != np.float32:
-                raise InputError(f"{source}: {name} is {array.dtype}{array.shape}, must be float32{shape}")
+                raise InputError(f"{source}: {name} is {array.dtype}{array.shape} where this model has float32{shape}")
             if not np.isfinite(array).all():
                 raise InputError(f"{source}: {name} holds values that are not finite")
 
     def n_params(self) -> int:
-        """Number of parameters without the position embedding, nanoGPT's N."""
+        """Number of parameters, without those of the position embedding wpe: nanoGPT's N.
+
+        Left out as in nanoGPT's get_num_params; a checkpoint holds block_size x n_embd more.
+        """
         sizes = {name: math.prod(shape) for name, shape in self.shapes().items()}
         return sum(sizes.values()) - sizes["transformer.wpe.weight"]
 
     def flops_per_token(self) -> int:
         """Model FLOPs of one token, forward and backward: `6N + 12LHQT` (nanoGPT; PaLM paper, appendix B).
 
-        N counts every parameter but the position embedding, L layers, H heads of Q dimensions, T = block_size.
+        N is `n_params()`, without wpe; L layers, H heads of Q = n_embd / H channels, T = block_size.
         """
         head_size = self.n_embd // self.n_head
         return 6 * self.n_params() + 12 * self.n_layer * self.n_head * head_size * self.block_size
 
     def matmul_shapes(self, batch: int) -> list[tuple[int, int, int]]:
-        """(M, K, N) of the linear layers' products for `batch` sequences: what the measured peak should include."""
+        """(M, K, N) of the linear layers' products for `batch` sequences: the measured peak should include them."""
         rows, C = batch * self.block_size, self.n_embd
         return [(rows, C, 3 * C), (rows, C, 4 * C), (rows, 4 * C, C), (rows, C, self.vocab_size)]
 
 
 @dataclass
 class TrainState:
-    """All that training has learnt so far, under canonical names, float32."""
+    """All that training has learned so far: weights and AdamW's moments, float32, under nanoGPT's names."""
 
     weights: dict[str, np.ndarray]
     exp_avg: dict[str, np.ndarray]

@@ -1,4 +1,4 @@
-"""Energy of a stretch of a run, where the machine tells it without root."""
+"""Energy of a stretch of a run, where it can be read without root."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class EnergyMeter:
         self._started = time.monotonic()
 
     def stop(self) -> dict[str, Any] | None:
-        """joules, gpu_joules and cpu_joules (None where not told apart), seconds, source."""
+        """joules, gpu_joules and cpu_joules (None where they are not counted apart), seconds, source."""
         if self._started is None:
             raise RuntimeError("EnergyMeter.stop() without start()")
         seconds = time.monotonic() - self._started
         self._started = None
         if self.reason:
             return None
-        told = self._stop_apple() if probe.on_mac() else self._stop_nvml()
-        if told and told["joules"] <= 0:
+        energy = self._stop_apple() if probe.on_mac() else self._stop_nvml()
+        if energy and energy["joules"] <= 0:
             self.reason = "the energy counters did not move"
             return None
-        return told and told | {"seconds": seconds}
+        return energy and energy | {"seconds": seconds}
 
     def _start_apple(self) -> None:
         try:
@@ -69,7 +69,7 @@ class EnergyMeter:
         rails = (metrics.cpu_total_mj, metrics.gpu_mj, metrics.ane_mj, metrics.dram_mj)
         cpu, gpu, _, _ = joules = [None if rail is None else rail / 1000 for rail in rails]
         if cpu is None or gpu is None:
-            self.reason = "this chip does not tell the energy of its CPU and GPU"
+            self.reason = "this chip has no energy counters for its CPU and GPU"
             return None
         return {
             "joules": sum(rail for rail in joules if rail is not None),

@@ -50,7 +50,7 @@ def measure(device: Device, dtype: str, shapes: Sequence[Shape], budget_s: float
         raise InputError(f"dtype={dtype}: no matmul peak is measured for it; use {', '.join(DTYPES)}")
     for shape in shapes:
         if len(shape) != 3 or min(shape) < 1:
-            raise InputError(f"shapes: {shape} is not three positive sizes (M, K, N)")
+            raise InputError(f"shapes={shape}: use three positive sizes (M, K, N)")
     try:
         return _search(device, dtype, shapes, budget_s)
     finally:
@@ -68,8 +68,8 @@ def _search(device: Device, dtype: str, shapes: Sequence[Shape], budget_s: float
     trials: dict[Shape, float] = {first: _best_rate(device.matmul(first, dtype), _flops(first), deadline)}
     for shape in sorted({*squares, *shapes} - {first}, key=_flops):
         m, k, n = shape
-        # The best rate so far tells about how long one matmul takes. Two must fit, and the making of the numbers; a
-        # shape that turns out three times slower than that is still done soon after the deadline.
+        # From the best rate so far one matmul's time follows. Two must fit, and drawing the numbers; a shape that turns
+        # out three times slower still ends soon after the deadline.
         expected = _flops(shape) / max(trials.values())
         affordable = expected < 0.4 * (deadline - time.perf_counter())
         if affordable and (m * k + k * n + m * n) * DTYPES[dtype] <= device.free_memory() / 4:

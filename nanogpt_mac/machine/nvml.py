@@ -9,12 +9,12 @@ from typing import Any
 
 
 class NvmlError(Exception):
-    """No NVIDIA GPU can be asked; the text says why."""
+    """NVML has no GPU to read; the text says why."""
 
 
 @contextmanager
 def device() -> Iterator[tuple[Any, Any]]:
-    """Yields (the pynvml module, the device's handle). NvmlError where there is none, or where NVML refuses."""
+    """Yields (the pynvml module, the device's handle). NvmlError if there is none, or if NVML refuses."""
     try:
         import pynvml
     except ImportError:

@@ -1,4 +1,4 @@
-"""Facts from the text that macOS commands print. Each parser returns None when the text does not tell; none raises.
+"""Facts from the text that macOS commands print. A parser returns None for what the text does not say; none raises.
 
 Tested against excerpts of real output from public sources, which tests/machine names one by one.
 """
@@ -15,7 +15,7 @@ THERMAL_LEVELS = ("nominal", "moderate", "heavy", "trapping", "sleeping")
 
 @dataclass(frozen=True)
 class Gpu:
-    """An Apple GPU. `utilisation` is 0..1 and only ioreg tells it."""
+    """An Apple GPU. `utilisation` is 0..1 and comes from ioreg alone."""
 
     name: str | None
     cores: int | None

@@ -1,4 +1,4 @@
-"""Facts about this machine, asked of the operating system.
+"""Facts about this machine, from its operating system.
 
 The one place that runs sysctl, ioreg, system_profiler, pmset, notifyutil, caffeinate and git. Every command has a time
 limit; one that is absent, hangs, fails or prints something else yields None, and `environment()` lists why.
@@ -108,7 +108,7 @@ def _ask(argv: Sequence[str], parser: Callable[[str], T | None], problems: list[
 
 
 def power_source(problems: list[str] | None = None) -> str | None:
-    """What feeds the machine: "ac", "battery", or None where it does not tell (Linux without a battery)."""
+    """What feeds the machine: "ac", "battery", or None if that is unknown (Linux without a battery)."""
     if on_mac():
         return _ask(("pmset", "-g", "batt"), parse.power_source, problems)
     battery = psutil.sensors_battery()
@@ -136,7 +136,7 @@ def thermal_state(problems: list[str] | None = None) -> str | None:
 
 
 def gpu_utilisation() -> float | None:
-    """The share of recent time in which the GPU was busy, 0..1, or None where the machine does not tell."""
+    """The share of recent time in which the GPU was busy, 0..1, or None if that is unknown."""
     if on_mac():
         gpu = _ask(IOREG, parse.ioreg_gpu)
         return gpu.utilisation if gpu else None
@@ -165,7 +165,7 @@ def _apple_gpu(problems: list[str] | None) -> parse.Gpu | None:
 
 
 def _nvidia_gpu() -> tuple[str | None, str | None]:
-    """Name and driver version. A machine without one is no problem worth a line."""
+    """Name and driver version. A machine without one gets no problem line."""
     try:
         with nvml.device() as (pynvml, handle):
             return pynvml.nvmlDeviceGetName(handle), pynvml.nvmlSystemGetDriverVersion()
@@ -178,8 +178,8 @@ def environment(frameworks: Sequence[str] = ()) -> dict[str, Any]:
 
     Keys: os, os_version, macos_version, machine, python, chip (the processor's name), cpu_cores, cpu_core_kinds (name
     -> cores, fastest first), gpu, gpu_cores, gpu_driver, memory_bytes, power_source, low_power_mode, thermal_state,
-    versions (distribution -> version), git ({"commit", "dirty"} of this project), problems (one line a fact that could
-    not be had). The host's name is not among them.
+    versions (distribution -> version), git ({"commit", "dirty"} of this project), problems (one line for each fact that
+    is missing). The host's name is not among them.
     """
     problems: list[str] = []
     facts = _mac_facts(problems) if on_mac() else _linux_facts()

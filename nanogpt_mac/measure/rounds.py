@@ -1,9 +1,10 @@
-"""How many rounds, and of how many iterations, fit into the time that is left. Arithmetic alone."""
+"""How many rounds, and of how many iterations, fit into the time that is left, and in which order. Arithmetic alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ COUNTED = 8  # iterations of one run, at least, that enter its median
 COUNTED_SLOW = 4
 SLOW_S = 0.5  # an iteration
 WARMUP_SLOW = 1  # a second and more of work is no longer warmed up by repetition
-DEAR = 2.0  # a variant whose runs take more than this many times the cheapest's takes part in fewer rounds
+EXPENSIVE = 2.0  # times the cheapest run: a variant whose runs take longer takes part in fewer rounds
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ def _plan(
         fewest = 1 + warmups[name] + (COUNTED_SLOW if slow else COUNTED) + 1  # the first, and the last with a queue
         counts[name] = iters or max(fewest, min(MOST_ITERS, math.floor(seconds / cost.iteration_s)))
         run_s[name] = pause_s + cost.start_s + counts[name] * cost.iteration_s
-    dear_s = DEAR * min(run_s.values())
+    expensive_s = EXPENSIVE * min(run_s.values())
     rounds = {
-        name: _spread(count, max(min(count, FEWEST), math.ceil(count * dear_s / run_s[name])))
-        if spread and run_s[name] > dear_s
+        name: _spread(count, max(min(count, FEWEST), math.ceil(count * expensive_s / run_s[name])))
+        if spread and run_s[name] > expensive_s
         else list(range(count))
         for name in costs
     }
@@ -106,6 +107,17 @@ def _plan(
     return Schedule(rounds, counts, warmups, total)
 
 
-def _spread(count: int, some: int) -> list[int]:
-    """`some` of `count` rounds, evenly, the first among them: it has the evaluation."""
-    return [k * count // some for k in range(some)]
+def _spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` rounds, evenly, the first among them: it has the evaluation."""
+    return [k * count // wanted for k in range(wanted)]
+
+
+def drawn_order(rounds: Mapping[str, Sequence[int]], seed: int) -> tuple[tuple[int, str], ...]:
+    """(round, name) of every run: round by round, those that take part in it in a drawn order."""
+    drawn = random.Random(f"order-{seed}")
+    planned: list[tuple[int, str]] = []
+    for number in range(max(max(numbers) for numbers in rounds.values()) + 1):
+        taking_part = [name for name, numbers in rounds.items() if number in numbers]
+        drawn.shuffle(taking_part)
+        planned += [(number, name) for name in taking_part]
+    return tuple(planned)

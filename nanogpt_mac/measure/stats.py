@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from nanogpt_mac.records.figures import Drift, Outliers, Ratio, Steadiness
 
 CONFIDENCE = 0.99  # of one ratio's interval, up to four variants
 FAMILY_ERROR = 0.05  # chance, at most, that equal variants are called different anywhere in one comparison
@@ -21,6 +22,7 @@ OUTLIER_MADS = 5.0
 RESAMPLES = 2000
 MOST_DRAWS = 500  # from one round; more only takes longer, because rounds vary more than a median of 500 does
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
+FEW_TO_TELL = 20  # fewer times of a round may repeat by chance
 
 Times = np.ndarray  # iteration times of one round, ms, in their order
 
@@ -28,32 +30,15 @@ Times = np.ndarray  # iteration times of one round, ms, in their order
 # -- how long an iteration takes --------------------------------------------------------------------------------------
 
 
-def iteration_times(rounds: Sequence[Times]) -> dict[str, Any] | None:
-    """Median with its interval, mean and spread over all iterations of all rounds, in ms; None without any."""
-    filled = [r for r in rounds if len(r)]
-    if not filled:
-        return None
-    pooled = np.concatenate(filled)
-    p10, median, p90 = (float(p) for p in np.percentile(pooled, [10, 50, 90]))
-    return {
-        "median": median,
-        "ci95": median_interval(filled),
-        "mean": float(pooled.mean()),
-        "p10": p10,
-        "p90": p90,
-        "min": float(pooled.min()),
-        "max": float(pooled.max()),
-        "count": len(pooled),
-    }
-
-
-def median_interval(rounds: Sequence[Times], confidence: float = 0.95, seed: int = 0) -> list[float] | None:
+def median_interval(rounds: Sequence[Times], confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
     """Bootstrap interval of the median over rounds: rounds are drawn with replacement, then iterations within each.
 
     scipy.stats.bootstrap resamples one level only. The percentiles are widened for few rounds (Hesterberg 2015,
     "expanded percentile": the tail is Phi(-t sqrt(n / (n - 1))) with Student's t of n - 1 degrees), because n rounds
     resampled vary by (n - 1) / n of what they should. None below five rounds: no resampling of four can reach 95 %.
+    Rounds without any times do not count.
     """
+    rounds = [times for times in rounds if len(times)]
     n = len(rounds)
     if n < MIN_ROUNDS_FOR_MEDIAN:
         return None
@@ -72,14 +57,14 @@ def median_interval(rounds: Sequence[Times], confidence: float = 0.95, seed: int
         medians[i] = np.median(table[which, (rng.random(len(which)) * lengths[which]).astype(np.intp)])
     tail = stats.norm.cdf(-stats.t.ppf((1 + confidence) / 2, n - 1) * math.sqrt(n / (n - 1)))
     low, high = np.quantile(medians, [tail, 1 - tail])
-    return [float(low), float(high)]
+    return float(low), float(high)
 
 
 # -- which variant is faster ----------------------------------------------------------------------------------------------
 
 
 def confidence_for(variants: int) -> float:
-    """Confidence of each ratio's interval so that a comparison of `variants` equal variants errs in at most 5 % of cases.
+    """Confidence of each ratio's interval so that comparing so many equal `variants` errs in at most 5 % of cases.
 
     The fastest is chosen from the data, so what counts is every pair. 0.99 each holds the 5 % up to four variants (4.6 %
     by simulation, in the tests); beyond, Bonferroni over all pairs, which errs in about 3 %.
@@ -88,9 +73,7 @@ def confidence_for(variants: int) -> float:
     return CONFIDENCE if variants <= 4 else 1 - FAMILY_ERROR / pairs
 
 
-def paired_ratio(
-    times: Mapping[int, float], base: Mapping[int, float], confidence: float = CONFIDENCE
-) -> dict[str, Any] | None:
+def paired_ratio(times: Mapping[int, float], base: Mapping[int, float], confidence: float = CONFIDENCE) -> Ratio | None:
     """How many times as long as `base`: round -> median ms of each; only rounds that both have are used.
 
     The value is the geometric mean of the rounds' ratios, the interval Student's t on their logarithms: a percentile
@@ -106,16 +89,16 @@ def paired_ratio(
     interval, tie = None, None
     if len(common) > 1:
         half = stats.t.ppf((1 + confidence) / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
-        interval = [_exp(mean - half), _exp(mean + half)]
+        interval = _exp(mean - half), _exp(mean + half)
         tie = bool(interval[0] <= 1 <= interval[1])
-    return {
-        "value": math.exp(mean),
-        "ci": interval,
-        "confidence": confidence,
-        "tie": tie,
-        "pairs": [float(p) for p in pairs],
-        "rounds": common,
-    }
+    return Ratio(
+        value=math.exp(mean),
+        ci=interval,
+        confidence=confidence,
+        tie=tie,
+        pairs=tuple(float(p) for p in pairs),
+        rounds=tuple(common),
+    )
 
 
 def _exp(x: float) -> float:
@@ -125,7 +108,7 @@ def _exp(x: float) -> float:
 def power(rounds: int, noise: float, effect: float = 0.03, confidence: float = CONFIDENCE) -> float:
     """Chance that a variant slower by `effect` is called slower after `rounds` rounds.
 
-    `noise`: log standard deviation of one variant's round medians, once what all variants of a round share has gone; a pair
+    `noise`: log standard deviation of one variant's round medians, less what all variants of a round share; a pair
     varies by sqrt(2) of it.
     """
     if rounds < 2:
@@ -135,11 +118,6 @@ def power(rounds: int, noise: float, effect: float = 0.03, confidence: float = C
     shift = math.log1p(effect) * math.sqrt(rounds) / (noise * math.sqrt(2))
     critical = stats.t.ppf((1 + confidence) / 2, rounds - 1)
     return float(stats.nct.sf(critical, rounds - 1, shift))
-
-
-def rounds_needed(noise: float, effect: float = 0.03, wanted: float = 0.9, confidence: float = CONFIDENCE) -> int:
-    """The fewest rounds after which a variant slower by `effect` is found with probability `wanted`; at most 1000."""
-    return next((n for n in range(3, 1000) if power(n, noise, effect, confidence) >= wanted), 1000)
 
 
 def detectable(noise: float, rounds: int, wanted: float = 0.9, confidence: float = CONFIDENCE) -> float | None:
@@ -182,7 +160,7 @@ def _blocks(values: Times, count: int) -> np.ndarray:
     return np.array([np.median(part) for part in np.array_split(values, min(count, len(values)))])
 
 
-def drift(rounds: Mapping[int, Times]) -> dict[str, Any] | None:
+def drift(rounds: Mapping[int, Times]) -> Drift | None:
     """Slowing down within rounds and from the first round to the last, in percent; None without a round of 4 times.
 
     within_percent: median over the rounds of each one's slope. between_percent: slope over the rounds' medians.
@@ -202,11 +180,7 @@ def drift(rounds: Mapping[int, Times]) -> dict[str, Any] | None:
         clear_within = all(_rises(_blocks(times, 10)) for times in filled.values())
     throttled_within = within > THROTTLED_PERCENT and bool(clear_within)
     throttled_between = between is not None and between > THROTTLED_PERCENT and _rises(medians)
-    return {
-        "within_percent": within,
-        "between_percent": between,
-        "throttled": throttled_within or throttled_between,
-    }
+    return Drift(within_percent=within, between_percent=between, throttled=throttled_within or throttled_between)
 
 
 def _rises(values: np.ndarray) -> bool:
@@ -223,72 +197,42 @@ def outlier_limit(times: Times) -> float:
     return median + max(OUTLIER_MADS * mad, 0.01 * median)
 
 
-def outliers(rounds: Sequence[Times]) -> dict[str, Any] | None:
+def outliers(rounds: Sequence[Times]) -> Outliers | None:
     """Slow iterations, each held against its own round. They are counted and shown and stay in every statistic."""
     filled = [r for r in rounds if len(r)]
     if not filled:
         return None
     beyond = np.concatenate([r[r > outlier_limit(r)] for r in filled])
     total = sum(len(r) for r in filled)
-    return {
-        "count": len(beyond),
-        "share": len(beyond) / total,
-        "worst_ms": float(max(r.max() for r in filled)),
-        "definition": f"above the round's median + {OUTLIER_MADS:g} MAD (scaled to a standard deviation) and 1 %",
-    }
+    return Outliers(
+        count=len(beyond),
+        share=len(beyond) / total,
+        worst_ms=float(max(r.max() for r in filled)),
+        definition=f"above the round's median + {OUTLIER_MADS:g} MAD (scaled to a standard deviation) and 1 %",
+    )
 
 
-# -- what to doubt ----------------------------------------------------------------------------------------------------
-
-UNSTABLE = 0.02  # log standard deviation of round medians
-SHORT_SECONDS, FEW_ITERATIONS, FEW_ROUNDS = 0.5, 10, 5
-SLOW_START = 0.05
-MANY_OUTLIERS = 0.05
+# -- figures to judge times by ----------------------------------------------------------------------------------------
 
 
-def doubts(
-    rounds: Mapping[int, Times], slept: int = 0, sync: str | None = None, planned: int | None = None
-) -> list[str]:
-    """What a reader should know before believing these times, each a sentence.
-
-    `slept`: iterations left out because the machine slept; `sync`: the run's policy; `planned`: rounds that were.
-    """
+def steadiness(rounds: Mapping[int, Times]) -> Steadiness | None:
+    """What speaks for and against these times (round -> ms); None without any."""
     filled = [times for _, times in sorted(rounds.items()) if len(times)]
-    if not filled:
-        return []
-    said = []
-    if len(filled) < FEW_ROUNDS and planned != 1:
-        said.append(f"too few rounds: {len(filled)}; {FEW_ROUNDS} or more give intervals that mean something")
-    noise = round_noise([float(np.median(times)) for times in filled])
-    if noise is not None and noise > UNSTABLE:
-        seen = detectable(noise, len(filled)) or 0
-        least = f"differences of {100 * seen:.0f} % and more" if seen < 1 else "no difference below a factor of two"
-        said.append(
-            f"unstable: the rounds' medians vary by {100 * noise:.1f} % (standard deviation); unless the other variants "
-            f"varied with them, {len(filled)} rounds find {least}"
-        )
-    count, seconds = (float(np.median([f(times) for times in filled])) for f in (len, lambda times: times.sum() / 1e3))
-    if seconds < SHORT_SECONDS or count < FEW_ITERATIONS:
-        said.append(f"too short: a round has {count:.0f} timed iterations in {seconds:.2g} s; iters=... takes more")
-    start = [s for times in filled if (s := _slow_start(times)) is not None]
-    if start and np.median(start) > SLOW_START:
-        said.append(
-            f"slow start: the first tenth of the timed iterations is {100 * np.median(start):.0f} % slower than the "
-            "rest; timing_warmup=... leaves more out"
-        )
     wild = outliers(filled)
-    if wild is not None and wild["share"] > MANY_OUTLIERS:
-        said.append(
-            f"outliers: {100 * wild['share']:.0f} % of the iterations are far above their round's median, the worst "
-            f"{wild['worst_ms']:.4g} ms; something else was running"
-        )
-    if slept:
-        said.append(f"slept: the machine slept in {slept} iterations, which are left out")
-    if sync == "interval":
-        said.append("clock: sync=interval shares time out evenly over iterations; single ones are not known")
-    elif any(len(times) >= 20 and len(np.unique(times)) < len(times) / 2 for times in filled):
-        said.append("clock: too coarse; more than half of a round's times are equal to another")
-    return said
+    if wild is None:
+        return None
+    noise = round_noise([float(np.median(times)) for times in filled])
+    slow = [s for times in filled if (s := _slow_start(times)) is not None]
+    return Steadiness(
+        rounds=len(filled),
+        noise=noise,
+        detectable=None if noise is None else detectable(noise, len(filled)),
+        iterations=float(np.median([len(times) for times in filled])),
+        seconds=float(np.median([times.sum() / 1e3 for times in filled])),
+        slow_start=float(np.median(slow)) if slow else None,
+        outliers=wild,
+        coarse=any(len(times) >= FEW_TO_TELL and len(np.unique(times)) < len(times) / 2 for times in filled),
+    )
 
 
 def _slow_start(times: Times) -> float | None:

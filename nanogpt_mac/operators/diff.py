@@ -21,31 +21,21 @@ class Change:
 
 @dataclass
 class Diff:
-    """Changes from one table to another.
+    """Changes from one table to another."""
 
-    Args:
-        lost: ran on MPS, and now is missing or falls back to the CPU.
-        gained: the other way round.
-        removed: the overload no longer exists.
-        moved: other changes of kind, such as a composite that got a kernel of its own.
-        unclear: the sources of one of the two contradict each other.
-        hand_added: registrations by hand (CPU fallbacks, errors) that are new.
-        hand_removed: those that are gone.
-    """
-
-    lost: list[Change] = field(default_factory=list)
-    gained: list[Change] = field(default_factory=list)
-    removed: list[Change] = field(default_factory=list)
-    moved: list[Change] = field(default_factory=list)
-    unclear: list[Change] = field(default_factory=list)
-    hand_added: list[str] = field(default_factory=list)
+    lost: list[Change] = field(default_factory=list)  # ran on MPS, and now is missing or falls back to the CPU
+    gained: list[Change] = field(default_factory=list)  # the reverse
+    removed: list[Change] = field(default_factory=list)  # the overload no longer exists
+    moved: list[Change] = field(default_factory=list)  # other changes of kind: a composite that got a kernel of its own
+    unclear: list[Change] = field(default_factory=list)  # the sources of one of the two contradict each other
+    hand_added: list[str] = field(default_factory=list)  # new registrations by hand: CPU fallbacks, errors
     hand_removed: list[str] = field(default_factory=list)
 
 
 def compare(old: Table, new: Table, ops: Iterable[str] | None = None) -> Diff:
     """The changes from `old` to `new`, of the overloads `ops` or of all that `old` has.
 
-    An overload that only `new` has is no change: nothing that ran before calls it.
+    An overload that only `new` has does not count: nothing that ran before calls it.
     """
     diff = Diff(
         hand_added=sorted(set(new.hand_list()) - set(old.hand_list())),

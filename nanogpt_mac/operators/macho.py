@@ -30,19 +30,12 @@ _IN_AT = re.compile(r"__ZZ?NK?2at(\d+)")  # something in namespace at, or a lamb
 
 @dataclass(frozen=True)
 class Registration:
-    """One `m.impl(op, kernel)`.
+    """One `m.impl(op, kernel)`."""
 
-    Args:
-        namespace: `aten`, or `_` for a library of all namespaces.
-        key: the dispatch key, such as `MPS`.
-        op: name with overload and without `aten::`; None for the fallback of the whole key.
-        kernel: mangled names of the symbols that the kernel was made from.
-    """
-
-    namespace: str
-    key: str
-    op: str | None
-    kernel: tuple[str, ...]
+    namespace: str  # `aten`, or `_` for a library of all namespaces
+    key: str  # the dispatch key, such as `MPS`
+    op: str | None  # name with overload and without `aten::`; None for the fallback of the whole key
+    kernel: tuple[str, ...]  # mangled names of the symbols that the kernel was made from
 
     @property
     def falls_back(self) -> bool:
@@ -59,7 +52,7 @@ class _Section:
 
 
 class Image:
-    """A Mach-O file, mapped. InputError where it is none, is not for arm64, or lacks its symbols."""
+    """A Mach-O file, mapped. InputError where it is something else, is not for arm64, or lacks its symbols."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
@@ -74,12 +67,12 @@ class Image:
             raise self._error(f"is cut short or damaged ({error})") from error
 
     def _error(self, what: str) -> InputError:
-        return InputError(f"{self.name}: {what}; allowed is the whole libtorch_cpu.dylib of a macOS arm64 wheel")
+        return InputError(f"{self.name}: {what}; use the whole libtorch_cpu.dylib of a macOS arm64 wheel")
 
     def _read_header(self) -> None:
         magic, cpu, _, _, n_commands = struct.unpack_from("<5I", self.data)
         if magic != _MAGIC_64:
-            raise self._error("is no 64-bit Mach-O file")
+            raise self._error("is not a 64-bit Mach-O file")
         if cpu != _CPU_ARM64:
             raise self._error(f"is a Mach-O file for CPU type {cpu:#x}, not arm64")
         sections: list[_Section] = []

@@ -1,8 +1,8 @@
 """Where each operator of one torch runs when its tensors are on MPS: the table behind everything else here.
 
 Sources: the `native_functions.yaml` that every torch carries, read by that torch's own torchgen; the registrations made
-by hand in C++ (below) and in Python. `binary=true` reads the compiled registrations too and checks the three against
-them: for 2.9.1, 2.12.0, 2.13.0, 2.14.1 and 2.15.0 they agree in every operator.
+by hand in C++ (by_hand.py) and from Python. `binary=true` reads the compiled registrations too and checks the three
+against them: for 2.9.1, 2.12.0, 2.13.0, 2.14.1 and 2.15.0 they agree in every operator.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import ast
 import hashlib
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -21,9 +19,11 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from nanogpt_mac.coverage.config import NIGHTLY_INDEX
+from nanogpt_mac import child, files
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.operators import macho, wheel
+from nanogpt_mac.operators import by_hand, macho, native_yaml, wheel
+from nanogpt_mac.operators.by_hand import IN_COMPOSITE
+from nanogpt_mac.operators.native_yaml import Facts
 
 
 class Kind(StrEnum):
@@ -43,56 +43,22 @@ RUNS = (Kind.NATIVE, Kind.DELEGATE, Kind.PYTHON, Kind.COMPOSITE)  # nothing is l
 COMPOSITE_KEYS = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
 
 
-@dataclass(frozen=True)
-class ByHand:
-    """A registration in C++ that the YAML does not have. It stands until the structured operator `until` has one."""
-
-    op: str
-    kind: Kind
-    note: str
-    until: str | None = None
-
-
-# aten/src/ATen/mps/MPSFallback.mm, read back from the binaries of CHECKED. linalg_svd left the list in 2.14, when
-# _linalg_svd got a kernel.
-HAND_LIST = (
-    ByHand("embedding_renorm_", Kind.FALLBACK, "registered as a CPU fallback"),
-    ByHand("linalg_svd", Kind.FALLBACK, "registered as a CPU fallback", "_linalg_svd"),
-    ByHand("linalg_svd.U", Kind.FALLBACK, "registered as a CPU fallback", "_linalg_svd"),
-    ByHand("_slow_conv2d_forward", Kind.MISSING, "registered to raise an error"),
-)
-CHECKED = (Version("2.9.1"), Version("2.15.0"))  # the oldest and the newest torch that the list was checked against
-_IN_COMPOSITE = "its composite kernel has a branch of its own for MPS"
-IN_COMPOSITE = ("copy_", "convolution", "convolution_backward", "convolution_overrideable")  # compiled with USE_MPS
 _OF_OTHERS = ("sparse", "dequantize", "for_cpu")  # in the names of operators that no dense tensor on MPS meets
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the YAML says of one overload; what yaml_child.py prints."""
-
-    kernel: str | None  # the MPS kernel's C++ name
-    delegate: str | None  # the out= form whose kernel it has
-    cpu: bool  # whether a CPU kernel exists, its own or its delegate's
-    composite: bool
-    no_device_check: bool  # accepts tensors of several devices
 
 
 @dataclass(frozen=True)
 class Entry:
     """One overload, named without `aten::`.
 
-    Args:
-        decomposes_to: for a composite, the operators that its code can call in any branch; None where the sources that
-            were read do not tell (for most of them only the binary does).
-        note: what is unusual about it.
+    `decomposes_to` is, for a composite, the operators that its code can call in any branch; None where the sources that
+    were read do not tell (for most of them only the binary does).
     """
 
     op: str
     kind: Kind
     facts: Facts
     decomposes_to: list[str] | None = None
-    note: str | None = None
+    note: str | None = None  # what is unusual about it
 
     @property
     def runs(self) -> bool:
@@ -124,11 +90,7 @@ class Table:
 
     def hand_list(self) -> list[str]:
         """The registrations by hand in force."""
-        by_hand = {row.op for row in HAND_LIST}
-        kinds = (Kind.FALLBACK, Kind.MISSING)
-        return sorted(
-            o for o, e in self.entries.items() if e.kind in kinds and (e.kind is Kind.FALLBACK or o in by_hand)
-        )
+        return sorted(o for o, e in self.entries.items() if e.kind is Kind.FALLBACK or _raises(o, e.kind))
 
     def left_behind(self, op: str) -> list[str] | None:
         """Operators that do not run on MPS and that a composite can reach in some branch, or `op` if it does not run.
@@ -155,38 +117,34 @@ class Table:
             return (
                 "native_functions.yaml, the registrations by hand and from Python, checked against libtorch_cpu.dylib"
             )
-        low, high = CHECKED
+        low, high = map(Version, by_hand.CHECKED)
         known = low <= Version(Version(self.version).base_version) <= high
         trust = f"last checked against {high}" if known else f"NOT checked for this version (only {low} to {high})"
         return f"native_functions.yaml and the registrations by hand and from Python ({trust})"
 
 
+def _raises(op: str, kind: Kind | None) -> bool:
+    """Whether an overload of that kind is one that is registered by hand to raise."""
+    return kind is Kind.MISSING and op in by_hand.RAISING
+
+
 def classify(facts: dict[str, Facts], python: set[str]) -> dict[str, Entry]:
-    """The kind of every overload.
-
-    Args:
-        facts: by name; every delegate is itself a name.
-        python: overloads registered for MPS from Python.
-    """
-
-    def delegated(fact: Facts) -> bool:
-        return fact.delegate is not None and facts[fact.delegate].kernel is not None
-
-    by_hand = {row.op: row for row in HAND_LIST if row.until not in facts or not delegated(facts[row.until])}
+    """The kind of every overload; every delegate is itself a name of `facts`, and `python` are those from Python."""
+    native = native_yaml.native(facts)
+    registered = by_hand.in_force(native)
 
     def entry(op: str, fact: Facts) -> Entry:
-        if fact.kernel:
-            return Entry(op, Kind.NATIVE, fact)
-        if delegated(fact):
-            return Entry(op, Kind.DELEGATE, fact)
-        if op in by_hand:
-            return Entry(op, by_hand[op].kind, fact, note=by_hand[op].note)
+        if op in native:
+            return Entry(op, Kind.NATIVE if fact.kernel else Kind.DELEGATE, fact)
+        if row := registered.get(op):
+            return Entry(op, Kind.MISSING if row.raises else Kind.FALLBACK, fact, note=row.note)
         if op in python:
             return Entry(op, Kind.PYTHON, fact)
         if fact.delegate in python:  # the generated wrapper calls the out= form
             return Entry(op, Kind.COMPOSITE, fact, [fact.delegate])
         if fact.composite:
-            return Entry(op, Kind.COMPOSITE, fact, note=_IN_COMPOSITE if op in IN_COMPOSITE else None)
+            branch = "its composite kernel has a branch of its own for MPS" if op in IN_COMPOSITE else None
+            return Entry(op, Kind.COMPOSITE, fact, note=branch)
         return Entry(op, Kind.MISSING_CPU if fact.cpu else Kind.MISSING, fact)
 
     return {op: entry(op, fact) for op, fact in facts.items()}
@@ -218,15 +176,10 @@ def python_registrations(source: str) -> set[str]:
 
 
 def disagreements(entries: dict[str, Entry], found: list[macho.Registration]) -> dict[str, str]:
-    """Overloads whose kind the binary contradicts, and how.
-
-    Args:
-        found: the binary's registrations for MPS and COMPOSITE_KEYS.
-    """
+    """Overloads whose kind the binary contradicts, and how; `found` is what it registers for MPS and COMPOSITE_KEYS."""
     aten = [r for r in found if r.namespace in ("aten", "_") and r.op]
     mps = {r.op: r for r in aten if r.key == "MPS"}
     composite = {r.op for r in aten if r.key in COMPOSITE_KEYS}
-    by_hand = {row.op for row in HAND_LIST if row.kind is Kind.MISSING}
     wrong: dict[str, str] = {}
     for op in {*entries, *(str(op) for op in mps)}:
         entry, registration = entries.get(op), mps.get(op)
@@ -234,14 +187,14 @@ def disagreements(entries: dict[str, Entry], found: list[macho.Registration]) ->
         if kind is None:
             wrong[op] = "registered for MPS in the binary, unknown to the YAML"
         elif registration is None:
-            if kind in (Kind.NATIVE, Kind.DELEGATE, Kind.FALLBACK) or (kind is Kind.MISSING and op in by_hand):
+            if kind in (Kind.NATIVE, Kind.DELEGATE, Kind.FALLBACK) or _raises(op, kind):
                 wrong[op] = f"{kind} by the YAML and the hand list, not registered for MPS in the binary"
             elif kind is Kind.COMPOSITE and op not in composite:
                 wrong[op] = "composite by the YAML, not in the binary"
         elif registration.falls_back != (kind is Kind.FALLBACK):
             what = "a CPU fallback" if registration.falls_back else "a kernel"
             wrong[op] = f"{kind} by the YAML and the hand list, registered as {what} in the binary"
-        elif kind not in (Kind.NATIVE, Kind.DELEGATE, Kind.FALLBACK) and op not in by_hand:
+        elif kind not in (Kind.NATIVE, Kind.DELEGATE, Kind.FALLBACK) and not _raises(op, kind):
             wrong[op] = f"{kind} by the YAML and the hand list, registered for MPS in the binary"
     return wrong
 
@@ -249,50 +202,39 @@ def disagreements(entries: dict[str, Entry], found: list[macho.Registration]) ->
 # -- making and keeping one -------------------------------------------------------------------------------------------
 
 
-def load(asked: str, python: str = "3.12", binary: bool = False, nightly_index: str = NIGHTLY_INDEX) -> Table:
+def load(asked: str, python: str = "3.12", binary: bool = False, nightly_index: str = wheel.NIGHTLY_INDEX) -> Table:
     """The table of the torch that `asked` names (see wheel.find), from the cache folder where it was read before.
 
     InputError where that torch cannot be found or read; then nothing is kept.
     """
-    identity = wheel.release_identity(asked, python)
-    if identity and (kept := _kept(identity, binary, asked)):
-        return kept
-    torch = wheel.find(asked, python, nightly_index)
-    if kept := _kept(torch.identity, binary, asked):
-        return kept
-    with wheel.unpacked(torch, binary, python, nightly_index) as root:
-        table = read(torch, root, binary)
-    path = _cache_file(torch.identity, binary)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(asdict(table), file)
-    Path(file.name).replace(path)
-    return table
+    found: list[wheel.Torch] = []
+    if (identity := wheel.release_identity(asked, python)) is None:
+        found.append(wheel.find(asked, python, nightly_index))
+        identity = found[0].identity
+
+    def make() -> str:
+        wanted = found[0] if found else wheel.find(asked, python, nightly_index)
+        with wheel.unpacked(wanted, binary, python, nightly_index) as root:
+            return json.dumps(asdict(read(wanted, root, binary)))
+
+    return replace(files.kept(_cache_file(identity, binary), _parsed, make), asked=asked)
 
 
 def _cache_file(identity: str, binary: bool) -> Path:
     """Named after the torch and after the code that reads it, so that a change here is never hidden by the cache."""
     digest = hashlib.sha256(f"{identity} {binary}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        if source.name in ("table.py", "macho.py", "yaml_child.py", "wheel.py"):
-            digest.update(source.read_bytes())
+    for name in ("table.py", "by_hand.py", "macho.py", "native_yaml.py", "wheel.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
     return wheel.cache_folder() / "tables" / f"{digest.hexdigest()[:32]}.json"
 
 
-def _kept(identity: str, binary: bool, asked: str) -> Table | None:
-    path = _cache_file(identity, binary)
-    if not path.exists():
-        return None
-    try:
-        kept = json.loads(path.read_text())
-        entries = {
-            op: Entry(op, Kind(e["kind"]), Facts(**e["facts"]), e["decomposes_to"], e["note"])
-            for op, e in kept.pop("entries").items()
-        }
-        return replace(Table(**kept, entries=entries), asked=asked)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"{path}: damaged ({error}); the torch is read again", file=sys.stderr)
-        return None
+def _parsed(text: str) -> Table:
+    kept = json.loads(text)
+    entries = {
+        op: Entry(op, Kind(e["kind"]), Facts(**e["facts"]), e["decomposes_to"], e["note"])
+        for op, e in kept.pop("entries").items()
+    }
+    return Table(**kept, entries=entries)
 
 
 def read(torch: wheel.Torch, root: Path, binary: bool) -> Table:
@@ -317,14 +259,11 @@ def read(torch: wheel.Torch, root: Path, binary: bool) -> Table:
 
 
 def _run_torchgen(torch: wheel.Torch, root: Path) -> dict[str, Facts]:
-    """In a process of its own: torchgen of another version must never be imported into this one."""
-    child = Path(__file__).with_name("yaml_child.py")
-    result = subprocess.run([sys.executable, "-I", child, root], capture_output=True, text=True, check=False)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no message"]
-        reasons = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-        raise InputError(f"torch={torch.asked}: its torchgen cannot read its {wheel.YAML}: {(reasons or lines)[-1]}")
-    return {op: Facts(**facts) for op, facts in json.loads(result.stdout).items()}
+    try:
+        facts = child.ask([sys.executable, "-I", native_yaml.__file__, root])
+    except child.ChildError as error:
+        raise InputError(f"torch={torch.asked}: its torchgen cannot read its {wheel.YAML}: {error}") from error
+    return {op: Facts(**fact) for op, fact in facts.items()}
 
 
 def _check_binary(entries: dict[str, Entry], image: macho.Image) -> tuple[dict[str, Entry], list[str]]:

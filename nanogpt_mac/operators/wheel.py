@@ -28,11 +28,12 @@ from urllib.request import url2pathname
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
-from nanogpt_mac.coverage.config import NIGHTLY_INDEX
+from nanogpt_mac import files
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.simulator.build import cache_folder as simulator_folder
+from nanogpt_mac.operators import native_yaml
 
-YAML = "torchgen/packaged/ATen/native/native_functions.yaml"
+NIGHTLY_INDEX = "https://download.pytorch.org/whl/nightly/cpu"  # PyTorch's own
+YAML = f"{native_yaml.FOLDER}/native_functions.yaml"
 DYLIB = "torch/lib/libtorch_cpu.dylib"
 # The files in which PyTorch has registered MPS kernels from Python, in the versions named in table.py.
 PYTHON_SOURCES = ("torch/backends/mps/__init__.py", "torch/_refs/linalg/__init__.py")
@@ -41,35 +42,24 @@ _TIMEOUT_S = (5, 30)  # to connect, and between two pieces of the answer
 _UNREACHABLE = re.compile(
     r"Could not fetch URL \S+: (connection error|timed out|There was a problem confirming the ssl)"
 )
-_ALLOWED = "allowed are installed, nightly, a release such as 2.15.0, and the path of a macOS arm64 wheel"
+_ALLOWED = "use installed, nightly, a release such as 2.15.0, or the path of a macOS arm64 wheel"
 
 
 @dataclass(frozen=True)
 class Torch:
-    """One torch that can be looked at.
+    """One torch that can be looked at."""
 
-    Args:
-        asked: what the user wrote: `installed`, `nightly`, a release or a path.
-        version: the full version.
-        identity: names its content: two torches with the same identity have the same operators.
-        wheel: file name of the wheel, None for an installed torch.
-        path: the folder (installed) or the wheel on this machine.
-        url: where the wheel is, where it is not on this machine.
-        sha256: the wheel's, where the index gives it.
-    """
-
-    asked: str
-    version: str
-    identity: str
-    wheel: str | None = None
-    path: Path | None = None
-    url: str | None = None
-    sha256: str | None = None
+    asked: str  # what the user wrote: `installed`, `nightly`, a release or a path
+    version: str  # in full
+    identity: str  # of its content: two torches with the same identity have the same operators
+    wheel: str | None = None  # file name of the wheel, None for an installed torch
+    path: Path | None = None  # the folder (installed) or the wheel on this machine
+    url: str | None = None  # where the wheel is, where it is not on this machine
+    sha256: str | None = None  # the wheel's, where the index gives it
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/nanogpt-mac/coverage`, by default under `~/.cache`."""
-    return simulator_folder().parent / "coverage"
+    return files.cache_folder("coverage")
 
 
 def release_identity(asked: str, python: str) -> str | None:
@@ -83,12 +73,9 @@ def release_identity(asked: str, python: str) -> str | None:
 def find(asked: str, python: str = "3.12", nightly_index: str = NIGHTLY_INDEX) -> Torch:
     """The torch that `asked` names: installed, nightly, a release, or the path of a wheel.
 
-    Args:
-        python: the Python whose wheel is taken from an index. It does not change the operators.
-        nightly_index: the package index that `nightly` is taken from.
-
-    Raises:
-        InputError: there is no such torch, or no macOS arm64 wheel of it, or the index cannot be reached.
+    `python` is the Python whose wheel is taken from an index, which does not change the operators; `nightly_index` the
+    package index that `nightly` is taken from. InputError where there is no such torch, or no macOS arm64 wheel of it,
+    or the index cannot be reached.
     """
     if asked == "installed":
         return _installed()
@@ -104,12 +91,12 @@ def find(asked: str, python: str = "3.12", nightly_index: str = NIGHTLY_INDEX) -
 def _installed() -> Torch:
     spec = find_spec("torchgen")
     if spec is None or spec.origin is None:
-        raise InputError("torch=installed: the package torch is not installed here")
+        raise InputError("torch=installed: torch is not installed here; run `make setup`")
     root = Path(spec.origin).parents[1]
     try:
         version = installed_version("torch")
     except PackageNotFoundError:
-        raise InputError("torch=installed: the package torch is not installed here") from None
+        raise InputError("torch=installed: torch is not installed here; run `make setup`") from None
     if not (root / YAML).is_file():
         raise InputError(f"torch=installed: torch {version} here has no {YAML}")
     built = [(root / name).stat().st_mtime_ns for name in (YAML, DYLIB, *PYTHON_SOURCES) if (root / name).is_file()]
@@ -118,10 +105,10 @@ def _installed() -> Torch:
 
 def _local(asked: str, path: Path) -> Torch:
     if not path.is_file():
-        raise InputError(f"torch={asked}: there is no such file; {_ALLOWED}")
+        raise InputError(f"torch={asked}: no such file; {_ALLOWED}")
     version = _check_name(asked, path.name)
     if not zipfile.is_zipfile(path):
-        raise InputError(f"torch={asked}: the file is no wheel, or is cut short (it is not a zip archive)")
+        raise InputError(f"torch={asked}: not a wheel, or cut short (it is not a zip archive)")
     digest = _sha256(path)
     return Torch(asked, version, digest, wheel=path.name, path=path, sha256=digest)
 
@@ -136,7 +123,7 @@ def _check_name(asked: str, name: str) -> str:
         raise InputError(f"torch={asked}: {name} is a wheel of {package}, not of torch")
     platforms = sorted({tag.platform for tag in tags})
     if not any(re.fullmatch(r"macosx_\d+_\d+_(arm64|universal2)", platform) for platform in platforms):
-        raise InputError(f"torch={asked}: {name} is for {', '.join(platforms)}; MPS exists in macOS arm64 wheels alone")
+        raise InputError(f"torch={asked}: {name} is for {', '.join(platforms)}; only macOS arm64 wheels have MPS")
     return str(version)
 
 
@@ -215,7 +202,7 @@ def _downloaded(torch: Torch, python: str, nightly_index: str) -> Path:
         wheel = Path(folder) / torch.wheel
         if not wheel.is_file() or not zipfile.is_zipfile(wheel):
             raise InputError(
-                f"torch={torch.asked}: what the server sent is no wheel, or is cut short; nothing was kept"
+                f"torch={torch.asked}: the server sent something that is not a wheel, or cut it short; nothing was kept"
             )
         if torch.sha256 not in (None, _sha256(wheel)):
             raise InputError(f"torch={torch.asked}: the wheel's sha256 is not {torch.sha256}; nothing was kept")
@@ -232,10 +219,8 @@ def unpacked(
 ) -> Iterator[Path]:
     """A folder that holds `torchgen/`, `torch/version.py`, the Python sources and, if `binary`, the dylib.
 
-    For an installed torch it is the one that it lies in, otherwise a temporary one.
-
-    Raises:
-        InputError: the wheel is damaged, its download broke off, or it lacks what is looked for; nothing is kept.
+    For an installed torch it is the one that it lies in, otherwise a temporary one. InputError where the wheel is
+    damaged, its download broke off, or it lacks what is looked for; nothing is kept.
     """
     if torch.wheel is None:
         assert torch.path is not None
@@ -321,4 +306,4 @@ def _bar(info: zipfile.ZipInfo) -> Iterator[Callable[[int], object]]:
 def _require(torch: Torch, root: Path, binary: bool) -> None:
     for name in [YAML, *([DYLIB] if binary else [])]:
         if not (root / name).is_file():
-            raise InputError(f"torch={torch.asked}: torch {torch.version} as it is there has no {name}")
+            raise InputError(f"torch={torch.asked}: torch {torch.version} has no {name}")

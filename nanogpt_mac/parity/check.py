@@ -1,8 +1,6 @@
 """The child processes of the parity gate: one computes the reference, each other holds one variant against it.
 
-    python -m nanogpt_mac.parity.check < task.json
-
-A task is {"role": "reference" | "variant", "config": Config as JSON, "folder": where the reference lies, "result": a file}.
+python -m nanogpt_mac.parity.check < task.json    (tasks.py says what a task is)
 """
 
 from __future__ import annotations
@@ -10,23 +8,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 
+from nanogpt_mac import child
 from nanogpt_mac.backends import base, kinds
 from nanogpt_mac.backends.base import Backend, Tokens
 from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.corpus import Corpus, prepare, starts
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.files import plain, write_json
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.parity import tolerances
-from nanogpt_mac.train.recorder import write_json
+from nanogpt_mac.parity.tasks import Checked, Figures, Made, Role, Task
+from nanogpt_mac.records.plan import CaseShape, Check
 from nanogpt_mac.train.source import open_source
 
 RATES = [1e-3, 2e-3, 1.5e-3]  # of the three optimizer steps
@@ -47,6 +45,9 @@ class Case:
     clip: float | None  # in norms of the first gradient: 0.5 binds, 4 does not; None: switched off
     steps: int = 3  # optimizer steps
 
+    def shape(self) -> CaseShape:
+        return CaseShape(batch=self.batch, block_size=self.spec.block_size, accumulation=self.accumulation)
+
 
 def cases(config: Config, spec: GPTSpec) -> list[Case]:
     """What is compared.
@@ -60,13 +61,13 @@ def cases(config: Config, spec: GPTSpec) -> list[Case]:
     most = min(FULL_TOKENS // spec.block_size, int(FULL_FLOPS / (spec.flops_per_token() * spec.block_size)))
     dropping = NO_DROPOUT if spec.dropout else 0.0
     short = dataclasses.replace(exact, block_size=min(ODD_LENGTH, spec.block_size), dropout=dropping)
-    found = [
+    compared = [
         Case("full", exact, max(1, min(config.batch_size, most)), 1, 0.5 if clips else None),
         Case("odd", short, ODD_BATCH, 2, 4.0 if clips else None),
     ]
     if config.init_from != "scratch":
-        found.append(dataclasses.replace(found[0], name="own", steps=1))
-    return found
+        compared.append(dataclasses.replace(compared[0], name="own", steps=1))
+    return compared
 
 
 def drawn_weights(spec: GPTSpec, seed: int) -> dict[str, np.ndarray]:
@@ -105,25 +106,24 @@ def tokens_of(corpus: Corpus, case: Case) -> Tokens:
 # -- the reference --------------------------------------------------------------------------------------------------
 
 
-def make_reference(config: Config, folder: Path) -> dict[str, Any]:
+def make_reference(config: Config, folder: Path) -> Made:
     """Compute every case in float64 and store it in `folder`; what was computed."""
     corpus = prepare(config.data)
     source = open_source(config, corpus)
-    found = cases(config, source.spec)
+    compared = cases(config, source.spec)
     write_json(folder / "spec.json", dataclasses.asdict(source.spec))
-    for case in found:
+    for case in compared:
         draw = {"full": GPTSpec.init_weights, "own": lambda *_: source.state.weights}.get(case.name, drawn_weights)
         arrays, figures = _reference(config, corpus, case, draw(case.spec, config.seed))
         np.savez(folder / f"{case.name}.npz", **arrays)  # type: ignore[arg-type]
-        write_json(folder / f"{case.name}.json", figures)
-    shape = {c.name: {"batch": c.batch, "block_size": c.spec.block_size, "accumulation": c.accumulation} for c in found}
-    return {"shape": shape}
+        write_json(folder / f"{case.name}.json", figures.model_dump())
+    return Made(shape={case.name: case.shape() for case in compared})
 
 
 def _reference(
     config: Config, corpus: Corpus, case: Case, weights: Mapping[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays to float32, whose rounding (6e-8) is far below every limit, and figures."""
+) -> tuple[dict[str, np.ndarray], Figures]:
+    """Arrays in float32, whose rounding (6e-8) is far below every limit, and figures."""
     import torch
 
     from nanogpt_mac.parity import reference
@@ -136,18 +136,21 @@ def _reference(
     with torch.no_grad():
         first = torch.from_numpy(batches[0][0].astype(np.int64))
         logits = reference.logits(start, spec, first[:, :-1])
-        val = [tokens.windows("val", some).astype(np.int64) for some in val_windows(corpus, case, config)]
-        each = [(torch.from_numpy(some[:, :-1]), torch.from_numpy(some[:, 1:])) for some in val]
+        val = [tokens.windows("val", each).astype(np.int64) for each in val_windows(corpus, case, config)]
+        pairs = [(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])) for tokens in val]
         w = reference.tensors(drawn_weights(spec, config.seed))
-        losses = [reference.cross_entropy(reference.logits(w, spec, idx), targets).item() for idx, targets in each]
+        losses = [reference.cross_entropy(reference.logits(w, spec, idx), targets).item() for idx, targets in pairs]
         arrays = {"logits": logits.numpy()} | {f"weights/{n}": w for n, w in weights.items()}
         arrays |= {f"gradients/{n}": g.numpy() for n, g in trained.gradients.items()}
         arrays |= {f"change/{n}": (w - start[n]).numpy() for n, w in trained.weights.items()}
         arrays |= {f"size/{n}": v.sqrt().numpy() for n, v in trained.exp_avg_sq.items()}
-    figures = {"losses": trained.losses, "norms": trained.norms, "grad_clip": trained.grad_clip}
-    return {name: array.astype(np.float32) for name, array in arrays.items()}, figures | {
-        "val_loss": float(np.mean(losses))
-    }
+    figures = Figures(
+        losses=tuple(trained.losses),
+        norms=tuple(trained.norms),
+        grad_clip=trained.grad_clip,
+        val_loss=float(np.mean(losses)),
+    )
+    return {name: array.astype(np.float32) for name, array in arrays.items()}, figures
 
 
 # -- a variant ----------------------------------------------------------------------------------------------------------
@@ -162,18 +165,18 @@ class Reading:
     worst: str | None = None
 
 
-def check_variant(config: Config, folder: Path) -> dict[str, Any]:
-    """Hold one variant against the reference in `folder`: device and checks, the worst of all cases for each quantity."""
+def check_variant(config: Config, folder: Path) -> Checked:
+    """Hold one variant against the reference in `folder`."""
     name = kinds.resolve(config.backend.name)
     options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
     corpus = prepare(config.data)
     spec = GPTSpec(**json.loads((folder / "spec.json").read_text()))
     limits = tolerances.limits(config.dtype, config.matmul_precision)
-    worst: dict[str, dict[str, Any]] = {}
+    worst: dict[str, Check] = {}
     device = ""
     for case in cases(config, dataclasses.replace(spec, dropout=config.model.dropout)):
-        figures = json.loads((folder / f"{case.name}.json").read_text())
-        own = dataclasses.replace(options, grad_clip=figures["grad_clip"])
+        figures = Figures.model_validate_json((folder / f"{case.name}.json").read_bytes())
+        own = dataclasses.replace(options, grad_clip=figures.grad_clip)
         backend = looking = kinds.create(case.spec, own, tokens_of(corpus, case))
         if config.model.dropout:  # logits and evaluations as the run makes them: its dropout must be off there
             as_run = dataclasses.replace(case.spec, dropout=config.model.dropout)
@@ -181,18 +184,16 @@ def check_variant(config: Config, folder: Path) -> dict[str, Any]:
         device = backend.device_name
         with np.load(folder / f"{case.name}.npz") as arrays:
             for reading in _readings(config, corpus, case, backend, looking, arrays, figures):
-                limit = limits[reading.quantity]
-                check = {
-                    "quantity": reading.quantity,
-                    "value": float(reading.value),
-                    "limit": limit,
-                    "pass": bool(reading.value <= limit),  # false for nan too
-                    "worst": f"{reading.worst} ({case.name})" if reading.worst else f"({case.name})",
-                }
                 before = worst.get(reading.quantity)
-                if before is None or not reading.value <= before["value"]:
-                    worst[reading.quantity] = check
-    return {"device": device, "checks": [worst[quantity] for quantity in limits if quantity in worst]}
+                if before is None or not reading.value <= before.value:  # true for nan too
+                    worst[reading.quantity] = Check(
+                        quantity=reading.quantity,
+                        value=reading.value,
+                        limit=limits[reading.quantity],
+                        passed=reading.value <= limits[reading.quantity],  # false for nan
+                        worst=f"{reading.worst} ({case.name})" if reading.worst else f"({case.name})",
+                    )
+    return Checked(device=device, checks=tuple(worst[quantity] for quantity in limits if quantity in worst))
 
 
 def _readings(
@@ -202,7 +203,7 @@ def _readings(
     backend: Backend,
     looking: Backend,
     arrays: Mapping[str, np.ndarray],
-    figures: Any,
+    figures: Figures,
 ) -> Iterator[Reading]:
     """`backend` takes the steps, `looking` (the same one, where there is no dropout) does what changes nothing."""
     before = TrainState.fresh({name: arrays[f"weights/{name}"] for name in case.spec.shapes()})
@@ -212,13 +213,13 @@ def _readings(
     backend.restore(before)
     for step in range(case.steps):
         loss, norm = backend.wait(backend.step(windows(corpus, case, config, step), RATES[step]))
-        yield Reading("loss", _relative(loss, figures["losses"][step]), f"step {step + 1}")
+        yield Reading("loss", _relative(loss, figures.losses[step]), f"step {step + 1}")
         after = backend.state()
         if step > 0 and case.name == "full":
-            yield Reading("gradient norm, later steps", _relative(norm, figures["norms"][step]), f"step {step + 1}")
+            yield Reading("gradient norm, later steps", _relative(norm, figures.norms[step]), f"step {step + 1}")
         if step == 0:
             if case.name != "own":  # trained weights may magnify rounding
-                yield Reading("gradient norm", _relative(norm, figures["norms"][0]))
+                yield Reading("gradient norm", _relative(norm, figures.norms[0]))
             yield from _gradients(case, backend.options, after, arrays, norm)
         yield from _update_rule(backend.options, before, after, RATES[step], step + 1)
         before = after
@@ -229,7 +230,7 @@ def _readings(
 
 
 def _forward(
-    config: Config, corpus: Corpus, case: Case, backend: Backend, arrays: Mapping[str, np.ndarray], figures: Any
+    config: Config, corpus: Corpus, case: Case, backend: Backend, arrays: Mapping[str, np.ndarray], figures: Figures
 ) -> Iterator[Reading]:
     idx = tokens_of(corpus, case).windows("train", windows(corpus, case, config, 0)[0])[:, :-1]
     logits, exact = backend.logits(idx), arrays["logits"]
@@ -241,7 +242,7 @@ def _forward(
     if case.name == "full":  # one graph for torch.compile less elsewhere; a fresh model's loss hides what is wrong
         backend.load(drawn_weights(case.spec, config.seed))
         evaluated = backend.evaluate("val", val_windows(corpus, case, config))
-        yield Reading("loss", _relative(evaluated, figures["val_loss"]), "evaluation")
+        yield Reading("loss", _relative(evaluated, figures.val_loss), "evaluation")
 
 
 def _gradients(
@@ -302,28 +303,12 @@ def _difference(ours: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
 # -- the process ----------------------------------------------------------------------------------------------------
 
 
-def config_from_json(document: Mapping[str, Any], kind: type = Config) -> Any:
-    """The dataclass that `dataclasses.asdict` took apart."""
-    hints = get_type_hints(kind)
-    values = {
-        key: config_from_json(value, hints[key]) if dataclasses.is_dataclass(hints[key]) else value
-        for key, value in document.items()
-    }
-    return kind(**values)
-
-
-def main() -> int:
-    task = json.load(sys.stdin)
-    config, folder = config_from_json(task["config"]), Path(task["folder"])
-    try:
-        result = make_reference(config, folder) if task["role"] == "reference" else check_variant(config, folder)
-    except Exception as error:
-        traceback.print_exc()
-        first = (str(error).strip().splitlines() or [""])[0]
-        result = {"error": first if isinstance(error, InputError) else f"{type(error).__name__}: {first}"}
-    write_json(Path(task["result"]), result)
-    return 1 if "error" in result else 0
+def answer(document: Any) -> Any:
+    """What this process is asked for, a `Task`."""
+    task = Task.model_validate(document)
+    made = (make_reference if task.role == Role.REFERENCE else check_variant)(task.config, task.folder)
+    return plain(made.model_dump(by_alias=True))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    child.answer(answer)

@@ -21,7 +21,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What AdamW and the clip are told."""
+    """Settings of AdamW and of the clip."""
 
     weight_decay: float
     beta1: float
@@ -31,7 +31,7 @@ class Recipe:
 
 @dataclass
 class Trained:
-    """Some optimizer steps from given weights."""
+    """What the optimizer steps from given weights did."""
 
     losses: list[float]
     norms: list[float]  # of each step's gradient before clipping

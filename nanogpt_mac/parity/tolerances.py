@@ -1,4 +1,4 @@
-"""What the parity gate allows, in one table with its reasons.
+"""How far a variant may be off from the reference, in one table with its reasons.
 
 u is the unit roundoff of the type that matrix products are rounded to. Rounding errors of a deep model add up like a
 random walk, so a tensor of gradients is off by a few u; limits stand at several times what correct back ends were
@@ -22,7 +22,8 @@ The measures:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+
+from nanogpt_mac.records.plan import Tolerance
 
 PRECISIONS = ("float32", "float32 high", "float32 medium", "float16", "bfloat16")
 _PRODUCTS = {  # what the matrix products are rounded to, and its unit roundoff
@@ -57,17 +58,18 @@ def precision(dtype: str, matmul_precision: str) -> str:
 def limits(dtype: str, matmul_precision: str) -> dict[str, float]:
     """Each quantity's limit, in the order in which failures are reported."""
     column = PRECISIONS.index(precision(dtype, matmul_precision))
-    return {quantity: allowed[column] for quantity, (allowed, _) in _TABLE.items()}
+    return {quantity: limits[column] for quantity, (limits, _) in _TABLE.items()}
 
 
-def rows(precisions: Iterable[str]) -> list[dict[str, Any]]:
-    """The table's part for `precisions`, as parity.json has it."""
-    return [
-        {"dtype": name, "quantity": quantity, "limit": allowed[PRECISIONS.index(name)], "reason": _reason(name, why)}
+def rows(precisions: Iterable[str]) -> tuple[Tolerance, ...]:
+    """The table's part for `precisions`."""
+    return tuple(
+        Tolerance(
+            dtype=name,
+            quantity=quantity,
+            limit=limits[PRECISIONS.index(name)],
+            reason=f"{why} ({_PRODUCTS[name]})",
+        )
         for name in precisions
-        for quantity, (allowed, why) in _TABLE.items()
-    ]
-
-
-def _reason(name: str, why: str) -> str:
-    return f"{why} ({_PRODUCTS[name]})"
+        for quantity, (limits, why) in _TABLE.items()
+    )

@@ -69,7 +69,7 @@ class Document(Record):
                 document = cls.migrated(dict(document), schema)
             return cls.model_validate(document)
         except ValidationError as error:
-            raise DamagedError(f"{name}: {_first(error)}") from error
+            raise DamagedError(f"{name}: {first(error)}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:  # what an older schema cannot have been
             raise DamagedError(f"{name}: schema {schema} cannot be read: {error!r}"[:300]) from error
 
@@ -91,10 +91,14 @@ class Document(Record):
         return {"schema": self.SCHEMA} | plain(self.model_dump(mode="python", by_alias=True, exclude={"schema_"}))
 
 
-def _first(error: ValidationError) -> str:
+def first(error: ValidationError) -> str:
     """The first of pydantic's complaints: key, value, what was expected."""
     details = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in details["loc"]) or "document"
+    key = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "missing":
+        return f"has no {key}"
+    if not key:  # a rule about several keys, worded where it stands
+        return details["msg"].removeprefix("Value error, ")
     shown = repr(details.get("input"))
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     return f"{key}={shown}: {details['msg']}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from nanogpt_mac.records.base import Amount, Count, Document, Number, Record, Size
 
@@ -55,34 +55,48 @@ class Cut(Record):
     reason: str
 
 
-class Plan(Document):
-    """What a comparison does. `rounds` to `expected_seconds` are decided after the pilot runs, None before."""
+class Measurement(Document):
+    """What is measured in rounds, and for how long. `rounds` to `expected_seconds` are None before the pilot runs."""
+
+    rounds: Count | None = None
+    iters: dict[str, Size] | None = None  # of one run, by name
+    warmup: dict[str, Count] | None = None  # iterations after the first that are not counted
+    share: dict[str, Amount] | None = None  # of the rounds, 0..1, that each takes part in
+    order: tuple[tuple[int, str], ...] | None = None  # (round, name)
+    expected_seconds: Amount | None = None
+    cut: Cut | None = None
+    asked: Asked
+    seed: int
+    budget_minutes: Amount
+    cooldown_seconds: Amount = 0.0
+    heat_wait_seconds: Amount = 0.0
+    stall_seconds: Amount
+
+    @model_validator(mode="after")
+    def _decided_as_a_whole(self) -> Self:
+        for number, name in self.order or ():
+            if self.rounds is None or number < 0:
+                raise ValueError(f"order has round {number} of rounds={self.rounds}")
+            if any(name not in (part or {}) for part in (self.iters, self.warmup, self.share)):
+                raise ValueError(f"iters, warmup or share lacks {name!r}")
+        return self
+
+
+class Plan(Measurement):
+    """plan.json: what a comparison does."""
 
     SCHEMA: ClassVar[int] = 2
 
     version: str = ""
     created: str | None = None
     variants: tuple[Variant, ...]
-    rounds: Count | None = None
-    iters: dict[str, Size] | None = None
-    warmup: dict[str, Count] | None = None
-    share: dict[str, Amount] | None = None
-    order: tuple[tuple[int, str], ...] | None = None  # (round, variant)
-    expected_seconds: Amount | None = None
-    cut: Cut | None = None
-    asked: Asked = Asked()
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...]
     experiment: str | None = None
     quick_by_default: bool = False
     recipe: Recipe | None = None
-    seed: int = 1337
-    budget_minutes: Amount
     levers: bool = False
-    gate: GateOptions = GateOptions()
-    cooldown_seconds: Amount = 0.0
-    heat_wait_seconds: Amount = 0.0
-    stall_seconds: Amount
-    missing: dict[str, str] = {}
+    gate: GateOptions
+    missing: dict[str, str] = {}  # back end -> why it cannot run here
     cwd: str
 
     @classmethod
@@ -91,15 +105,13 @@ class Plan(Document):
         return document
 
     @model_validator(mode="after")
-    def _consistent(self) -> Plan:
+    def _names_are_known(self) -> Self:
         names = [variant.name for variant in self.variants]
         if not names or len(set(names)) < len(names):
             raise ValueError("variants must have names of their own, and at least one is needed")
         for _, name in self.order or ():
             if name not in names:
                 raise ValueError(f"order names {name!r}, which is not a variant")
-            if any(name not in (part or {}) for part in (self.iters, self.warmup)):
-                raise ValueError(f"iters or warmup lacks {name!r}")
         return self
 
 
@@ -112,6 +124,8 @@ class ParityState(StrEnum):
 
 class Check(Record):
     """One quantity of one variant against the reference: the worst `value` over all cases against its `limit`."""
+
+    model_config = ConfigDict(populate_by_name=True)
 
     quantity: str
     value: Number
@@ -130,6 +144,12 @@ class ParityResult(Record):
     checks: tuple[Check, ...] = ()
 
 
+class CaseShape(Record):
+    batch: Size
+    block_size: Size
+    accumulation: Size
+
+
 class Tolerance(Record):
     dtype: str
     quantity: str
@@ -143,7 +163,7 @@ class Parity(Document):
     SCHEMA: ClassVar[int] = 2
 
     reference: str = ""
-    shape: dict[str, Any] | None = None
+    shape: dict[str, CaseShape] | None = None  # by case
     seconds: Amount
     tolerances: tuple[Tolerance, ...] = ()
     variants: dict[str, ParityResult]
@@ -152,3 +172,9 @@ class Parity(Document):
     def migrated(cls, document: dict[str, Any], schema: int) -> dict[str, Any]:
         document["variants"] = document.pop("ways", document.get("variants"))
         return document
+
+
+class Spent(Document):
+    """What every document of a check before the timing says: how long it took."""
+
+    seconds: Amount = 0.0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from nanogpt_mac.records.base import Amount, Count, Document, Number, Record, Share, Size
+from nanogpt_mac.files import plain
+from nanogpt_mac.records.base import Amount, Count, DamagedError, Document, Number, Record, Share, Size, first
 from nanogpt_mac.records.capabilities import Capabilities
 
 
@@ -91,6 +94,26 @@ class EventRow(Record):
 
 
 Row = Annotated[IterationRow | EvaluationRow | EventRow, Field(discriminator="kind")]
+_ROW: TypeAdapter[Row] = TypeAdapter(Row)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of metrics.jsonl. FileNotFoundError where there is none; `DamagedError` names the first damaged line."""
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(_ROW.validate_json(line))
+            except ValidationError as error:
+                if rows and not line.endswith(b"\n"):  # the run was killed while it wrote
+                    break
+                raise DamagedError(f"{path.name}, line {number}: {first(error)}") from error
+    return rows
+
+
+def row_line(row: IterationRow | EvaluationRow | EventRow) -> str:
+    """A row as it stands in metrics.jsonl; what was not set is left out."""
+    return json.dumps({"kind": row.kind, "iter": row.iter} | plain(row.model_dump(exclude_unset=True))) + "\n"
 
 
 class Times(Record):
@@ -167,7 +190,11 @@ class ProcessTimes(Record):
 
 
 class Energy(Record):
+    """Of the whole machine or GPU while the loop ran; the parts are None where they are not measured apart."""
+
     joules: Amount
+    gpu_joules: Amount | None = None
+    cpu_joules: Amount | None = None
     seconds: Amount
     source: str | None = None
 
@@ -177,18 +204,23 @@ class FallbackCounts(Record):
     why_incomplete: Count
 
 
-class RunSummary(Document, RunFacts, Mfu):
+class Ending(Record):
+    """How a run ended, and what it took in all."""
+
+    exit_state: ExitState
+    signal: str | None = None  # "SIGINT"
+    error: str | None = None  # one line
+    resumed_at: Count | None = None  # iteration
+    process: ProcessTimes | None = None
+    energy: Energy | None = None
+    fallbacks: FallbackCounts | None = None
+
+
+class RunSummary(Document, RunFacts, Ending, Mfu):
     """summary.json."""
 
     SCHEMA: ClassVar[int] = 2
 
-    exit_state: ExitState
-    signal: str | None = None
-    error: str | None = None
-    resumed_at: Count | None = None
-    process: ProcessTimes | None = None
-    energy: Energy | None = None
-    fallbacks: FallbackCounts | None = None
     times: Times  # `iter_ms` in schema 1
     left_out: dict[LeftOut, Count] = {}
     first_iter_s: Amount | None = None

@@ -82,26 +82,23 @@ def install_if_asked() -> bool:
     """Installs the device when NANOGPT_MAC_SIMULATE_MPS is 1; returns whether it is active."""
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "0", "1"):
-        raise InputError(f"{VARIABLE}={value!r}: allowed are 0 and 1")
+        raise InputError(f"{VARIABLE}={value!r}: use 1 or 0")
     if value == "1":
         install()
     return active()
 
 
 def install(operators: OpTable | None = None) -> None:
-    """Makes `device="mps"` work in this process, for good. Does nothing when it is installed already.
+    """Makes `device="mps"` work in this process and its children, for good; does nothing when it does already.
 
-    Args:
-        operators: the operator set to simulate, by default that of the installed torch.
-
-    Raises:
-        InputError: not on Linux, an unsupported torch, or no compiler.
+    `operators` is the operator set to simulate, by default that of the installed torch. InputError off Linux, for a
+    torch that is not supported, and without a compiler.
     """
     global _table
     if active():
         return
     if sys.platform != "linux":
-        raise InputError(f"the simulated MPS device runs on Linux only, not on {sys.platform}")
+        raise InputError(f"the simulated MPS device needs Linux; this is {sys.platform}")
     import torch
 
     from nanogpt_mac.simulator.build import build_device
@@ -111,7 +108,7 @@ def install(operators: OpTable | None = None) -> None:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if not _OLDEST <= version < _TOO_NEW:
         raise InputError(
-            f"torch {torch.__version__} is not supported by the simulated MPS device: allowed is "
+            f"torch {torch.__version__} is not supported by the simulated MPS device: use "
             f">={_OLDEST[0]}.{_OLDEST[1]},<{_TOO_NEW[0]}.{_TOO_NEW[1]}"
         )
     operators = operators or installed_table()

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from nanogpt_mac import files
 from nanogpt_mac.errors import InputError
 
 NATIVE = Path(__file__).with_name("native")
 SOURCES = ("MPSFallback.cpp", "kernels.cpp", "redirect.cpp", "device.cpp", "timeline.cpp")
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/nanogpt-mac/simulator`, by default under `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(base) / "nanogpt-mac" / "simulator"
 
 
 @cache
@@ -34,36 +26,20 @@ def compiler() -> tuple[str, str]:
     path = shutil.which(name)
     if path is None:
         raise InputError(
-            f"the simulated MPS device is built with a C++ compiler, and {name!r} is not there: "
-            "install g++ or name one in CXX"
+            f"the simulated MPS device needs a C++ compiler, and {name!r} is not there: install g++ or set CXX to one"
         )
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
     return path, version.partition("\n")[0]
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One builder at a time, across processes; the lock goes with the process that holds it."""
+def kept(name: str, build: Callable[[Path], Path]) -> Path:
+    """`name` in the simulator's part of the cache folder, made by `build` (files.make_once) where it is not there."""
+    folder = files.cache_folder("simulator")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        return files.make_once(folder / name, build)
     except OSError as error:
-        where = f"{path.parent}: the simulated MPS device is built there, which cannot be written ({error.strerror})"
-        raise InputError(f"{where}; XDG_CACHE_HOME names another place") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def build_once(target: Path, build: Callable[[Path], Path]) -> Path:
-    """Returns `target`, made by `build(empty folder)` if it is not there yet. Safe for processes that race."""
-    if target.exists():
-        return target
-    with _locked(target.with_name(target.name + ".lock")):
-        if not target.exists():
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                build(Path(folder)).replace(target)
-    return target
+        why = f"{folder}: the simulated MPS device cannot be built there ({error.strerror})"
+        raise InputError(f"{why}; set XDG_CACHE_HOME to a folder that can be written") from error
 
 
 def run_compiler(arguments: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
@@ -114,4 +90,4 @@ def build_device() -> Path:
                 )
         return folder / "mps.so"
 
-    return build_once(cache_folder() / f"mps-{torch.__version__}-{digest.hexdigest()[:16]}.so", build)
+    return kept(f"mps-{torch.__version__}-{digest.hexdigest()[:16]}.so", build)

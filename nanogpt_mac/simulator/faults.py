@@ -17,29 +17,23 @@ _COPYING = ("fallback", "missing", "nowhere", "hidden", "announced")  # to the h
 def planted(op: str, fault: Fault, value: float | None = None) -> Iterator[list[str]]:
     """Plants a fault in an operator, and in its in-place and out forms, while the context lasts.
 
-    Args:
-        op: an operator that MPS has, with or without `aten::` and overload: `gelu`, `add.Tensor`, `mm`.
-        fault: `fallback`: registered as an explicit CPU fallback, with the warning. `missing`: no kernel, so torch's
-            NotImplementedError, or the fallback where that is enabled. `nowhere`: missing, and the CPU lacks it too.
-            `hidden`: the native kernel copies to the host, computes there and copies back without a word.
-            `announced`: the same, with the warning that some of these kernels give. `dtype_limit`: refuses its input
-            with the TypeError for float64. `shape_limit`: with the RuntimeError of adaptive pooling. `slow`: takes
-            `value` milliseconds more of the queue. `wrong`: its floating-point results are multiplied by `value`.
-        value: milliseconds or factor; needed by `slow` and `wrong` alone.
+    `op` is one that MPS has, with or without `aten::` and overload: `gelu`, `add.Tensor`, `mm`; the names in which the
+    fault was planted are yielded. Faults: `fallback`, registered as an explicit CPU fallback, with the warning;
+    `missing`, no kernel, so torch's NotImplementedError, or the fallback where that is enabled; `nowhere`, missing, and
+    the CPU lacks it too; `hidden`, the native kernel copies to the host, computes there and copies back without a word;
+    `announced`, the same, with the warning that some of these kernels give; `dtype_limit`, refuses its input with the
+    TypeError for float64; `shape_limit`, with the RuntimeError of adaptive pooling; `slow`, takes `value` milliseconds
+    more of the queue; `wrong`, its floating-point results are multiplied by `value`.
 
-    Yields:
-        The names in which it was planted.
-
-    Raises:
-        InputError: an unknown fault, no or a superfluous value, an operator that the device has no kernel of its own
-            for (composite ones decompose: plant the fault in what they become).
+    InputError for an unknown fault, a value that is missing or superfluous, and an operator for which the device has no
+    kernel of its own (composite ones decompose: plant the fault in what they become).
     """
     import torch
 
     from nanogpt_mac.simulator import table
 
     if fault not in get_args(Fault):
-        raise InputError(f"fault={fault!r}: allowed are {', '.join(get_args(Fault))}")
+        raise InputError(f"fault={fault!r}: use one of {', '.join(get_args(Fault))}")
     if (value is None) == (fault in ("slow", "wrong")):
         raise InputError(f"fault={fault!r} value={value!r}: slow and wrong take a value, the others none")
     if op.removeprefix("aten::").split(".")[0] == "copy_" and fault in _COPYING:

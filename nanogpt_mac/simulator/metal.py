@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nanogpt_mac.simulator.build import build_once, cache_folder, compiler, first_error, run_compiler
+from nanogpt_mac.simulator.build import compiler, first_error, kept, run_compiler
 from nanogpt_mac.simulator.metal_source import Kernel, UnsupportedKernelError, translate
 
 _SHIM = Path(__file__).with_name("shim")
@@ -116,7 +116,7 @@ def _compile(code: str, kernels: tuple[Kernel, ...]) -> Path:
             raise SyntaxError(_explain(result.stderr, kernels))
         return folder / "kernels.so"
 
-    return build_once(cache_folder() / "metal" / f"{digest[:32]}.so", build)
+    return kept(f"metal/{digest[:32]}.so", build)
 
 
 def _explain(stderr: str, kernels: Sequence[Kernel]) -> str:

@@ -1,7 +1,7 @@
 """Which operators MPS has: native, falling back, or missing, for one torch.
 
 The source is the `native_functions.yaml` that every torch wheel ships inside `torchgen`. Read back from the binaries of
-the macOS wheels 2.9 to 2.15, MPS has exactly its entries there, and the few registered by hand that are named below.
+the macOS wheels, MPS has exactly its entries there, and the few that are registered by hand.
 """
 
 from __future__ import annotations
@@ -10,22 +10,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nanogpt_mac.simulator.build import build_once, cache_folder
+from nanogpt_mac import files
+from nanogpt_mac.operators import by_hand, native_yaml
+from nanogpt_mac.operators.native_yaml import Facts
 
 # What sim.h calls flags.
 NO_DEVICE_CHECK, MIXED_DEVICES = 1, 2
-
-# Registered by hand in MPSFallback.mm: the CPU fallback with its warning, whatever the environment says. svd left that
-# list when `_linalg_svd` got a kernel of its own (2.14).
-_HAND_FALLBACKS = ("embedding_renorm_", "linalg_svd", "linalg_svd.U")
-
-# Native on a Mac without an entry: special cases inside composite kernels, compiled only with USE_MPS.
-_HAND_NATIVE = {
-    "copy_": MIXED_DEVICES,
-    "convolution": 0,
-    "convolution_backward": 0,
-    "convolution_overrideable": 0,
-}
 
 _TAKES_BOTH_DEVICES = {
     "copy_",
@@ -40,24 +30,17 @@ _TAKES_BOTH_DEVICES = {
 
 @dataclass(frozen=True)
 class OpTable:
-    """The operators of one torch as its MPS device sees them; composite ones are in none of the lists.
+    """The operators of one torch as its MPS device sees them; composite ones are in none of the lists."""
 
-    Args:
-        native: names such as `add.Tensor` (without `aten::`) that have an MPS kernel, with the flags of `sim.h`.
-        fallback: names that always run on the CPU, with the warning.
-        missing: names that raise NotImplementedError unless PYTORCH_ENABLE_MPS_FALLBACK is set.
-        groups: structured operators and their in-place forms, to the `out` form that carries their kernel.
-    """
-
-    native: dict[str, int]
-    fallback: list[str]
-    missing: list[str]
-    groups: dict[str, str]
+    native: dict[str, int]  # `add.Tensor` (without `aten::`) and the like that have an MPS kernel, to flags of `sim.h`
+    fallback: list[str]  # those that always run on the CPU, with the warning
+    missing: list[str]  # those that raise NotImplementedError unless PYTORCH_ENABLE_MPS_FALLBACK is set
+    groups: dict[str, str]  # structured operators and their in-place forms, to the `out` form that has their kernel
 
     def variants(self, op: str) -> list[str]:
         """Every name that has the same kernel as `op`: `gelu` gives gelu, gelu_ and gelu.out.
 
-        A name without overload that is no operator itself, such as `add`, stands for all its overloads.
+        A name without overload that is not itself an operator, such as `add`, stands for all its overloads.
         """
         known = [*self.native, *self.fallback, *self.missing]
         op = op.removeprefix("aten::")
@@ -71,43 +54,20 @@ def installed_table() -> OpTable:
     import torch
     import torchgen
 
-    folder = Path(torchgen.__file__).parent / "packaged/ATen/native"
-    cached = cache_folder() / f"optable-{torch.__version__}-{torch.version.git_version}-1.json"
-
-    def build(work: Path) -> Path:
-        made = work / cached.name
-        made.write_text(json.dumps(asdict(read_table(folder / "native_functions.yaml", folder / "tags.yaml"))))
-        return made
-
-    try:
-        return OpTable(**json.loads(build_once(cached, build).read_text()))
-    except (ValueError, TypeError):  # damaged since it was put there
-        cached.unlink()
-        return OpTable(**json.loads(build_once(cached, build).read_text()))
+    name = f"optable-{torch.__version__}-{torch.version.git_version}-2.json"
+    return files.kept(
+        files.cache_folder("simulator", name),
+        lambda text: OpTable(**json.loads(text)),
+        lambda: json.dumps(asdict(table_of(native_yaml.read(Path(torchgen.__file__).parents[1])))),
+    )
 
 
-def read_table(functions: Path, tags: Path) -> OpTable:
-    """Reads a `native_functions.yaml` and its `tags.yaml`, those of the installed torchgen's version."""
-    from torchgen.gen import parse_native_yaml
-    from torchgen.model import DeviceCheckType, DispatchKey
-
-    parsed = parse_native_yaml(str(functions), str(tags))
-    mps = parsed.backend_indices[DispatchKey.MPS]
-    by_name = {f.func.name: f for f in parsed.native_functions}
-    native: dict[str, int] = {}
-    absent: list[str] = []
-    groups: dict[str, str] = {}
-    for f in parsed.native_functions:
-        name = str(f.func.name)
-        kernel = f if f.structured_delegate is None else by_name[f.structured_delegate]
-        if f.structured_delegate is not None:
-            groups[name] = str(f.structured_delegate)
-        if mps.has_kernel(f) or mps.has_kernel(kernel):
-            flags = NO_DEVICE_CHECK if f.device_check is DeviceCheckType.NoCheck else 0
-            native[name] = flags | (MIXED_DEVICES if name in _TAKES_BOTH_DEVICES else 0)
-        elif not f.has_composite_kernel:
-            absent.append(name)
-    native |= _HAND_NATIVE
-    fallback = [n for n in _HAND_FALLBACKS if n not in native and f"_{n.split('.')[0]}" not in native]
-    missing = [n for n in absent if n not in native and n not in fallback]
-    return OpTable(native, fallback, missing, groups)
+def table_of(facts: dict[str, Facts]) -> OpTable:
+    """The table of a torch whose `native_functions.yaml` says `facts`."""
+    kernels = native_yaml.native(facts)
+    fallback = [op for op, row in by_hand.in_force(kernels).items() if not row.raises]
+    checked = {op: 0 if not facts[op].no_device_check else NO_DEVICE_CHECK for op in facts if op in kernels}
+    native = {op: flags | (MIXED_DEVICES if op in _TAKES_BOTH_DEVICES else 0) for op, flags in checked.items()}
+    native |= {op: MIXED_DEVICES if op in _TAKES_BOTH_DEVICES else 0 for op in by_hand.IN_COMPOSITE}
+    missing = [op for op, f in facts.items() if not (f.composite or op in native or op in fallback)]
+    return OpTable(native, fallback, missing, {op: f.delegate for op, f in facts.items() if f.delegate})

@@ -12,26 +12,28 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nanogpt_mac import files
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
+from nanogpt_mac.records.base import DamagedError
+from nanogpt_mac.records.checkpoint import CheckpointState
 
-SCHEMA = 1
 FILES = ("weights.safetensors", "moments.safetensors")
 COUNTERS = ("iteration", "optimizer_steps", "loss_scale", "scale_growth")
-META = {"schema": int, "spec": dict, "config": dict, "corpus": dict, "encoder": dict, "sha256": dict}
 
 
-def save(root: Path, state: TrainState, meta: dict[str, Any], best: bool) -> Path:
-    """Write `state` and `meta` under `root` (a run's ckpt/), point `last`, and `best` if it is, at them.
+def save(root: Path, state: TrainState, meta: Mapping[str, Any], best: bool) -> Path:
+    """Write `state` under `root` (a run's ckpt/), point `last`, and `best` if it is, at it.
 
-    A kill at any moment leaves the former `last` and `best` whole: the folder is written aside, synced and renamed,
-    and each link is replaced by one rename.
+    `meta` has the fields of `CheckpointState` that `state` has not. A kill at any moment leaves the former `last` and
+    `best` whole: the folder is written aside, synced and renamed, and each link is replaced by one rename.
     """
     from safetensors.numpy import save as to_bytes
 
@@ -46,16 +48,16 @@ def save(root: Path, state: TrainState, meta: dict[str, Any], best: bool) -> Pat
         for name, arrays in zip(FILES, (state.weights, moments), strict=True):
             data = to_bytes(arrays)
             digests[name] = hashlib.sha256(data).hexdigest()
-            _write(aside / name, data)
+            files.write(aside / name, data)
         counters = {key: getattr(state, key) for key in COUNTERS}
-        document = {"schema": SCHEMA, **meta, **counters, "sha256": digests}
-        _write(aside / "state.json", json.dumps(document, indent=1).encode())
-        _sync_folder(aside)
+        document = CheckpointState(**meta, **counters, sha256=digests).document()
+        files.write(aside / "state.json", json.dumps(document, indent=1))
+        files.sync_folder(aside)
         aside.rename(folder)
-        _sync_folder(root)
+        files.sync_folder(root)
     for link in ("last", "best") if best else ("last",):
-        _point(root / link, folder.name)
-    _sync_folder(root)
+        files.point(root / link, folder.name)
+    files.sync_folder(root)
     kept = {(root / link).resolve().name for link in ("last", "best")}
     for old in root.glob("iter-*"):
         if old.name not in kept:
@@ -63,33 +65,11 @@ def save(root: Path, state: TrainState, meta: dict[str, Any], best: bool) -> Pat
     return folder
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _point(link: Path, target: str) -> None:
-    aside = link.with_name(f".{link.name}-{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target)
-    aside.replace(link)
-
-
 def find(run: str, which: str = "last") -> Path:
     """The checkpoint folder that `run` names: a run's folder (its `last` or `best`) or a checkpoint itself."""
     folder = Path(run)
     if not folder.exists():
-        raise InputError(f"run={run}: there is no such folder; allowed is a run's folder or a checkpoint's")
+        raise InputError(f"run={run}: there is no such folder; give a run's folder or a checkpoint's")
     candidates = (folder, folder / "ckpt" / which, folder / which)
     for candidate in candidates:
         if (candidate / "state.json").is_file():
@@ -97,33 +77,28 @@ def find(run: str, which: str = "last") -> Path:
     raise InputError(f"run={run}: holds no checkpoint (no ckpt/{which}/state.json)")
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> CheckpointState:
     """state.json of a checkpoint; InputError when it cannot be one."""
-    path = folder / "state.json"
     try:
-        meta = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable checkpoint: {_first_line(error)}") from error
-    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
-        raise InputError(f"{path}: not a checkpoint of schema {SCHEMA}")
-    for key, kind in META.items():
-        if not isinstance(meta.get(key), kind):
-            raise InputError(f"{path}: damaged: {key} is missing or no {kind.__name__}")
+        meta = CheckpointState.load(folder / "state.json")
+    except (FileNotFoundError, DamagedError) as error:
+        raise InputError(f"{folder}/{_first_line(error)}; use another checkpoint") from error
+    if meta.schema_ > CheckpointState.SCHEMA:
+        raise InputError(f"{folder}/state.json: schema {meta.schema_}; use the newer version that wrote it")
     return meta
 
 
-def read_spec(folder: Path, meta: dict[str, Any]) -> GPTSpec:
+def read_spec(folder: Path, meta: CheckpointState) -> GPTSpec:
     """The model that a checkpoint holds."""
-    names = {f.name for f in fields(GPTSpec)}
     try:
-        return GPTSpec(**{key: value for key, value in meta["spec"].items() if key in names})
-    except TypeError as error:
-        raise InputError(f"{folder / 'state.json'}: damaged: spec: {_first_line(error)}") from error
+        return GPTSpec(**{f.name: getattr(meta.spec, f.name) for f in fields(GPTSpec)})
+    except InputError as error:
+        raise InputError(f"{folder / 'state.json'}: damaged: {error}") from error
 
 
 def open_run(
     run: str, which: str = "last", weights_only: bool = False
-) -> tuple[Path, tuple[GPTSpec, TrainState, dict[str, Any]]]:
+) -> tuple[Path, tuple[GPTSpec, TrainState, CheckpointState]]:
     """`find` and `load`, once more where a run under way has replaced the checkpoint in between."""
     for _ in range(5):
         folder = find(run, which)
@@ -132,10 +107,10 @@ def open_run(
         except InputError:
             if (folder / "state.json").exists():
                 raise
-    raise InputError(f"run={run}: its checkpoints are replaced faster than they can be read")
+    raise InputError(f"run={run}: its checkpoints are replaced faster than they can be read; stop that run first")
 
 
-def load(folder: Path, weights_only: bool = False) -> tuple[GPTSpec, TrainState, dict[str, Any]]:
+def load(folder: Path, weights_only: bool = False) -> tuple[GPTSpec, TrainState, CheckpointState]:
     """Read a checkpoint whole, checking digests, names, shapes and values; InputError names what is wrong.
 
     With `weights_only` the moments are not read and come back as zeros.
@@ -153,25 +128,18 @@ def load(folder: Path, weights_only: bool = False) -> tuple[GPTSpec, TrainState,
             spec.check(part, f"{folder / 'moments.safetensors'} ({kind})")
             setattr(state, kind, part)
     for key in COUNTERS:
-        value = meta.get(key)
-        kinds = int | float if key == "loss_scale" else int
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 <= value < float("inf"):
-            raise InputError(f"{folder / 'state.json'}: damaged: {key}={value!r}")
-        setattr(state, key, value)
-    best = meta.get("best_val_loss")
-    if best is not None and not isinstance(best, int | float):
-        raise InputError(f"{folder / 'state.json'}: damaged: best_val_loss={best!r}")
+        setattr(state, key, getattr(meta, key))
     return spec, state, meta
 
 
-def _arrays(folder: Path, name: str, meta: dict[str, Any]) -> dict[str, np.ndarray]:
+def _arrays(folder: Path, name: str, meta: CheckpointState) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load as from_bytes
 
     path = folder / name
     try:
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != meta["sha256"].get(name):
+        if hashlib.sha256(data).hexdigest() != meta.sha256.get(name):
             raise InputError(f"{path}: its sha256 is not the one that state.json records; the file was cut or altered")
         return from_bytes(data)
     except (OSError, SafetensorError) as error:

@@ -3,6 +3,11 @@
 A device runs behind the host, so the moment at which `step` returns says nothing. The clock is read when the device
 has finished: with the default policy one iteration late, while the next is already enqueued, so that the device's
 queue is never drained for the sake of timing. `iter_ms` is the interval between two completions.
+
+    host    enqueue 1 | enqueue 2 |  wait for 1  | enqueue 3 |  wait for 2  | enqueue 4 | ...
+    device            |---- iteration 1 ---------|---- iteration 2 ---------|---- iteration 3 ----
+    clock                                        ^                          ^
+                                                 '------- iter_ms of 2 -----'
 """
 
 from __future__ import annotations
@@ -13,15 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nanogpt_mac.records.run import LeftOut
+
 ASLEEP_NS = 1_000_000_000  # the wall clock gained this much on the monotonic one, which stops in sleep
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished iteration. `left_out` says why its time enters no statistic, None when it does:
+    """One finished iteration. `left_out` says why its time enters no statistic; None when it does.
 
-    first (compiles, allocates), warmup, slept, and under the completion policy restart and drain: the first after a
-    pause, which met an empty queue, and the last before one, which had nothing enqueued behind it.
+    Restart and drain occur under the completion policy alone.
     """
 
     iteration: int
@@ -29,7 +35,7 @@ class Completion:
     grad_norm: float
     iter_ms: float
     dispatch_ms: float  # host time to enqueue
-    left_out: str | None
+    left_out: LeftOut | None
 
 
 class Clock:
@@ -79,7 +85,7 @@ class Clock:
         """Wait for all that is enqueued and stop the clock until the next `submit`."""
         done = self._collect(len(self._queue))
         self._last = None
-        return [replace(d, left_out=d.left_out or "drain") for d in done] if self._pipelined else done
+        return [replace(d, left_out=d.left_out or LeftOut.DRAIN) for d in done] if self._pipelined else done
 
     def _collect(self, count: int) -> list[Completion]:
         if not count:
@@ -101,11 +107,11 @@ class Clock:
             self._restarted = False
         return done
 
-    def _left_out(self, slept: bool) -> str | None:
+    def _left_out(self, slept: bool) -> LeftOut | None:
         if self._completed == 0:
-            return "first"
+            return LeftOut.FIRST
         if slept:
-            return "slept"
+            return LeftOut.SLEPT
         if self._completed <= self._warmup:
-            return "warmup"
-        return "restart" if self._restarted and self._pipelined else None
+            return LeftOut.WARMUP
+        return LeftOut.RESTART if self._restarted and self._pipelined else None

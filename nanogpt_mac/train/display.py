@@ -6,7 +6,8 @@ import os
 import sys
 from typing import Any
 
-from nanogpt_mac.train.clock import Completion
+from nanogpt_mac.records.run import EvaluationRow, EventRow, IterationRow
+from nanogpt_mac.train.sinks import Row, Sink
 
 
 def say(text: str) -> None:
@@ -17,44 +18,45 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Lines:
-    """nanoGPT's own format, one line an interval."""
+class Lines(Sink):
+    """nanoGPT's own format: a line every `interval` iterations, and one an evaluation."""
 
-    def __init__(self, total: int, interval: int) -> None:
-        self.total, self.interval = total, interval
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
 
-    def iteration(self, done: Completion, mfu: float | None) -> None:
-        if done.iteration % self.interval == 0:
-            shown = "n/a" if mfu is None else f"{mfu * 100:.2f}%"
-            self.say(f"iter {done.iteration}: loss {done.loss:.4f}, time {done.iter_ms:.2f}ms, mfu {shown}")
+    def row(self, row: Row) -> None:
+        if isinstance(row, IterationRow):
+            self.iteration(row)
+        elif isinstance(row, EvaluationRow):
+            self.say(f"step {row.iter}: train loss {row.train_loss:.4f}, val loss {row.val_loss:.4f}")
+        elif isinstance(row, EventRow) and row.event == "diverged":
+            loss = (row.model_extra or {})["loss"]
+            self.say(f"iter {row.iter}: loss is {loss}: training has diverged and stops here")
 
-    def evaluation(self, iteration: int, train_loss: float, val_loss: float) -> None:
-        self.say(f"step {iteration}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+    def iteration(self, row: IterationRow) -> None:
+        if row.iter % self.interval == 0:
+            self.say(f"iter {row.iter}: loss {row.loss:.4f}, time {row.iter_ms:.2f}ms, mfu {_mfu(row, 2)}")
 
     def say(self, text: str) -> None:
         say(text)
-
-    def close(self) -> None:
-        pass
 
 
 class Bar(Lines):
     """A live bar with iteration, loss, time, MFU and ETA; what is said stays above it."""
 
-    def __init__(self, total: int, interval: int, start: int) -> None:
+    def __init__(self, total: int, start: int) -> None:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        super().__init__(total, interval)
+        super().__init__(interval=1)
         columns: list[Any] = [TextColumn("iter {task.completed}/{task.total}"), BarColumn(), TaskProgressColumn()]
         columns += [TextColumn("{task.fields[figures]}"), TextColumn("ETA"), TimeRemainingColumn()]
         self.progress = Progress(*columns, refresh_per_second=4)
         self.task = self.progress.add_task("train", total=total, completed=start, figures="compiling, first iteration")
         self.progress.start()
 
-    def iteration(self, done: Completion, mfu: float | None) -> None:
-        shown = "n/a" if mfu is None else f"{mfu * 100:.1f}%"
-        figures = f"loss {done.loss:.4f}  {done.iter_ms:.1f} ms  mfu {shown}"
-        self.progress.update(self.task, completed=done.iteration + 1, figures=figures)
+    def iteration(self, row: IterationRow) -> None:
+        figures = f"loss {row.loss:.4f}  {row.iter_ms:.1f} ms  mfu {_mfu(row, 1)}"
+        self.progress.update(self.task, completed=row.iter + 1, figures=figures)
 
     def say(self, text: str) -> None:
         self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -64,4 +66,10 @@ class Bar(Lines):
 
 
 def make(total: int, interval: int, start: int) -> Lines:
-    return Bar(total, interval, start) if sys.stdout.isatty() else Lines(total, interval)
+    return Bar(total, start) if sys.stdout.isatty() else Lines(interval)
+
+
+def _mfu(row: IterationRow, digits: int) -> str:
+    """Against the chip's peak, or where that is not known the measured one."""
+    share = row.mfu if row.mfu is not None else row.mfu_measured
+    return "n/a" if share is None else f"{share * 100:.{digits}f}%"

@@ -29,7 +29,7 @@ def run(config: SampleConfig) -> int:
     except InputError as error:
         raise InputError(f"prompt={config.prompt!r}: {error}") from error
     if not prompt:
-        raise InputError("prompt='': must hold at least one symbol")
+        raise InputError("prompt='': is empty; give at least one symbol")
     backend = kinds.create(spec, backend_options(config, name), Tokens(block_size=spec.block_size))
     backend.restore(state)
     for number in range(config.num_samples):
@@ -59,7 +59,7 @@ def run(config: SampleConfig) -> int:
 def _open(config: SampleConfig) -> tuple[GPTSpec, TrainState, Encoder]:
     if Path(config.run).exists() and not pretrained.is_pretrained(config.run):
         _, (spec, state, meta) = checkpoint.open_run(config.run, config.checkpoint, weights_only=True)
-        return spec, state, encoder_from_json(meta["encoder"])
+        return spec, state, encoder_from_json(meta.encoder)
     if not pretrained.is_pretrained(config.run):
         checkpoint.find(config.run)  # words the mistake
     loaded = pretrained.load(config.run, dropout=0.0)
@@ -67,7 +67,7 @@ def _open(config: SampleConfig) -> tuple[GPTSpec, TrainState, Encoder]:
         if loaded.spec.vocab_size < GPT2Encoder().vocab_size:
             raise InputError(
                 f"run={config.run}: its {loaded.spec.vocab_size} symbols are neither GPT-2's nor those of nanoGPT's "
-                "shakespeare_char, so its tokens cannot be read; allowed are checkpoints with either vocabulary"
+                "shakespeare_char, so its tokens cannot be read; use a checkpoint with either vocabulary"
             )
         return loaded.spec, loaded.state, GPT2Encoder()
     corpus = prepare(DataConfig(name=loaded.dataset, dir=config.data_dir))

@@ -1,6 +1,6 @@
 """`report.py`: only runs of the same work are ranked together; what it reads, writes and refuses."""
 
-import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from fakes import comparisons as fakes
 
-from nanogpt_mac.compare.report import leaderboard
-from nanogpt_mac.compare.report.config import ReportConfig
-from nanogpt_mac.compare.report.leaderboard import Board, Entry, ranks, run
+from nanogpt_mac.compare import leaderboard
+from nanogpt_mac.compare.config import ReportConfig
+from nanogpt_mac.compare.leaderboard import Board, Entry, ranks, run
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.records.comparison import Machine, VariantResult, Work
+from nanogpt_mac.report import show
 
-pytestmark = pytest.mark.xdist_group("leaderboard")  # what its fixtures make is dear: one worker makes it
+pytestmark = pytest.mark.xdist_group("leaderboard")  # what its fixtures make is expensive: one worker makes it
 
 MAX = fakes.MAC | {"chip": "Apple M4 Max", "gpu": "Apple M4 Max", "gpu_cores": 40, "memory_bytes": 64 * 2**30}
 
@@ -33,7 +35,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def entries(folders):
-    return [entry for folder in folders for entry in copy.deepcopy(leaderboard.entries(folder))]
+    return [entry for folder in folders for entry in leaderboard.entries(folder)]
 
 
 def rows(section, table=0):
@@ -44,8 +46,8 @@ def rows(section, table=0):
 def test_machines_side_by_side_the_fastest_first(entries):
     board = Board(entries)
     (group,) = board.groups
-    first, *_ = sections = board.sections()
-    shown = rows(first, 1)
+    first, *_ = sections = board.report().sections
+    shown = rows(first)
     assert [(row["variant"], row["machine"]) for row in shown] == [
         ("MLX compiled", "Apple M4 Max"),
         ("MPS eager", "Apple M4 Max"),
@@ -56,8 +58,8 @@ def test_machines_side_by_side_the_fastest_first(entries):
     assert shown[2]["GPU cores"] == "20"
     assert shown[0]["memory"] == "64 GiB"
     assert shown[3]["framework"] == "torch 2.13.0"
-    assert float(shown[2]["x the fastest"]) == pytest.approx(2.0, rel=0.02)
-    by_machine = rows(first, 0)
+    assert float(shown[2]["time relative to fastest"]) == pytest.approx(2.0, rel=0.02)
+    by_machine = rows(first, 1)
     assert list(by_machine[0]) == [
         "variant",
         "Apple M4 Max, 40 GPU cores, 64 GiB",
@@ -71,7 +73,7 @@ def test_machines_side_by_side_the_fastest_first(entries):
 
 def test_wrong_and_simulated_variants_take_no_rank(entries):
     board = Board(entries)
-    unranked = {row["variant"]: row["why"] for row in rows(board.sections()[1])}
+    unranked = {row["variant"]: row["why"] for row in rows(board.report().sections[1])}
     assert set(unranked) == {"MPS compiled (WRONG)", "MPS simulated"}
     assert unranked["MPS compiled (WRONG)"].startswith("WRONG: failed parity")
     assert "simulated" in unranked["MPS simulated"]
@@ -92,11 +94,17 @@ OTHER_WORK = [
 ]
 
 
+def with_work(entry, key, value):
+    """The entry, having done other work."""
+    work = entry.work.model_dump()
+    holder = work["model"] if key.startswith("model.") else work
+    holder[key.removeprefix("model.")] = value
+    return dataclasses.replace(entry, work=Work(**work))
+
+
 @pytest.mark.parametrize(("key", "value"), OTHER_WORK)
 def test_other_work_is_never_ranked_with_it(entries, key, value):
-    other = copy.deepcopy(next(entry for entry in entries if entry.unranked() is None))
-    holder = other.work["model"] if key.startswith("model.") else other.work
-    holder[key.removeprefix("model.")] = value
+    other = with_work(next(entry for entry in entries if entry.unranked() is None), key, value)
     board = Board([*entries, other])
     assert [len(group) for group in board.groups] == [4, 1]
     assert board.groups[1] == [other]
@@ -105,16 +113,15 @@ def test_other_work_is_never_ranked_with_it(entries, key, value):
 
 @pytest.mark.parametrize("key", ["batch_size", "dtype", "corpus_sha256", "model"])
 def test_unknown_work_is_not_ranked(entries, key):
-    other = copy.deepcopy(next(entry for entry in entries if entry.unranked() is None))
-    other.work[key] = None
+    other = with_work(next(entry for entry in entries if entry.unranked() is None), key, None)
     board = Board([*entries, other])
     assert [len(group) for group in board.groups] == [4]
     assert "not fully recorded" in str(other.unranked())
 
 
-def entry(median, bounds):
-    variant = {"label": "A", "name": "a", "iter_ms": {"median": median, "ci95": bounds}}
-    return Entry(variant, {}, {}, {}, Path(), None)
+def entry(median, bounds, work=None, **more):
+    facts = {"label": "A", "name": "a", "state": "ok", "times": {"median": median, "ci95": bounds}}
+    return Entry(VariantResult(**facts | more), work or Work(), Machine(), None, Path(), None)
 
 
 def test_entries_that_cannot_be_told_apart_share_a_rank():
@@ -123,36 +130,39 @@ def test_entries_that_cannot_be_told_apart_share_a_rank():
 
 
 def test_a_median_and_its_interval_must_make_sense():
-    assert entry(100, [1, 2]).bounds is None  # a damaged file: it does not even hold the median
+    assert entry(100, [1, 2]).bounds is None  # it does not even hold the median
     assert entry(100, [101, 99]).bounds is None
-    assert entry(-5, [-6, -4]).unranked() == "nothing was timed"
+    assert entry(0, None).unranked() == "nothing was timed"
 
 
 def ranked(*pairs):
     """A board of such entries, all of the same fully known work."""
-    work = dict.fromkeys(leaderboard.WORK_KEYS, 1) | {"model": dict.fromkeys(leaderboard._MODEL_KEYS, 1)}
-    return Board([Entry(entry(*pair).variant | {"label": str(pair[0])}, work, {}, {}, Path(), None) for pair in pairs])
+    model = {"n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "vocab_size": 1}
+    facts = {"batch_size": 1, "gradient_accumulation_steps": 1, "dtype": "x", "matmul_precision": "x"}
+    work = Work(model=model, corpus_sha256="x", **facts)
+    return Board([entry(median, bounds, work, label=str(median)) for median, bounds in pairs])
 
 
 def test_the_sentence_claims_no_more_than_the_intervals():
-    assert "1 on a machine not known is the only entry to rank" in ranked((1, [1, 1])).sentence()
-    assert "1 on a machine not known is fastest" in ranked((1, [1, 1]), (2, [2, 2])).sentence()
-    for board in (ranked((1, None), (2, [2, 2])), ranked((1, [1, 1]), (2, None))):
-        assert "1 on a machine not known has the lowest median" in board.sentence()
-        assert [row.mark for row in board.sections()[0].tables[0].rows] == ["", ""]
+    assert "Only 1.0 on an unknown machine could be ranked" in ranked((1.0, [1, 1])).sentence()
+    assert "1.0 on an unknown machine is fastest" in ranked((1.0, [1, 1]), (2, [2, 2])).sentence()
+    for board in (ranked((1.0, None), (2, [2, 2])), ranked((1.0, [1, 1]), (2, None))):
+        assert "1.0 on an unknown machine has the lowest median" in board.sentence()
+        assert [row.mark for row in board.report().sections[0].tables[0].rows] == ["", ""]
     assert "and 1 more cannot be told apart" in ranked(*((i, [1, 9]) for i in range(2, 7))).sentence()
 
 
 def test_a_diverged_run_takes_no_rank(entries):
-    variant = {"iter_ms": {"median": 1.0}, "state": "partial", "reason": "diverged: the loss is no number"}
-    board = Board([*entries, Entry(variant, entries[0].work, {}, {}, Path(), None)])
-    assert "diverged" in {row["why"].split(":")[0] for row in rows(board.sections()[1])}
+    reason = "diverged: the loss is not a number"
+    board = Board([*entries, entry(1.0, None, entries[0].work, state="partial", reason=reason)])
+    assert "diverged" in {row["why"].split(":")[0] for row in rows(board.report().sections[1])}
 
 
 def test_nothing_known_is_a_board_too():
-    board = Board([Entry({}, {}, {}, {}, Path("x"), None)])
+    nothing = VariantResult(name="x", label="x", state="failed")
+    board = Board([Entry(nothing, Work(), Machine(), None, Path("x"), None)])
     assert board.sentence() == "Nothing here can be ranked."
-    assert "nothing was timed" in board.markdown()
+    assert "nothing was timed" in show.markdown(board.report())
     assert "</html>" in board.html()
 
 
@@ -165,7 +175,7 @@ def test_single_runs_join_in(folders, tmp_path):
     board = Board([*leaderboard.entries(folders[0]), *found])
     assert [len(group) for group in board.groups] == [3]
     assert board.groups[0][0] == found[0]
-    row = rows(board.sections()[0], 1)[0]
+    row = rows(board.report().sections[0])[0]
     assert (row["variant"], row["parity"], row["runs"]) == ("MLX compiled", "not run", "1")
 
 
@@ -192,13 +202,30 @@ def test_one_comparison_has_its_report_made_anew(folders, tmp_path, capsys):
     # What someone sent: only comparison.json, of a newer version and with much missing.
     sent = tmp_path / "sent"
     sent.mkdir()
-    document = {"schema": 9, "variants": [{"label": "MPS eager", "iter_ms": {"median": 221}}], "unheard": 1}
+    variant = {"name": "mps", "label": "MPS eager", "state": "ok", "times": {"median": 221}}
+    document = {"schema": 9, "variants": [variant], "verdict": {"sentence": "MPS eager it is."}, "unheard": 1}
     (sent / "comparison.json").write_text(json.dumps(document))
     assert run(ReportConfig([str(sent)], output=str(tmp_path / "out"))) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "schema 9, newer" in text
     assert "| MPS eager | 221.0 |" in text
     assert [path.name for path in sent.iterdir()] == ["comparison.json"]
+
+
+def test_details_are_shown_on_request(folders, tmp_path, capsys):
+    options = {"output": str(tmp_path / "out")}
+    assert run(ReportConfig([str(folders[1])], **options)) == 0
+    brief = capsys.readouterr().out
+    assert run(ReportConfig([str(folders[1])], details=True, **options)) == 0
+    whole = capsys.readouterr().out
+    for later in ("Iteration times", "What each switch", "How each variant was started", "drift in a round"):
+        assert later not in brief
+    assert "Iteration times" in whole
+    assert "details=true" in brief
+    assert "details=true" not in whole
+    for printed in (brief, whole):
+        assert printed.startswith("MLX compiled is fastest")
+        assert max(map(len, printed.splitlines()[:-2])) <= 100  # the last two have the folder's name
 
 
 def test_a_folder_of_runs_stands_for_them(folders):
@@ -212,7 +239,7 @@ def test_bad_input(tmp_path):
     (tmp_path / "bad" / "comparison.json").write_text("{")
     for runs, words in [
         ([], r"^runs=\[\]: name the folders"),
-        ([str(tmp_path / "none")], r"none: is no folder"),
+        ([str(tmp_path / "none")], r"none: is not a folder"),
         ([str(tmp_path / "empty")], r"empty: holds no run"),
         ([str(tmp_path / "bad")], r"comparison\.json: cannot be read"),
     ]:
@@ -223,7 +250,7 @@ def test_bad_input(tmp_path):
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    (tmp_path / "comparison.json").write_text("{}")
+    (tmp_path / "comparison.json").write_text('{"schema": 2, "variants": [], "verdict": {"sentence": ""}}')
     with pytest.raises(InputError, match=r"^output=.*file"):
         run(ReportConfig([str(tmp_path)], output=str(tmp_path / "file" / "x")))
 

@@ -6,13 +6,14 @@ from html.parser import HTMLParser
 
 import pytest
 from fakes.browser import Browser, programs
-from fakes.pages import EVIL, alone, collected, many, sparse, with_levers
+from fakes.pages import EVIL, alone, collected, edited, empty, many, sparse, with_levers
 
-from nanogpt_mac.compare.report import evidence, page, render
-from nanogpt_mac.compare.report.leaderboard import Board, Entry
-from nanogpt_mac.report import show
+from nanogpt_mac.compare import contents
+from nanogpt_mac.compare.leaderboard import Board, Entry
+from nanogpt_mac.report import page, show
+from nanogpt_mac.report.table import Report
 
-pytestmark = pytest.mark.xdist_group("page")  # what its fixtures make is dear: one worker makes it
+pytestmark = pytest.mark.xdist_group("page")  # what its fixtures make is expensive: one worker makes it
 
 SECTIONS = ["variants", "problems", "times", "loss", "utilisation", "phases", "memory", "energy", "levers", "parity",
             "fallbacks", "compile", "published", "environment"]  # fmt: skip
@@ -33,20 +34,22 @@ def pages(comparison):
         "one run": alone(comparison),
         "twelve variants": many(comparison),
         "sparse": sparse(comparison),
-        "nothing": {},
+        "nothing": empty(),
     }
-    return {name: render.html(document) for name, document in made.items()} | {"leaderboard": board(comparison).html()}
+    return {name: contents.html(document) for name, document in made.items()} | {
+        "leaderboard": board(comparison).html()
+    }
 
 
 def board(comparison):
     from pathlib import Path
 
-    machines = [comparison["machine"], comparison["machine"] | {"name": f"Apple M4 Max {EVIL} {'long' * 60}"}]
+    long = comparison.machine.model_copy(update={"name": f"Apple M4 Max {EVIL} {'long' * 60}"})
     return Board(
         [
-            Entry(variant, comparison["work"], machine, comparison["environment"], Path("runs/a"), None)
-            for machine in machines
-            for variant in comparison["variants"]
+            Entry(variant, comparison.work, machine, comparison.environment, Path("runs/a"), None)
+            for machine in (comparison.machine, long)
+            for variant in comparison.variants
         ]
     )
 
@@ -99,7 +102,7 @@ def trees(pages):
 def test_small_and_always_the_same(pages, comparison):
     assert {name: len(html.encode()) for name, html in pages.items() if len(html.encode()) >= LARGEST} == {}
     assert len(pages["twelve variants"].encode()) < LARGEST / 2
-    assert render.html(alone(comparison)) == pages["one run"]
+    assert contents.html(alone(comparison)) == pages["one run"]
 
 
 def test_every_section_is_present_or_says_why_not(trees):
@@ -113,10 +116,10 @@ def test_every_section_is_present_or_says_why_not(trees):
         for section in tree.all("section"):
             assert list(section.all("table", "ul", "p")), section.attributes
     sentences = {s.attributes["id"]: s.words() for s in trees["nothing"].all("section")}
-    assert "did not tell its energy" in sentences["energy"]
+    assert "No energy figures" in sentences["energy"]
     assert "parity gate was not run" in sentences["parity"]
     charts = {node.attributes["id"] for node in trees["evil"].all("figure")}
-    names = "median ratio series spread loss-iteration loss-time mfu roofline phases memory energy levers"
+    names = "ratio series loss-time roofline levers"
     assert charts == {f"chart-{name}" for name in names.split()}
 
 
@@ -132,15 +135,15 @@ def test_nothing_is_fetched_and_nothing_is_run(pages, trees):
         assert policy.attributes["content"].startswith("default-src 'none'")
 
 
-def test_published_figures_lead_to_their_source(pages, trees, comparison):
+def test_published_figures_lead_to_their_source(trees, comparison):
     section = next(node for node in trees["evil"].all("section") if node.attributes["id"] == "published")
     links = [node.attributes["href"] for node in section.all("a")]
-    assert links == [row["url"] for row in comparison["published"]]
-    assert f"| <{links[0]}> |" in render.markdown(comparison)
-    for url in ("javascript:alert(1)", 'https://x"><script>|`', None):
-        odd = evidence.published_section({"published": [comparison["published"][0] | {"url": url}]})
-        html = page.filled(page.Page("", "", "", [], [], [], [odd], ""))
-        assert "<script" not in html + show.markdown_page("", "", [odd], "")
+    assert links == [row.url for row in comparison.published]
+    assert f"| <{links[0]}> |" in show.markdown(contents.report(comparison))
+    for url in ("javascript:alert(1)", 'https://x"><script>|`'):
+        odd = edited(comparison, lambda document, _, url=url: document["published"][0].update({"url": url}))
+        html = contents.html(odd)
+        assert "<script" not in html + show.markdown(contents.report(odd))
         assert 'href="javascript' not in html
 
 
@@ -237,9 +240,7 @@ def test_charts_use_the_pages_colours_alone(pages, trees):
 
 def test_lines_differ_by_more_than_their_colour(trees):
     """Each legend entry has a dash and marker of its own."""
-    legend = next(
-        node for node in trees["twelve variants"].all("figure") if node.attributes["id"] == "chart-loss-iteration"
-    )
+    legend = next(node for node in trees["twelve variants"].all("figure") if node.attributes["id"] == "chart-loss-time")
     shapes = []
     for entry in next(legend.all("ul")).all("li"):
         parts = [sorted(n.attributes.items()) for n in next(entry.all("svg")).all() if n.tag in ("path", "circle")]
@@ -249,7 +250,7 @@ def test_lines_differ_by_more_than_their_colour(trees):
 
 def test_a_long_verdict_is_a_short_heading():
     verdict = "A is fastest: 1.5 x as fast as B. C is WRONG. D did not run."
-    tree = Tree(page.filled(page.Page("", "", verdict, [], [], [], [], ""))).root
+    tree = Tree(page.html(Report("", "", verdict, []))).root
     assert next(tree.all("h1")).words() == "A is fastest: 1.5 x as fast as B."
     assert [n.words() for n in tree.all("p") if n.attributes.get("class") == "more"] == ["C is WRONG. D did not run."]
 

@@ -15,9 +15,9 @@ from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.compare.config import CompareConfig, entries, validate
 from nanogpt_mac.compare.variants import KNOWN, Machine, parse, unique
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.measure.rounds import COUNTED, FEWEST, MOST_ITERS, Cost, schedule
+from nanogpt_mac.measure.rounds import COUNTED, FEWEST, MOST_ITERS, Cost, drawn_order, schedule
 from nanogpt_mac.overrides import merged
-from nanogpt_mac.records.plan import Variant
+from nanogpt_mac.records.plan import Plan, Variant
 from nanogpt_mac.train import source
 
 
@@ -56,7 +56,7 @@ def make(monkeypatch, tmp_path):
 
 
 def names(made):
-    return [variant["name"] for variant in made[0]["variants"]]
+    return [variant.name for variant in made[0].variants]
 
 
 # -- variants -------------------------------------------------------------------------------------------------------------
@@ -67,17 +67,18 @@ def test_every_variant_of_a_machine(make):
     everything = ["mps", "mps-compile", "mlx", "mlx-eager", "cpu", "cpu-compile"]
     assert names(make(machine=MAC)) == everything
     document, configs = make(machine=SIMULATED)
-    assert [variant["label"] for variant in document["variants"]][:2] == [
+    assert [variant.label for variant in document.variants][:2] == [
         "MPS eager",
         "MPS compiled",
     ]
-    notes = {variant["name"]: variant["note"] for variant in document["variants"]}
+    notes = {variant.name: variant.note for variant in document.variants}
     assert (notes["mps"], notes["mlx"], notes["cpu"]) == ("simulated", "CPU, torch's BLAS", "")
     found = {name: (config.backend.name, config.compile, config.backend.blas) for name, config in configs.items()}
     assert found["mps-compile"] == ("mps", True, "own")
     assert found["mlx-eager"] == ("mlx", False, "torch")
-    assert document["missing"] == {"cuda": "no CUDA"}
-    assert json.loads(json.dumps(document)) == document
+    assert document.missing == {"cuda": "no CUDA"}
+    written = Plan.parse(json.loads(json.dumps(document.document())), "plan.json")
+    assert written.model_copy(update={"schema_": document.schema_}) == document
     assert plans.configs_of(document) == configs
 
 
@@ -94,7 +95,7 @@ def test_variants_with_overrides_of_their_own(make):
     texts = '["cpu","cpu backend.fused_adamw=false","mps compile=true dtype=bfloat16","cpu",mlx-eager]'
     document, configs = make(f"variants={texts}", "dtype=float16", machine=SIMULATED)
     assert names((document,)) == ["cpu", "cpu-fused_adamw-false", "mps-compile-dtype-bfloat16", "cpu-2", "mlx-eager"]
-    labels = [variant["label"] for variant in document["variants"]]
+    labels = [variant.label for variant in document.variants]
     assert labels[1:4] == [
         "CPU eager, backend.fused_adamw=false",
         "MPS compiled, dtype=bfloat16",
@@ -124,27 +125,30 @@ def test_names_are_unique_whatever_is_written():
         (['variants=["cpu compile"]'], "compile: use settings of train.py after cpu, as key=value"),
         (['variants=["cpu max_iters=3"]'], "max_iters=3: use settings of train.py after cpu"),
         (['variants=["cpu nonsense=3"]'], "nonsense=3: there is no such key"),
-        (['variants=["cpu dtype=int8"]'], "dtype=int8: allowed are float32"),
-        (['variants=["cpu compile=maybe"]'], "compile=maybe: allowed are auto, true, false"),
-        (['variants=[cpu,"cpu batch_size=3"]'], "batch_size=3: all variants do the same work"),
+        (['variants=["cpu dtype=int8"]'], "dtype=int8: use float32"),
+        (['variants=["cpu compile=maybe"]'], "compile=maybe: use auto, true or false"),
+        (
+            ['variants=[cpu,"cpu batch_size=3"]'],
+            "batch_size=3: all variants do the same work; use batch_size=3 for all of them",
+        ),
         (['variants=["cpu model.n_layer=2",mlx]'], r"model\.n_layer=2: all variants do the same work"),
-        (["variants=[]"], r"variants=\[\]: allowed is a list such as"),
-        (["variants=[1]"], r"variants=\[1\]: allowed is a list"),
-        (["variants=[cpu]", "backend=mlx"], "backend=mlx: leaves none of the variants cpu"),
-        (["max_iters=100"], "max_iters=100: a comparison decides this itself: allowed is iters=N"),
+        (["variants=[]"], r"variants=\[\]: use a list such as"),
+        (["variants=[1]"], r"variants=\[1\]: use a list"),
+        (["variants=[cpu]", "backend=mlx"], "backend=mlx: leaves none of the variants cpu; leave it out"),
+        (["max_iters=100"], "max_iters=100: a comparison decides this itself: use iters=N"),
         (["wandb.mode=online"], "wandb.mode=online: a comparison decides this itself"),
         (["init_from=resume"], "init_from=resume: a comparison starts its runs from the same weights"),
-        (["run=somewhere", "rounds=3"], "rounds=3: run=somewhere goes on as it was planned"),
+        (["run=somewhere", "rounds=3"], "rounds=3: run=somewhere goes on as it was planned; use run= alone"),
         (["rounds=0"], "rounds=0: must be at least 1"),
         (["iters=7"], "iters=7: must be at least 8"),
         (["budget_minutes=0"], "budget_minutes=0.0: must be more than 0"),
         (["budget_minutes=nan"], "budget_minutes=nan: must be more than 0"),
         (["iters=3", "timing_warmup=0"], "iters=3: must be at least 4"),
-        (["cooldown_seconds=-1"], "cooldown_seconds=-1.0: must be at least 0"),
+        (["cooldown_seconds=-1"], "cooldown_seconds=-1.0: must be at least 0 and finite"),
         (["stall_seconds=0"], "stall_seconds=0.0: must be at least 1"),
         (["levers=true", "variants=[cpu]"], r"variants=\['cpu'\]: levers=true chooses its own"),
-        (["levers=true", "compile=true"], "compile=true: levers=true tries both; allowed beside it is backend=NAME"),
-        (["chip=[]"], r"chip=\[\]: allowed is a name such as m4-max"),
+        (["levers=true", "compile=true"], "compile=true: levers=true tries both; use backend=NAME to narrow them"),
+        (["chip=[]"], r"chip=\[\]: use a name such as m4-max"),
         (["parity=false", "time_wrong=true"], "time_wrong=true: parity=false does not look"),
         (["ronds=3"], "ronds=3: there is no such key; did you mean rounds"),
         (["batch_size=0"], "batch_size=0: must be at least 1"),
@@ -170,20 +174,20 @@ def test_what_a_newcomer_types_reaches_every_run(make):
         "data.path=f.txt",
         "seed=5",
     )
-    assert "variants=[cpu,mlx]" not in document["overrides"]
-    assert document["experiment"] == "quick"
-    assert not document["quick_by_default"]
-    assert document["seed"] == 5
+    assert "variants=[cpu,mlx]" not in document.overrides
+    assert document.experiment == "quick"
+    assert not document.quick_by_default
+    assert document.seed == 5
     for config in configs.values():
         assert (config.dtype, config.batch_size, config.model.n_layer, config.seed) == ("bfloat16", 8, 4, 5)
         assert (config.data.name, config.data.path) == ("text", "f.txt")
-    assert document["recipe"] == {"max_iters": 2000, "eval_interval": 250, "eval_iters": 20}
+    assert document.recipe.model_dump() == {"max_iters": 2000, "eval_interval": 250, "eval_iters": 20}
 
 
 def test_the_full_recipe_needs_an_accelerator(make):
     def layers(*overrides, machine):
         document, configs = make(*overrides, "variants=[cpu]", machine=machine)
-        return document["experiment"], document["quick_by_default"], next(iter(configs.values())).model.n_layer
+        return document.experiment, document.quick_by_default, next(iter(configs.values())).model.n_layer
 
     assert layers(machine=LINUX) == ("quick", True, 4)
     assert layers(machine=SIMULATED) == ("quick", True, 4)
@@ -198,13 +202,13 @@ def test_without_a_network_all_runs_are_told_to_take_the_stand_in(make):
     document, configs = make("data.url=http://nowhere.invalid/x", "data_dir=elsewhere", stand_in=True)
     assert {config.data.name for config in configs.values()} == {"stand_in"}
     assert {config.data.dir for config in configs.values()} == {"elsewhere"}
-    assert not any("url" in override for override in document["overrides"])
+    assert not any("url" in override for override in document.overrides)
 
 
 def test_backend_blas_is_the_users_where_it_is_given(make):
     document, configs = make("backend.blas=own", "variants=[mlx]")
     assert configs["mlx"].backend.blas == "own"
-    assert "BLAS" not in document["variants"][0]["label"]
+    assert "BLAS" not in document.variants[0].label
 
 
 def test_merged_keeps_the_last_of_each_key():
@@ -236,24 +240,24 @@ def flat(config):
 def test_a_lever_changes_one_thing_on_its_base(make, machine, overrides):
     document, configs = make("levers=true", *overrides, machine=machine)
     assert len(configs) > 6
-    for variant in document["variants"]:
-        lever = variant["lever"]
+    for variant in document.variants:
+        lever = variant.lever
         if lever is None:
             continue
-        base, changed = flat(configs[lever["base"]]), flat(configs[variant["name"]])
+        base, changed = flat(configs[lever.base]), flat(configs[variant.name])
         differ = {key for key in base if base[key] != changed[key] and key != "given"}
-        assert differ == {lever["key"]}
-        assert changed[lever["key"]] == lever["value"]
-        assert lever["what"]
-    bases = {variant["lever"]["base"] for variant in document["variants"] if variant["lever"]}
-    assert bases == {variant["name"] for variant in document["variants"] if variant["lever"] is None}
+        assert differ == {lever.key}
+        assert changed[lever.key] == lever.value
+        assert lever.what
+    bases = {variant.lever.base for variant in document.variants if variant.lever}
+    assert bases == {variant.name for variant in document.variants if variant.lever is None}
 
 
 def test_levers_are_those_with_an_effect(make):
     def of(machine, backend, *overrides):
         document, _ = make("levers=true", f"backend={backend}", *overrides, machine=machine)
-        levers = [variant["lever"] for variant in document["variants"] if variant["lever"]]
-        return {(lever["key"], lever["value"]) for lever in levers if lever["key"] != "matmul_precision"}
+        levers = [variant.lever for variant in document.variants if variant.lever]
+        return {(lever.key, lever.value) for lever in levers if lever.key != "matmul_precision"}
 
     dropout, waits = ("model.dropout", 0.0), {("sync", "iteration"), ("sync", "interval")}
     halves, loop = {("dtype", "bfloat16"), ("dtype", "float16")}, ("backend.fused_adamw", False)
@@ -264,12 +268,12 @@ def test_levers_are_those_with_an_effect(make):
     modes = {("backend.compile_mode", m) for m in ("reduce-overhead", "max-autotune-no-cudagraphs")}
     assert of(CUDA, "cuda") == {("compile", False), loop, *waits, *halves, dropout, *modes}
     document, _ = make("levers=true", machine=MAC)
-    assert {w["name"] for w in document["variants"] if w["lever"] and w["lever"]["key"] == "compile"} == {
+    assert {v.name for v in document.variants if v.lever and v.lever.key == "compile"} == {
         "mps-compile",
         "mlx-eager",
         "cpu-compile",
     }
-    assert document["budget_minutes"] > 9  # so many variants take longer
+    assert document.budget_minutes > 9  # so many variants take longer
 
 
 def test_precision_is_a_lever_where_products_change(make, monkeypatch):
@@ -277,8 +281,8 @@ def test_precision_is_a_lever_where_products_change(make, monkeypatch):
 
     def of(machine, backend, *overrides):
         document, _ = make("levers=true", f"backend={backend}", *overrides, machine=machine)
-        levers = [variant["lever"] for variant in document["variants"] if variant["lever"]]
-        return [lever["value"] for lever in levers if lever["key"] == "matmul_precision"]
+        levers = [variant.lever for variant in document.variants if variant.lever]
+        return [lever.value for lever in levers if lever.key == "matmul_precision"]
 
     assert of(CUDA, "cuda") == of(MAC, "mlx") == ["high"]
     assert of(MAC, "mps") == of(LINUX, "mlx") == of(CUDA, "cuda", "dtype=bfloat16") == []
@@ -342,8 +346,8 @@ def test_rounds_and_iterations_that_are_asked_for_are_obeyed():
 
 def test_the_order_is_drawn_but_the_same_for_a_seed():
     rounds = {"a": list(range(20)), "b": list(range(20)), "c": [0, 10]}
-    drawn = plans.order(rounds, 1)
-    assert drawn == plans.order(rounds, 1) != plans.order(rounds, 2)
+    drawn = drawn_order(rounds, 1)
+    assert drawn == drawn_order(rounds, 1) != drawn_order(rounds, 2)
     assert [number for number, _ in drawn] == sorted(number for number, _ in drawn)
     for number in range(20):
         assert sorted(name for n, name in drawn if n == number) == (
@@ -352,7 +356,7 @@ def test_the_order_is_drawn_but_the_same_for_a_seed():
     firsts = [next(name for n, name in drawn if n == number) for number in range(20)]
     assert 3 < firsts.count("a") < 17
     state = random.getstate()
-    plans.order(rounds, 1)
+    drawn_order(rounds, 1)
     assert random.getstate() == state
 
 
@@ -367,7 +371,7 @@ def test_every_known_variant_has_a_label_and_a_back_end():
 def test_bad_input_leaves_nothing_behind(command, tmp_path):
     done = command("compare.py", "dtype=int8", "data=stand_in", "variants=[cpu]")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "compare.py: dtype=int8: allowed are float32, bfloat16, float16\n"
+    assert done.stderr == "compare.py: dtype=int8: use float32, bfloat16 or float16\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -412,4 +416,4 @@ def test_the_floor_of_a_chip_that_is_not_here_runs_nothing(command, tmp_path):
     assert "444.2" in done.stdout  # 1162.6 GFLOP at 2.617 TFLOP/s
     assert list(tmp_path.iterdir()) == []
     unknown = command("compare.py", "chip=m99")
-    assert (unknown.returncode, unknown.stderr.startswith("compare.py: chip=m99: allowed are m1, ")) == (2, True)
+    assert (unknown.returncode, unknown.stderr.startswith("compare.py: chip=m99: use one of m1, ")) == (2, True)

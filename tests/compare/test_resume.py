@@ -21,6 +21,7 @@ from nanogpt_mac.compare import run as command
 from nanogpt_mac.compare.config import CompareConfig
 from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.records.plan import Parity, ParityResult, Plan
 
 
 def test_nothing_that_has_been_done_is_done_again(plan):
@@ -42,7 +43,7 @@ from pathlib import Path
 from nanogpt_mac.compare import plan, run
 from nanogpt_mac.compare.config import CompareConfig
 from nanogpt_mac.config import Config
-plan.configs_of = lambda document: {variant["name"]: Config() for variant in document["variants"]}
+plan.configs_of = lambda document: {variant.name: Config() for variant in document.variants}
 sys.exit(run.run(CompareConfig(run=sys.argv[1])))
 """
 
@@ -83,7 +84,7 @@ def test_a_killed_comparison_goes_on_and_its_orphan_is_ended(in_a_process, plan)
     before = started(runner)
     assert running.is_running()  # nobody was left to end it
     again = plan.again(runner.folder)
-    again._round_limits = lambda name: child.Limits(60, 60, 60)
+    again._limits = lambda name: child.Limits(60, 60, 60)
     again.carry_out()
     assert not running.is_running() or running.status() == psutil.STATUS_ZOMBIE
     assert set(outcomes(runner).values()) == {("done", None)}
@@ -131,9 +132,12 @@ def test_an_orphan_is_ended_though_the_clock_has_been_set(tmp_path, monkeypatch)
         ("outcome.json", "{"),
         ("outcome.json", "{}"),
         ("outcome.json", '{"state": "done", "seconds": "1"}'),
+        ("outcome.json", '{"variant": "a", "round": 7, "state": "done", "seconds": 1}'),
+        ("outcome.json", '{"variant": "z", "round": 0, "state": "done", "seconds": 1}'),
         ("summary.json", None),
         ("summary.json", '{"iter_ms": 1}'),
         ("metrics.jsonl", "{\n1"),
+        ("metrics.jsonl", ""),
         ("metrics.jsonl", None),
     ],
 )
@@ -144,7 +148,12 @@ def test_a_run_whose_records_are_damaged_is_run_again(plan, file, text):
     for run in ("pilot-a", "0-b"):
         path = runner.folder / "rounds" / run / file
         path.unlink() if text is None else path.write_text(text)
-    plan.again(runner.folder).carry_out()
+    again = plan.again(runner.folder)
+    assert [line.split(": ")[:2] for line in again.said] == [
+        [f"rounds/{run}", "its records are damaged"] for run in ("0-b", "pilot-a")
+    ]
+    assert all(line.endswith("; it is run again") for line in again.said)
+    again.carry_out()
     assert sorted(started(runner)[len(before) :]) == ["0-b", "pilot-a"]
     assert set(outcomes(runner).values()) == {("done", None)}
 
@@ -155,10 +164,13 @@ def test_a_run_whose_records_are_damaged_is_run_again(plan, file, text):
 def test_a_gate_that_cannot_be_read_or_lacks_a_variant_is_passed_again(plan, monkeypatch, text):
     runner = plan(rounds=1, parity=True, a="works")
     (runner.folder / "parity.json").write_text(text)
-    failed = {"seconds": 1.0, "variants": {"a": {"state": "fail", "reason": "logits"}}}
+    failed = Parity(seconds=1.0, variants={"a": ParityResult(state="fail", reason="logits")})
     monkeypatch.setattr("nanogpt_mac.parity.gate.check", lambda *_: failed)
     runner.carry_out()
     assert outcomes(runner) == {"pilot-a": ("skipped", "failed the parity gate: logits")}
+
+
+DECIDED = {"order": [[0, "a"]], "rounds": 1, "iters": {"a": 9}, "warmup": {"a": 1}, "share": {"a": 1.0}}
 
 
 def test_only_a_comparison_that_can_be_read_goes_on(plan, tmp_path):
@@ -168,24 +180,28 @@ def test_only_a_comparison_that_can_be_read_goes_on(plan, tmp_path):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "holds no plan.json; allowed is a comparison's folder" in go_on(tmp_path)
+    assert "holds no plan.json; use a comparison's folder" in go_on(tmp_path)
     runner = plan(a="works")
     path = runner.folder / "plan.json"
     whole = json.loads(path.read_text())
     for broken, words in (
-        ("{", "its plan.json cannot be read"),
-        ("[1]", "its plan.json cannot be read"),
-        (json.dumps(whole | {"schema": 99}), "its plan has schema 99; allowed is 1"),
-        (json.dumps({k: v for k, v in whole.items() if k != "variants"}), "its plan.json has no variants"),
-        (json.dumps(whole | {"cwd": str(tmp_path / "gone")}), "which is not there any more"),
-        (json.dumps(whole | {"cwd": 5}), "is damaged: cwd=5; allowed is what compare.py wrote"),
-        (json.dumps(whole | {"variants": []}), "is damaged: variants=[]"),
-        (json.dumps(whole | {"variants": [{"name": "a"}]}), "is damaged: variants="),
-        (json.dumps(whole | {"asked": None}), "is damaged: asked=None"),
-        (json.dumps(whole | {"overrides": 5}), "is damaged: overrides=5"),
-        (json.dumps(whole | {"budget_minutes": "x"}), "is damaged: budget_minutes=x"),
-        (json.dumps(whole | {"order": [[0, "b"]], "rounds": 1}), "is damaged: order=[[0, 'b']]"),
-        (json.dumps(whole | {"order": [[0, "a"]], "rounds": 1}), "is damaged: iters=None"),
+        ("{", "plan.json: cannot be read: JSONDecodeError; start a new comparison"),
+        ("[1]", "plan.json: not a JSON object"),
+        (json.dumps(whole | {"schema": 99}), "plan.json has schema 99, this program's is 2; use the newer nanogpt-mac"),
+        (json.dumps({k: v for k, v in whole.items() if k != "variants"}), "plan.json: has no variants"),
+        (json.dumps(whole | {"cwd": str(tmp_path / "gone")}), "gone, which is gone; make that folder, or start anew"),
+        (json.dumps(whole | {"cwd": 5}), "plan.json: cwd=5: "),
+        (json.dumps(whole | {"variants": []}), "plan.json: variants must have names of their own"),
+        (json.dumps(whole | {"variants": whole["variants"] * 2}), "plan.json: variants must have names of their own"),
+        (json.dumps(whole | {"variants": [{"name": "a"}]}), "plan.json: has no variants.0.label"),
+        (json.dumps(whole | {"asked": None}), "plan.json: asked=None: "),
+        (json.dumps(whole | {"overrides": 5}), "plan.json: overrides=5: "),
+        (json.dumps(whole | {"budget_minutes": "x"}), "plan.json: budget_minutes='x': "),
+        (json.dumps(whole | {"stall_seconds": float("inf")}), "plan.json: stall_seconds=inf: "),
+        (json.dumps(whole | DECIDED | {"order": [[0, "b"]]}), "plan.json: iters, warmup or share lacks 'b'"),
+        (json.dumps(whole | DECIDED | {"iters": {}}), "plan.json: iters, warmup or share lacks 'a'"),
+        (json.dumps(whole | DECIDED | {"rounds": None}), "plan.json: order has round 0 of rounds=None"),
+        (json.dumps(whole | DECIDED | {"iters": {"a": 0}}), "plan.json: iters.a=0: "),
     ):
         path.write_text(broken)
         assert words in go_on(runner.folder)
@@ -193,10 +209,10 @@ def test_only_a_comparison_that_can_be_read_goes_on(plan, tmp_path):
 
 def test_a_new_comparison_takes_no_folder_that_another_has(plan, monkeypatch):
     runner = plan(rounds=1, a="works")
-    monkeypatch.setattr(plans, "make", lambda config: ({"made": "anew"}, {}))
-    with pytest.raises(InputError, match=r"run_dir=.*: is not empty; allowed is a new or an empty folder"):
+    monkeypatch.setattr(plans, "make", lambda config: (runner.plan.model_copy(update={"seed": 99}), {}))
+    with pytest.raises(InputError, match=r"run_dir=.*: is not empty; use a new or an empty folder"):
         command.run(CompareConfig(run_dir=str(runner.folder)))
-    assert json.loads((runner.folder / "plan.json").read_text()) == runner.plan
+    assert Plan.load(runner.folder / "plan.json") == runner.plan
 
 
 def test_a_full_disk_is_one_line_that_says_how_to_go_on(plan, monkeypatch, capsys):
@@ -206,7 +222,7 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(plan, monkeypatch, capsy
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", str(runner.folder / "outcome.json"))
 
-    monkeypatch.setattr("nanogpt_mac.compare.runner.write_json", full)
+    monkeypatch.setattr("nanogpt_mac.measure.runner.write_json", full)
     assert command.run(CompareConfig(run=str(runner.folder))) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"{runner.folder / 'outcome.json'}: No space left on device; make room, then go on with: ")

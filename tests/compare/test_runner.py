@@ -9,9 +9,9 @@ import pytest
 from fakes.comparisons import outcomes, started
 
 from nanogpt_mac import child
-from nanogpt_mac.compare import plan as plans
-from nanogpt_mac.compare.runner import Runner
-from nanogpt_mac.machine import probe
+from nanogpt_mac.measure.rounds import drawn_order
+from nanogpt_mac.measure.runner import Runner
+from nanogpt_mac.records.plan import Asked
 
 
 def overrides_of(folder):
@@ -32,7 +32,8 @@ def test_every_variant_runs_once_a_round_after_its_pilot(plan):
     assert document["iters"] == {"a": 12, "b": 12}
     assert not (runner.folder / "cache").exists()
     record = json.loads((runner.folder / "rounds/0-a/outcome.json").read_text())
-    assert {"variant", "round", "state", "code", "reason", "seconds", "started", "heat"} == record.keys()
+    keys = {"schema", "variant", "round", "state", "code", "reason", "seconds", "started", "heat"}
+    assert keys == record.keys()
     assert (record["variant"], record["round"], record["code"]) == ("a", 0, 0)
 
 
@@ -94,7 +95,7 @@ def test_a_pilot_that_hangs_is_ended(plan):
 def test_a_round_that_hangs_or_never_ends_is_ended_with_all_that_it_started(plan, monkeypatch):
     runner = plan(rounds=1, still="later-hangs-later", endless="later-endless", fine="works")
     limits = {"still": child.Limits(60, 0.6, 60), "endless": child.Limits(60, 60, 4), "fine": child.Limits(60, 60, 60)}
-    monkeypatch.setattr(Runner, "_round_limits", lambda self, name: limits[name])
+    monkeypatch.setattr(Runner, "_limits", lambda self, name: limits[name])
     runner.carry_out()
     found = outcomes(runner)
     assert found["0-still"][0] == found["0-endless"][0] == "timeout"
@@ -108,7 +109,7 @@ def test_a_round_that_hangs_or_never_ends_is_ended_with_all_that_it_started(plan
 def test_limits_leave_a_slow_machine_alone(plan):
     runner = plan(a="works")
     runner.carry_out()
-    limits = runner._round_limits("a")
+    limits = runner._limits("a")
     took = json.loads((runner.folder / "rounds/pilot-a/outcome.json").read_text())["seconds"]
     assert limits.stall >= 30
     assert limits.total > 20 * took
@@ -116,7 +117,7 @@ def test_limits_leave_a_slow_machine_alone(plan):
 
 def test_a_slow_pilot_is_asked_to_end_once_it_has_shown_enough(plan, monkeypatch):
     runner = plan(rounds=1, iters=10, a="slow")
-    monkeypatch.setattr("nanogpt_mac.compare.runner.PILOT_S", 0.2)
+    monkeypatch.setattr("nanogpt_mac.measure.runner.PILOT_S", 0.2)
     runner.carry_out()
     rows = (runner.folder / "rounds/pilot-a/metrics.jsonl").read_text().splitlines()
     assert child.FEWEST_PILOT <= len(rows) < 10
@@ -127,7 +128,7 @@ def test_a_slow_pilot_is_asked_to_end_once_it_has_shown_enough(plan, monkeypatch
 
 def test_a_pilot_that_was_done_when_it_was_asked_to_end_counts(plan, monkeypatch):
     runner = plan(rounds=1, a="lingers")
-    monkeypatch.setattr("nanogpt_mac.compare.runner.PILOT_S", 0.2)
+    monkeypatch.setattr("nanogpt_mac.measure.runner.PILOT_S", 0.2)
     runner.carry_out()
     assert json.loads((runner.folder / "rounds/pilot-a/outcome.json").read_text())["code"] == -signal.SIGTERM
     assert set(outcomes(runner).values()) == {("done", None)}
@@ -167,7 +168,8 @@ def test_variants_that_failed_the_gate_are_timed_on_request_alone(plan, time_wro
 def test_a_pilot_in_which_nothing_could_be_counted_is_run_twice_and_then_a_row(plan, tmp_path):
     runner = plan(rounds=1, a="works", b="works")
     script = tmp_path / "a.py"
-    script.write_text(script.read_text().replace('"median": 10.0, "min": 10.0', '"median": None, "min": None'))
+    text = script.read_text().replace('"median": 10.0, "min": 10.0, "count": ', '"count": 0, "ignored": ')
+    script.write_text(text.replace('"memory": 0}', '"memory": 0, "left_out": "slept"}'))
     runner.carry_out()
     assert outcomes(runner)["pilot-a"] == ("failed", "none of its iterations could be counted")
     assert outcomes(runner)["0-b"] == ("done", None)
@@ -176,11 +178,10 @@ def test_a_pilot_in_which_nothing_could_be_counted_is_run_twice_and_then_a_row(p
 
 def test_time_that_is_up_cuts_whole_rounds_off(plan, monkeypatch):
     runner = plan(rounds=8, a="works", b="works")
-    runner.plan["asked"] = {"rounds": None, "iters": None}
     runner._pilots({})
-    runner.plan |= {"rounds": 8, "iters": {"a": 12, "b": 12}, "warmup": {"a": 5, "b": 5}}
-    runner.plan["order"] = plans.order({"a": list(range(8)), "b": list(range(8))}, 1)
-    runner.plan |= {"budget_minutes": 0.0, "share": {"a": 1.0, "b": 1.0}}
+    runner._replan(rounds=8, iters={"a": 12, "b": 12}, warmup={"a": 5, "b": 5}, share={"a": 1.0, "b": 1.0})
+    order = drawn_order({"a": list(range(8)), "b": list(range(8))}, 1)
+    runner._replan(asked=Asked(), budget_minutes=0.0, order=order)
     runner._rounds()
     document = json.loads((runner.folder / "plan.json").read_text())
     assert document["rounds"] == 5  # so many are kept whatever the time
@@ -192,10 +193,9 @@ def test_time_that_is_up_cuts_whole_rounds_off(plan, monkeypatch):
 def test_time_that_is_left_adds_rounds(plan):
     runner = plan(rounds=None, a="works", b="later-raises", c="works")
     runner._pilots({})
-    runner.plan |= {"rounds": 3, "iters": dict.fromkeys("abc", 12), "warmup": dict.fromkeys("abc", 5)}
-    runner.plan |= {"order": plans.order({"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 2]}, 1)}
-    runner.plan |= {"share": {"a": 1.0, "b": 1.0, "c": 2 / 3}, "budget_minutes": 0.5}
-    plans.write(runner.folder, runner.plan)
+    runner._replan(rounds=3, iters=dict.fromkeys("abc", 12), warmup=dict.fromkeys("abc", 5))
+    runner._replan(order=drawn_order({"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 2]}, 1))
+    runner._replan(share={"a": 1.0, "b": 1.0, "c": 2 / 3}, budget_minutes=0.5)
     elapsed = iter([*[0.0] * 12, *[14.0] * 4, *[1000.0] * 50])  # of 30 seconds; 15 are the report's
     runner._elapsed = lambda: next(elapsed)
     runner._rounds()
@@ -208,7 +208,7 @@ def test_time_that_is_left_adds_rounds(plan):
     names = {f"{number}-{name}" for number, name in document["order"]}
     assert names == {name for name in outcomes(runner) if not name.startswith("pilot")}
     runner = plan.again(runner.folder)
-    runner.plan["budget_minutes"] = 0.0
+    runner._replan(budget_minutes=0.0)
     before = started(runner)
     runner._rounds()  # nothing is left to do, and no time
     assert started(runner) == before
@@ -217,15 +217,15 @@ def test_time_that_is_left_adds_rounds(plan):
 def test_a_hot_machine_is_waited_for_within_bounds(plan, monkeypatch):
     runner = plan(rounds=1, a="works")
     states = iter(["heavy", "heavy", "nominal", "nominal"])
-    monkeypatch.setattr(probe, "thermal_state", lambda: next(states))
-    monkeypatch.setattr("nanogpt_mac.compare.runner.HEAT_POLL_S", 0.05)
+    runner.thermal_state = lambda: next(states)
+    monkeypatch.setattr("nanogpt_mac.measure.runner.HEAT_POLL_S", 0.05)
     heat = runner._cool_down(60)
-    assert (heat["before"], heat["at_start"]) == ("heavy", "nominal")
-    assert 0.1 <= heat["waited_s"] < 1
-    monkeypatch.setattr(probe, "thermal_state", lambda: "heavy")
+    assert (heat.before, heat.at_start) == ("heavy", "nominal")
+    assert 0.1 <= heat.waited_s < 1
+    runner.thermal_state = lambda: "heavy"
     heat = runner._cool_down(0.2)
-    assert heat["at_start"] == "heavy"
-    assert 0.2 <= heat["waited_s"] < 1
+    assert heat.at_start == "heavy"
+    assert 0.2 <= heat.waited_s < 1
 
 
 def test_no_variant_left_is_no_crash(plan):

@@ -17,12 +17,11 @@ from fakes.support import ROOT
 from nanogpt_mac import simulator
 from nanogpt_mac.compile_report import check as compiled
 from nanogpt_mac.compile_report import suspects
-from nanogpt_mac.compile_report.recorders import Call
-from nanogpt_mac.compile_report.seen import Iteration, Seen, alike
+from nanogpt_mac.compile_report.recorders import Call, What
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
 
-pytestmark = pytest.mark.xdist_group("compiled")  # what its fixtures make is dear: one worker makes it
+pytestmark = pytest.mark.xdist_group("compiled")  # what its fixtures make is expensive: one worker makes it
 
 CASES = ROOT / "tests" / "fakes" / "compiled_cases.py"
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=64, block_size=16, dropout=0.1)
@@ -238,7 +237,7 @@ def test_the_report_reads_as_tables(small):
 
 
 def test_what_cannot_be_compiled_is_one_line(monkeypatch):
-    with pytest.raises(InputError, match=r"^model\.n_embd=30: must be divisible by model\.n_head=4"):
+    with pytest.raises(InputError, match=r"^model\.n_embd=30: model\.n_head=4 does not divide it"):
         compiled.check(ModelConfig(n_embd=30, n_head=4), "float32", 2)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(InputError, match=r"^compiled=true: compiling this model for MPS failed: exit code 1$"):
@@ -251,13 +250,19 @@ SUM = "kernel void k(device float* out_ptr0, constant float* in_ptr0) { c10::met
 
 
 def metal(threads, group=None, code=SUM, size=1 << 20, name="k", shapes=((4, 4),)):
-    return Call("metal", name, "0_forward", size, shapes, ("float32",), code, threads, group)
+    return Call(What.METAL, name, "0_forward", size, shapes, ("float32",), code, threads, group)
 
 
 def judged(calls, live=False, ms_each=None, ms=10.0):
-    seen = Seen.__new__(Seen)
-    seen.unknown, seen.iterations, seen.ms_each = [], {"training": Iteration(list(calls), ms=ms)}, ms_each or {}
-    return {row["name"]: row for row in suspects.judge(seen, live)}
+    times = suspects.Times(ms, ms_each or {}, live)
+    return {row["name"]: row for row in suspects.judge(calls, times, lambda *_: True)}
+
+
+def test_what_this_torch_does_not_show_is_unknown():
+    rows = suspects.judge([metal((64, 65), (1, 65))], suspects.Times(), lambda *needs: "launches" not in needs)
+    status = {row["name"]: row["status"] for row in rows}
+    assert status["odd reduction groups"] == "unknown"
+    assert status["buffers from Python"] == "absent"
 
 
 @pytest.mark.parametrize(("size", "found"), [(32, 0), (16, 0), (96, 0), (65, 1), (1000, 1)])
@@ -283,7 +288,7 @@ def test_a_copy_is_told_from_work():
 def test_confirmed_takes_a_tenth_of_a_macs_iteration():
     call = metal((64, 65), (1, 65))
     for live, each, status in ((True, 1.2, "confirmed"), (True, 0.1, "suspect"), (False, 1.2, "suspect")):
-        row = judged([call], live, {alike(call): each})["odd reduction groups"]
+        row = judged([call], live, {call.alike: each})["odd reduction groups"]
         assert (row["status"], row["ms"]) == (status, each if live else None)
     assert judged([call], True)["odd reduction groups"]["evidence"].endswith("; not timed")
     assert judged([metal((64,), code="error")], True)["odd reduction groups"]["status"] == "absent"
@@ -293,7 +298,7 @@ def test_an_error_buffer_that_nothing_uses():
     idle = metal((64,), code="device c10::metal::ErrorMessages* error_buf,")
     used = metal((64,), code="device c10::metal::ErrorMessages* error_buf, TORCH_REPORT_ERROR(error_buf, 1)")
     assert judged([used])["error buffers"]["status"] == "absent"
-    row = judged([idle, used], True, {alike(idle): 9.0})["error buffers"]
+    row = judged([idle, used], True, {idle.alike: 9.0})["error buffers"]
     assert (row["status"], row["count"]) == ("suspect", 1)
     assert "1 of 2 launches" in row["evidence"]
 

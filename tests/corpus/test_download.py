@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from fakes.support import prepared
 
 from nanogpt_mac.corpus import DataConfig, prepare
 from nanogpt_mac.corpus import download as module
@@ -99,7 +100,7 @@ def test_refused_and_nothing_kept(
     assert "\n" not in text
     for part in (why, SHA256, "nothing was kept"):
         assert part in text
-    assert list(folder.iterdir()) == []
+    assert prepared(folder) == []
     assert list(temporary.iterdir()) == []
 
 
@@ -118,7 +119,7 @@ def test_nobody_there(nobody: str, tmp_path: Path, capsys: pytest.CaptureFixture
         download(nobody, SHA256)
     with pytest.raises(InputError, match=r"data\.url=http.*: no network .*data\.path=FILE"):
         prepare(DataConfig(name="shakespeare", dir=str(tmp_path), url=nobody, tokenizer="bpe"))
-    assert list(tmp_path.iterdir()) == []
+    assert prepared(tmp_path) == []
     capsys.readouterr()
     corpus = prepare(config(nobody, tmp_path))
     assert corpus.stand_in

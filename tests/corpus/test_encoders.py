@@ -58,7 +58,7 @@ def test_char_is_nanogpts_vocabulary() -> None:
 
 def test_char_shows_unknown_characters() -> None:
     for encode in (CharEncoder("abc").encode, CharEncoder("abc").array):
-        with pytest.raises(InputError, match=r"characters '#Zé' .* allowed are 'abc'"):
+        with pytest.raises(InputError, match=r"characters '#Zé' .* use only 'abc'"):
             encode("aZb#éZ")
 
 

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import tiktoken
+from fakes.support import prepared
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from nanogpt_mac.corpus import DataConfig, GPT2Encoder
@@ -83,12 +84,12 @@ def test_as_nanogpt_prepares_it(
     digests = [hashlib.sha256(np.array(part, "<u2").tobytes()).hexdigest() for part in (train, val)]
     assert corpus.sha256 == hashlib.sha256("".join(digests).encode()).hexdigest()
     assert (corpus.label, corpus.stand_in, corpus.encoder.to_json()) == ("openwebtext", False, {"kind": "gpt2"})
-    (only,) = (tmp_path / "data").iterdir()
+    (only,) = prepared(tmp_path / "data")
     assert sorted(file.name for file in only.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     if write is jsonl:
         again = prepare_documents(config(f"{source}/*.jsonl", tmp_path / "data"), GPT2Encoder(ENCODING))
         assert again.sha256 == corpus.sha256
-        assert len(list((tmp_path / "data").iterdir())) == 1  # found, not made again
+        assert len(prepared(tmp_path / "data")) == 1  # found, not made again
         (source / "2.jsonl").unlink()
         fewer = prepare_documents(config(source, tmp_path / "data"), GPT2Encoder(ENCODING))
         assert fewer.train.tolist() == expected(DOCUMENTS[:40], 0.2)[0]
@@ -141,12 +142,12 @@ def nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (other_column, r"needs a column text of strings; has .*body"),
-        (numbers, r"needs a column text of strings"),
-        (one_document, r"1 documents; needs at least 2"),
+        (other_column, r"has .*body.*; use documents with a column text of strings"),
+        (numbers, r"use documents with a column text of strings"),
+        (one_document, r"1 documents; use at least 2"),
         (broken, r"Error|Invalid"),
         (mixed, r"holds json, text files together"),
-        (nothing, r"no such documents; needs files of one kind: \.jsonl"),
+        (nothing, r"no documents there; use files of one kind: \.jsonl"),
     ],
 )
 def test_refused(write: Callable[[Path], None], message: str, source: Path, tmp_path: Path) -> None:
@@ -155,14 +156,14 @@ def test_refused(write: Callable[[Path], None], message: str, source: Path, tmp_
         prepare_documents(config(source, tmp_path / "data"), GPT2Encoder(ENCODING))
     assert str(refusal.value).startswith(f"data.path={source}: ")
     assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+    assert not (tmp_path / "data").exists() or not prepared(tmp_path / "data")
 
 
 def test_hub_out_of_reach(nobody: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)
     with pytest.raises(InputError, match=r"data\.dataset=Skylion007/openwebtext: cannot reach .*HF_HUB_OFFLINE=1"):
         prepare_documents(config(None, tmp_path), GPT2Encoder(ENCODING))
-    assert list(tmp_path.iterdir()) == []
+    assert prepared(tmp_path) == []
 
 
 def test_hub_offline_and_nothing_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,4 +173,4 @@ def test_hub_offline_and_nothing_in_its_cache(tmp_path: Path, monkeypatch: pytes
     cfg.dataset = "nobody/has-this@v1"
     with pytest.raises(InputError, match=r"data\.dataset=nobody/has-this@v1: "):
         prepare_documents(cfg, GPT2Encoder(ENCODING))
-    assert list(tmp_path.iterdir()) == []
+    assert prepared(tmp_path) == []

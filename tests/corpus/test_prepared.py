@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes.support import prepared
 
 from nanogpt_mac.corpus import Corpus, DataConfig, prepare
 from nanogpt_mac.errors import InputError
@@ -47,7 +48,7 @@ def test_four_processes_at_once(text: Path, tmp_path: Path) -> None:
     answers = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, answers
     assert len({out for out, _ in answers}) == 1
-    (only,) = folder.iterdir()  # no lock, nothing temporary
+    (only,) = prepared(folder)  # nothing temporary
     assert sorted(file.name for file in only.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
@@ -63,7 +64,7 @@ def test_the_second_waits_for_the_first(text: Path, tmp_path: Path) -> None:
     first.communicate()
     assert second.returncode == 0
     assert len(out.split()) == 4
-    assert len(list(folder.iterdir())) == 1
+    assert len(prepared(folder)) == 1
 
 
 def test_killed(text: Path, tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_killed(text: Path, tmp_path: Path) -> None:
     assert all(left.name.startswith(".") for left in folder.iterdir())
     cfg = DataConfig(name="text", path=str(text), dir=str(folder), tokenizer="bpe", vocab_size=400)
     prepare(cfg)
-    (only,) = folder.iterdir()
+    (only,) = prepared(folder)
     assert not only.name.startswith(".")
 
 
@@ -88,7 +89,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def made(text: Path, folder: Path) -> tuple[Corpus, Path]:
     corpus = prepare(DataConfig(name="text", path=str(text), dir=str(folder)))
-    (only,) = folder.iterdir()
+    (only,) = prepared(folder)
     return corpus, only
 
 

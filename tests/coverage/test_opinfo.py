@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_mac.coverage import expected, opinfo, render
+from nanogpt_mac.coverage import expected, opinfo
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.report import show
 
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the simulated MPS device runs on Linux only")
 
@@ -136,9 +137,9 @@ def test_a_crash_does_not_end_the_sweep(child, monkeypatch, capsys):
     swept = opinfo.sweep([], 5)
     assert [c.op for c in swept.cases] == [f"op{n}" for n in range(7)]
     assert {c.op: c.reason for c in swept.cases if c.status == "crashed"} == {
-        "op1": "its process was killed by SIGSEGV",
-        "op3": "its process ended with 9",
-        "op5": "no answer in 2 s",
+        "op1": "killed by SIGSEGV",
+        "op3": "exit code 9",
+        "op5": "no answer within 2 s",
     }
     page = opinfo.page(swept)
     assert (page.exit_code, page.data["counts"]) == (1, {"works": 4, "crashed": 3})
@@ -171,13 +172,13 @@ def test_the_unexpected_stands_first_and_decides():
         0,
         "nothing fails that torch expects to work, in 4 cases; 2 work that it expects to fail",
     )
-    assert page.sections[0][2] == [["c", "int8, bool", "L"]]
+    assert page.sections[0].tables[0].rows[0].cells == ["c", "int8, bool", "L"]
     bad = case("d", "wrong value", "newly fails", reason="1 | 2")
     page = opinfo.page(opinfo.Sweep("mps", "9.1.0", [*fine, *works, bad]))
     assert page.exit_code == 1
-    assert page.sections[0][0] == "Newly fails"
+    assert page.sections[0].title == "Newly fails"
     assert page.data["cases"][0]["op"] == "d"
-    assert "| d | float32 | wrong value | forward | 1 \\| 2 |" in render.markdown(page)
+    assert "| d | float32 | wrong value | forward | 1 \\| 2 |" in show.markdown(page.report)
     skipped = [case("e", "skipped", "not judged")]
     assert opinfo.page(opinfo.Sweep("mps", "9.1.0", skipped)).exit_code == 2
 
@@ -190,8 +191,8 @@ from nanogpt_mac import simulator
 simulator.install()
 import torch
 torch.set_warn_always(True)
-from nanogpt_mac.coverage import opinfo_child as child
-from nanogpt_mac.simulator.samples import database, full_name
+from nanogpt_mac.coverage import device_child as child
+from nanogpt_mac.coverage.op_samples import database, full_name
 ops = {full_name(op): op for op in database()}
 gelu, made = ops["nn.functional.gelu"], {}
 def look(title, op, dtype="float32"):

@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 from fakes import fake_wheels as fakes
 
-from nanogpt_mac.coverage import render, report
+from nanogpt_mac.coverage import page, report
 from nanogpt_mac.coverage.config import CoverageConfig, validate
+from nanogpt_mac.coverage.model_ops import Trace
 from nanogpt_mac.coverage.run import run
-from nanogpt_mac.coverage.trace import Trace
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
 from nanogpt_mac.operators import diff
 from nanogpt_mac.operators.table import Kind
+from nanogpt_mac.report import show
 
 
 def names(changes):
@@ -127,7 +128,7 @@ def test_exit_codes_of_a_model(tables):
 def test_markdown_is_safe_in_a_comment(tables):
     old, new = tables
     new = replace(new, disagreements=["beta: one | other"])
-    text = render.markdown(report.page(report.build("surface", new, sorted(new.entries), old, None, None)))
+    text = show.markdown(report.page(report.build("surface", new, sorted(new.entries), old, None, None)).report)
     assert text.startswith("### MPS coverage of torch 9.2.0\n\n❌ **1 operators of the whole surface were lost")
     assert "| lost | beta | native | missing, CPU kernel |" in text
     assert "| 9.2.0 | beta: one \\| other |" in text
@@ -138,10 +139,10 @@ def test_markdown_is_safe_in_a_comment(tables):
 
 def test_names_and_errors_are_no_markup():
     rows = [["_fused_adamw_", "__and__.Tensor"], ["linalg_svd", "TypeError: <class 'x'> *a*"]]
-    text = render.markdown(render.Page("t", [], [("s", ["a", "b"], rows)], "_a_", render.OK, {}))
+    text = show.markdown(page.Page("t", [], [page.section("s", ["a", "b"], rows)], page.OK, "_a_").report)
     assert r"**\_a\_**" in text
-    assert r"| \_fused_adamw\_ | \_\_and\_\_.Tensor |" in text
-    assert r"| linalg_svd | TypeError: \<class 'x'> \*a\* |" in text
+    assert r"| \_fused\_adamw\_ | \_\_and\_\_.Tensor |" in text
+    assert r"| linalg\_svd | TypeError: &lt;class 'x'&gt; \*a\* |" in text
 
 
 @pytest.mark.parametrize(
@@ -178,10 +179,33 @@ def names_of(changes):
     return [change["op"] for change in changes]
 
 
+def test_the_command_writes_a_page_beside_what_it_prints(command, wheels, tmp_path):
+    asked = (f"torch={wheels[1]}", f"against={wheels[0]}", "scope=surface", "format=json", "html=page.html")
+    done = command("mps_coverage.py", *asked)
+    assert json.loads(done.stdout)["exit_code"] == done.returncode == 1
+    text = (tmp_path / "page.html").read_text()
+    assert "<h1" in text
+    for words in (
+        "1 operators of the whole surface were lost since 9.1.0: beta",
+        "Where overloads run",
+        "linalg_svd.U",
+    ):
+        assert words in text
+    done = command("mps_coverage.py", f"torch={wheels[0]}", "scope=surface", "html=nowhere/page.html")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "mps_coverage.py: html=nowhere/page.html: use a file in a folder that exists\n"
+
+
+def test_a_difference_of_nothing_says_so(tables):
+    text = show.markdown(report.page(report.build("surface", tables[0], [], tables[0], None, None)).report)
+    assert "Changes: whole surface, 9.1.0 to 9.1.0: none" in text
+    assert "registrations by hand" not in text.replace("registrations by hand and from Python", "")
+
+
 def test_the_command_prints_tables(command, wheels):
     done = command("mps_coverage.py", f"torch={wheels[0]}", "scope=ops", "op=[alpha,zeta]", "binary=true")
     assert done.returncode == 0, done.stderr
-    for words in ("alpha.out", "zeta.Scalar", "structured delegate", "all 3 operators asked for run on MPS"):
+    for words in ("alpha.out", "zeta.Scalar", "structured delegate", "All 3 operators asked for run on MPS"):
         assert words in done.stdout
 
 
@@ -200,22 +224,22 @@ def test_bad_input_is_one_line_and_code_2(command, wheels):
 
 
 def test_the_second_torch_is_named_by_its_own_key(wheels):
-    with pytest.raises(InputError, match=r"^against=newest: allowed are installed, nightly"):
+    with pytest.raises(InputError, match=r"^against=newest: use installed, nightly"):
         run(CoverageConfig(torch=str(wheels[0]), against="newest", scope="surface"))
 
 
 def test_values_that_cannot_be_meant():
     for values, words in [
-        ({"scope": "everything"}, "scope=everything: allowed are model, ops, surface"),
-        ({"format": "html"}, "format=html: allowed are table, json, markdown"),
-        ({"dtype": "float64"}, "dtype=float64: allowed are"),
-        ({"python": "latest"}, "python=latest: allowed are versions such as 3.12"),
+        ({"scope": "everything"}, "scope=everything: use model, ops, surface or opinfo"),
+        ({"format": "html"}, "format=html: use table, json or markdown"),
+        ({"dtype": "float64"}, "dtype=float64: use float32"),
+        ({"python": "latest"}, "python=latest: use a version such as 3.12"),
         ({"scope": "ops"}, "op=null: scope=ops needs the operators"),
         ({"scope": "ops", "op": []}, r"op=\[\]: scope=ops needs the operators"),
         ({"op": "gelu"}, "op=gelu: only scope=ops and scope=opinfo take operators"),
-        ({"model": ModelConfig(n_layer=0)}, "model.n_layer=0: must be at least 1"),
-        ({"model": ModelConfig(n_head=5)}, "model.n_embd=384: must be divisible by model.n_head=5"),
-        ({"model": ModelConfig(vocab_size=0)}, "model.vocab_size=0: must be at least 1"),
+        ({"model": ModelConfig(n_layer=0)}, "model.n_layer=0: use at least 1"),
+        ({"model": ModelConfig(n_head=5)}, "model.n_embd=384: model.n_head=5 does not divide it"),
+        ({"model": ModelConfig(vocab_size=0)}, "model.vocab_size=0: use at least 1"),
     ]:
         with pytest.raises(InputError, match=words):
             validate(CoverageConfig(**values))

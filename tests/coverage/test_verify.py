@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from nanogpt_mac.coverage import trace, verify
+from nanogpt_mac.coverage import model_ops, page, verify
 from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
 from nanogpt_mac.operators import table
 from nanogpt_mac.operators.table import Kind
+from nanogpt_mac.records.coverage import Observed, Prediction
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8)
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the simulated MPS device runs on Linux only")
@@ -33,7 +34,7 @@ def altered(part, **values):
 
 
 def judged(told, seen, no_prediction=None, failed=None):
-    return {i.name: i for i in verify.compare(told, seen, no_prediction, failed or {})}
+    return {i.name: i for i in verify.compare(Observed(**told), Observed(**seen), no_prediction, failed or {})}
 
 
 def test_equal_and_different():
@@ -44,13 +45,13 @@ def test_equal_and_different():
     assert [name for name, item in items.items() if not item.equal] == ["forward: operators that reach the device"]
     wrong = items["forward: operators that reach the device"]
     assert wrong.differences() == {"gelu": (2, 3), "abs": (None, 1)}
-    page = verify.page("9.1.0", "mps", list(items.values()), "out.json")
-    assert page.exit_code == 1
-    assert page.sections[1][2] == [
+    made = verify.page("9.1.0", "mps", list(items.values()), "out.json")
+    assert made.exit_code == 1
+    assert [row.cells for row in made.sections[1].tables[0].rows] == [
         ["forward: operators that reach the device", "abs", "none", "1"],
         ["forward: operators that reach the device", "gelu", "2", "3"],
     ]
-    assert page.data["items"][0]["predicted"] == {"linear": 9, "gelu": 2}
+    assert made.data["items"][0]["predicted"] == {"linear": 9, "gelu": 2}
 
 
 @pytest.mark.parametrize(
@@ -87,12 +88,12 @@ def test_what_is_not_known_is_never_equal():
 def test_predictions_are_of_one_torch_and_one_model(tmp_path, monkeypatch):
     asked = verify._asked(CoverageConfig())
     monkeypatch.setattr(verify, "PREDICTIONS", tmp_path)
-    assert verify.predictions("9.1.0+cpu", asked) == ({}, "no prediction for torch 9.1.0; made for none")
-    (tmp_path / "9.1.0.json").write_text(json.dumps({"asked": asked, **TOLD}))
-    assert verify.predictions("9.1.0+cpu", asked)[0]["waits"] == TOLD["waits"]
+    assert verify.predictions("9.1.0+cpu", asked) == (Observed(), "no prediction for torch 9.1.0; made for none")
+    (tmp_path / "9.1.0.json").write_text(json.dumps({"release": "9.1.0", "asked": asked.model_dump(), **TOLD}))
+    assert verify.predictions("9.1.0+cpu", asked)[0].waits == TOLD["waits"]
     assert verify.predictions("9.1.0.dev20260101", asked)[1].startswith("no prediction for torch 9.1.0.dev20260101")
-    told, why = verify.predictions("9.1.0", {**asked, "dtype": "bfloat16"})
-    assert (told, why) == ({}, "no prediction for this model; made for the default model, dtype and batch size")
+    told, why = verify.predictions("9.1.0", asked.model_copy(update={"dtype": "bfloat16"}))
+    assert (told, why) == (Observed(), "no prediction for this model; made for the default model, dtype and batch size")
 
 
 def test_the_predictions_that_are_kept():
@@ -101,10 +102,11 @@ def test_the_predictions_that_are_kept():
     assert files
     for path in files:
         told = json.loads(path.read_text())
-        assert told["asked"] == verify._asked(CoverageConfig()), path
+        assert told["asked"] == verify._asked(CoverageConfig()).model_dump(), path
+        assert Prediction.load(path).document() == told  # nothing of it goes unread
         assert told["release"] == path.stem
         assert told["device"] == "simulated-mps"
-        assert set(told["phases"]) == set(told["waits"]) == set(trace.PHASES)
+        assert set(told["phases"]) == set(told["waits"]) == set(model_ops.PHASES)
         assert set(TOLD) <= set(told)
         assert "classes" not in told  # these are predicted on the spot
         assert told["phases"]["forward"]["linear"] == 4 * 6 + 1
@@ -136,10 +138,18 @@ def test_classes_of_every_kind(tables):
     assert verify._classes(tables[0], None, "no device", False)[0].equal is None
 
 
+def test_a_prediction_that_is_damaged_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "PREDICTIONS", tmp_path)
+    (tmp_path / "9.1.0.json").write_text('{"release": "9.1.0", "waits": {"forward": "many"}}')
+    told, why = verify.predictions("9.1.0", verify._asked(CoverageConfig()))
+    assert told == Observed()
+    assert why.startswith("the prediction is damaged: 9.1.0.json: ")
+
+
 def test_the_file_to_write_is_checked_first(tmp_path):
     for name in (tmp_path, tmp_path / "nowhere" / "x.json"):
-        with pytest.raises(InputError, match=r"^output=.*: allowed is a file in a folder that exists"):
-            verify._writable(str(name))
+        with pytest.raises(InputError, match=r"^output=.*: use a file in a folder that exists"):
+            page.writable("output", str(name))
 
 
 @ON_LINUX
@@ -148,10 +158,10 @@ def test_the_live_trace_is_the_predicted_one(monkeypatch, tmp_path):
     """The profile of the simulated device, read as on a Mac, has what the device itself counted, call by call."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     made = table.load("installed")  # with the user's own cache, as the device's build; traces are made anew
-    monkeypatch.setattr(trace, "load", lambda asked: made)
+    monkeypatch.setattr(model_ops, "load", lambda asked: made)
     monkeypatch.setattr(table.wheel, "cache_folder", lambda: tmp_path)
-    predicted = trace.trace_model(TINY, "float32", made, live=False)
-    live = trace.trace_model(TINY, "float32", made, live=True)
+    predicted = model_ops.trace_model(TINY, "float32", made, live=False)
+    live = model_ops.trace_model(TINY, "float32", made, live=True)
     assert (predicted.label, live.label, live.device) == ("predicted", "live", "simulated-mps")
     told = {
         name: {o: n for o, n in ops.items() if o not in predicted.no_tensors} for name, ops in predicted.phases.items()
@@ -167,10 +177,10 @@ def test_a_mac_traces_itself(monkeypatch, tables):
     """There, by default, the live trace of the installed torch is taken, whatever torch is looked at."""
     asked = []
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(trace, "load", lambda asked: tables[0])
-    monkeypatch.setattr(trace, "_run_child", lambda task: asked.append(json.loads(task)) or '{"label": "live"}')
+    monkeypatch.setattr(model_ops, "load", lambda asked: tables[0])
+    monkeypatch.setattr(model_ops, "_ask", lambda task: asked.append(task) or {"label": "live"})
     with pytest.raises(TypeError, match="missing 3 required"):  # that answer is no trace: only the task is looked at
-        trace.trace_model(TINY, "float32", tables[1])
+        model_ops.trace_model(TINY, "float32", tables[1])
     assert asked[0]["live"] is True
     registered = set(asked[0]["registered"])
     assert {"alpha", "beta", "embedding_renorm_", "gamma"} <= registered  # kernels, fallbacks and what is missing

@@ -84,12 +84,20 @@ def write_comparison(
     variants = [_filled(variant) for variant in variants]
     order = [[r, variants[w]["name"]] for r in range(rounds) for w in rng.permutation(len(variants))]
     plan = {
-        "schema": 1,
+        "schema": 2,
+        "version": "0.1.0",
         "created": "2026-02-03T10:00:00",
         "variants": [{key: variant[key] for key in ("name", "label", "overrides", "lever")} for variant in variants],
         "rounds": rounds,
-        "iters": {variant["name"]: iters for variant in variants},
+        **{
+            key: {variant["name"]: value for variant in variants}
+            for key, value in (("iters", iters), ("warmup", 5), ("share", 1.0))
+        },
         "order": order,
+        "asked": {"rounds": None, "iters": None},
+        "missing": {},
+        "cwd": str(folder),
+        "stall_seconds": 600.0,
         "overrides": [],
         "experiment": options.get("experiment"),
         "seed": seed,
@@ -251,8 +259,9 @@ def _run(folder: Path, variant: dict, iters: int, level: float, rng: np.random.G
 def _outcome(folder: Path, variant: dict, r: int | None, state: str, position: int) -> None:
     reasons = {"timeout": "no end within 60 s", "oom": "out of memory", "missing_op": "aten::foo is not there"}
     document = {
+        "schema": 2,
         "variant": variant["name"],
-        "round": r,
+        "round": "pilot" if r is None else r,
         "state": state,
         "code": {"done": 0, "timeout": None, "skipped": None}.get(state, 1),
         "reason": None if state == "done" else reasons.get(state, f"RuntimeError: {state}"),
@@ -264,7 +273,7 @@ def _outcome(folder: Path, variant: dict, r: int | None, state: str, position: i
 
 
 def _parity(folder: Path, variants: list[dict]) -> None:
-    shape = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 2}
+    shape = {"full": {"batch": 4, "block_size": 256, "accumulation": 1}}
     limits = {"logits": 1e-4, "loss": 1e-5, "gradients": 1e-3, "weights after 3 steps": 1e-3, "causality": 0.0}
     entries = {}
     for variant in variants:
@@ -277,7 +286,7 @@ def _parity(folder: Path, variants: list[dict]) -> None:
                 "value": limit * (30 if state == "fail" and quantity == "gradients" else 0.1),
                 "limit": limit,
                 "pass": not (state == "fail" and quantity == "gradients"),
-                "worst": "transformer.h.0.attn.c_attn.weight" if quantity == "gradients" else None,
+                "worst": "transformer.h.0.attn.c_attn.weight" if quantity == "gradients" else "largest",
             }
             for quantity, limit in limits.items()
         ]
@@ -285,7 +294,7 @@ def _parity(folder: Path, variants: list[dict]) -> None:
         entry = {"state": state, "reason": reason, "device": variant["device"], "seconds": 3.0}
         entries[variant["name"]] = entry | {"checks": [] if state == "error" else checks}
     document = {
-        "schema": 1,
+        "schema": 2,
         "reference": "torch float64, CPU",
         "shape": shape,
         "seconds": 12.0,

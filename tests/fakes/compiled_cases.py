@@ -23,6 +23,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from nanogpt_mac.compile_report import check as compiled  # noqa: E402
 from nanogpt_mac.compile_report import dynamo, recorders  # noqa: E402
+from nanogpt_mac.compile_report.describe import describe  # noqa: E402
 from nanogpt_mac.compile_report.seen import watch  # noqa: E402
 
 
@@ -50,7 +51,7 @@ def compiled_clean(execute: bool) -> dict[str, Any]:
         if execute:
             with simulator.plan(us_per_kernel=700), seen.timing():
                 function(x, w).backward()
-    made = {"report": seen.report(), "launches": launches}
+    made = {"report": describe(seen), "launches": launches}
     if execute:
         x.grad = None
         value = function(x, w)  # after the watch: as before
@@ -77,7 +78,7 @@ def one(function: Any, *calls: tuple[Any, ...], marked: int = -1, **options: Any
                     f(*args)
             else:
                 f(*args)
-    return seen.report()
+    return describe(seen)
 
 
 def broken(x: torch.Tensor) -> torch.Tensor:

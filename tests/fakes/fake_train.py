@@ -20,7 +20,8 @@ how = BEHAVIOUR.removeprefix("later-") if BEHAVIOUR.startswith("later-") and not
 
 
 def record(count, ms=10.0):
-    rows = [{"kind": "iteration", "iter": i, "loss": 4.0, "iter_ms": ms} for i in range(count)]
+    rest = {"loss": 4.0, "lr": 1e-3, "grad_norm": 1.0, "dispatch_ms": 1.0, "tokens_per_s": 1e3, "memory": 0}
+    rows = [{"kind": "iteration", "iter": i, "iter_ms": ms} | rest for i in range(count)]
     with (folder / "metrics.jsonl").open("a") as metrics:
         metrics.writelines(json.dumps(row) + "\n" for row in rows)
 
@@ -66,7 +67,7 @@ code, done = 0, iters
 if how in ("slow", "later-slow"):
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(143))
-    for done in range(iters):  # noqa: B007
+    for done in range(1, iters + 1):  # noqa: B007
         record(1)
         time.sleep(0.1)
         if stopped:
@@ -75,11 +76,26 @@ if how in ("slow", "later-slow"):
 else:
     record(iters)
 summary = {
-    "iter_ms": {"median": 10.0, "min": 10.0},
+    "schema": 2,
+    "times": {"median": 10.0, "min": 10.0, "count": done},
     "first_iter_s": 0.01,
-    "compile": False,
-    "backend": given["backend"],
     "exit_state": "finished" if not code else "stopped",
+    "flops_per_iter": 1e6,
+    "backend": given["backend"],
+    "device": "cpu",
+    "compile": False,
+    "dtype": "float32",
+    "matmul_precision": "highest",
+    "sync": "completion",
+    "seed": 1337,
+    "model": {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 8, "vocab_size": 9},
+    "parameters": 100,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_iters": iters,
+    "corpus": "text",
+    "corpus_facts": {"name": "text", "label": "text", "sha256": "0" * 64},
+    "init_from": "scratch",
 }
 (folder / "summary.json").write_text(json.dumps(summary))
 if how == "lingers":

@@ -11,8 +11,6 @@ The task's `wandb.name` says what to plant, so that variants that differ in it s
 from __future__ import annotations
 
 import importlib.util
-import io
-import json
 import os
 import signal
 import sys
@@ -39,8 +37,8 @@ MUTANTS = {
     "torch: residual dropout left on": (TORCH_GPT, "self.dropout(self.c_proj", "nn.Dropout(0.01)(self.c_proj"),
     "torch: evaluates in training mode": (
         TORCH,
-        "self.model.eval()\n        total",
-        "self.model.train()\n        total",
+        'self.model.eval()\n        with self.phase("evaluation"):\n            total',
+        'self.model.train()\n        with self.phase("evaluation"):\n            total',
     ),
     "torch: logits in training mode": (
         TORCH,
@@ -76,7 +74,7 @@ MUTANTS = {
     "torch: one micro-batch": (TORCH, "for micro_starts in starts:", "for micro_starts in starts[:1]:"),
     "torch: gradients kept": (
         TORCH,
-        "self.scaler.update()\n        self.optimizer.zero_grad(set_to_none=True)",
+        "self.scaler.update()\n            self.optimizer.zero_grad(set_to_none=True)",
         "self.scaler.update()",
     ),
     "torch: lr of the first step": (TORCH, 'group["lr"] = lr', 'group["lr"] = 1e-3'),
@@ -119,8 +117,8 @@ MUTANTS = {
     "mlx: norm of the clipped": (MLX, "return total, norm", "return total, mx.minimum(norm, self.options.grad_clip)"),
     "mlx: loss scale left in": (
         MLX,
-        "{name: g / scale for name, g in grads.items()}\n        norm",
-        "grads\n        norm",
+        "{name: g / scale for name, g in grads.items()}\n            norm",
+        "grads\n            norm",
     ),
 }
 
@@ -161,30 +159,28 @@ def planted(what):
             yield
 
 
-def many(task, names):
-    """`check_variant` once for each fault, in this process."""
+def many(document, names):
+    """The answer to a task once for each fault, in this process."""
     from nanogpt_mac import simulator
     from nanogpt_mac.errors import InputError
-    from nanogpt_mac.parity import check as parity_child
+    from nanogpt_mac.parity import check
 
     simulator.install_if_asked()
-    config, found = parity_child.config_from_json(task["config"]), {}
+    found = {}
     for name in names:
         try:
             with planted(name):
-                found[name] = parity_child.check_variant(config, Path(task["folder"]))["checks"]
+                found[name] = check.answer(document)["checks"]
         except InputError as error:
             found[name] = str(error)
-    Path(task["result"]).write_text(json.dumps({"mutants": found}))
+    return found
 
 
-def main():
-    from nanogpt_mac.parity import check as parity_child
+def answer(document):
+    from nanogpt_mac.parity import check
 
-    text = sys.stdin.read()
-    task = json.loads(text)
-    what = task["config"]["wandb"]["name"] or ""
-    if task["role"] == "variant":
+    what = document["config"]["wandb"]["name"] or ""
+    if document["role"] == "variant":
         if what == "crash":
             os.abort()
         if what == "killed":
@@ -194,18 +190,17 @@ def main():
         if what == "raise":
             raise RuntimeError("two lines\nof it")
         if what.startswith("all:"):
-            many(task, what.removeprefix("all:").split(","))
-            return 0
+            return many(document, what.removeprefix("all:").split(","))
         if what.startswith("op:"):
             from nanogpt_mac import simulator
 
             simulator.install_if_asked()
         with planted(what):
-            sys.stdin = io.StringIO(text)
-            return parity_child.main()
-    sys.stdin = io.StringIO(text)
-    return parity_child.main()
+            return check.answer(document)
+    return check.answer(document)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from nanogpt_mac import child
+
+    child.answer(answer)

@@ -28,16 +28,16 @@ import torch  # noqa: E402
 from nanogpt_mac.config import Config, backend_options  # noqa: E402
 from nanogpt_mac.fallbacks import detect as runtime  # noqa: E402
 from nanogpt_mac.fallbacks import watch  # noqa: E402
-from nanogpt_mac.fallbacks.findings import Finding  # noqa: E402
+from nanogpt_mac.records.fallbacks import Fallbacks, FindingKind  # noqa: E402
 
 KINDS = {
-    "missing": Finding.MISSING_CPU,
-    "nowhere": Finding.MISSING,
-    "fallback": Finding.EXPLICIT,
-    "hidden": Finding.HIDDEN,
-    "announced": Finding.HIDDEN,
-    "dtype_limit": Finding.LIMIT,
-    "shape_limit": Finding.LIMIT,
+    "missing": FindingKind.MISSING_CPU,
+    "nowhere": FindingKind.MISSING,
+    "fallback": FindingKind.EXPLICIT,
+    "hidden": FindingKind.HIDDEN,
+    "announced": FindingKind.HIDDEN,
+    "dtype_limit": FindingKind.LIMIT,
+    "shape_limit": FindingKind.LIMIT,
 }
 REFUSING = ("nowhere", "dtype_limit", "shape_limit")
 ONLY_MPS = ("linear_backward", "_scaled_dot_product_attention_math_for_mps")  # a fallback of theirs finds no CPU kernel
@@ -254,12 +254,16 @@ def stand_ins(session, look, counts) -> None:
             document = look()
         judged = judge(f"mm {fault}, generated", names, KINDS[fault], {"forward": 1, "evaluation": 1}, document)
         says = "called from Inductor's generated code: return torch.mm(x, x)"
-        if any(f["where"] is not None or says not in f["evidence"] for f in document["findings"]):
-            judged["why"].append(str(document["findings"]))
+        if any(f.where is not None or says not in f.evidence for f in document.findings):
+            judged["why"].append(str(document.findings))
         print(json.dumps(judged))
     session.compiled = True
     with simulator.planted("gelu", "shape_limit") as names:
-        print(json.dumps(judge("gelu, compiled", names, Finding.LIMIT, expected(counts, names, "shape_limit"), look())))
+        print(
+            json.dumps(
+                judge("gelu, compiled", names, FindingKind.LIMIT, expected(counts, names, "shape_limit"), look())
+            )
+        )
     session.compiled = False
 
 
@@ -279,7 +283,7 @@ def operators_of_others(session, look) -> None:
     def waits(x):
         return x * x.sum().item()
 
-    kinds = {number: None, copies: Finding.HIDDEN, both: Finding.HIDDEN, waits: Finding.SYNC}
+    kinds = {number: None, copies: FindingKind.HIDDEN, both: FindingKind.HIDDEN, waits: FindingKind.SYNC}
     square = torch.ones(3, 3, device="mps")
     for function, kind in kinds.items():
         name = function.__name__
@@ -289,7 +293,7 @@ def operators_of_others(session, look) -> None:
         with _after(session.backend, "batch", lambda _, call=call: call(square)):
             document = look()
         if kind is None:
-            print(json.dumps({"case": "number", "findings": document["findings"], "why": document["why_incomplete"]}))
+            print(json.dumps(told("number", document)))
         else:
             want = {"forward": 1, "evaluation": 1}
             print(json.dumps(judge(f"others::{name}", [f"others::{name}"], kind, want, document)))
@@ -307,8 +311,10 @@ def older_profiler(look, counts) -> None:
     with simulator.planted("gelu", "missing") as names:
         document = look()
     module._ExperimentalConfig = config
-    judged = judge("gelu missing, older profiler", names, Finding.MISSING_CPU, expected(counts, names, ""), document)
-    judged["why"] += [] if document["passes"]["profiler"]["overloads"] is False else ["the profiler was not older"]
+    judged = judge(
+        "gelu missing, older profiler", names, FindingKind.MISSING_CPU, expected(counts, names, ""), document
+    )
+    judged["why"] += [] if document.passes.profiler.overloads is False else ["the profiler was not older"]
     print(json.dumps(judged))
 
 
@@ -318,23 +324,24 @@ def compiled_child() -> None:
     torch.compile = lambda function, dynamic, mode: compile_(function, dynamic=dynamic, backend="aot_eager")
     made = task(True, 1, dropout=0.0, dtype="float16") | {"resident": False}
     document = runtime.document(made, watch.watch(made))
-    kept = {"case": "compiled child", "findings": document["findings"], "why": document["why_incomplete"]}
-    print(json.dumps({**kept, "compile_report": sorted(document["compile_report"])}))
+    print(json.dumps({**told("compiled child", document), "compile_report": sorted(document.compile_report)}))
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
 
 
-def judge(case: str, names: list[str], kind: str, want: dict[str, int], document: dict) -> dict:
+def told(case: str, document: Fallbacks) -> dict:
+    return {"case": case, "findings": [f.op for f in document.findings], "why": document.why_incomplete}
+
+
+def judge(case: str, names: list[str], kind: str, want: dict[str, int], document: Fallbacks) -> dict:
     """Found: operator, kind, phase and calls are right in every phase. False: whatever else is there."""
     got = {}
-    for f in document["findings"]:
-        if f["op"] in names and f["kind"] == kind:
-            got[f["phase"]] = got.get(f["phase"], 0) + f["calls_per_iteration"]
-    extra = [
-        [f["op"], f["kind"], f["phase"]] for f in document["findings"] if f["op"] not in names or f["kind"] != kind
-    ]
-    unexplained = [w for w in document["why_incomplete"] if not w.startswith("not reached")]
+    for f in document.findings:
+        if f.op in names and f.kind == kind:
+            got[f.phase] = got.get(f.phase, 0) + f.calls_per_iteration
+    extra = [[f.op, f.kind, f.phase] for f in document.findings if f.op not in names or f.kind != kind]
+    unexplained = [w for w in document.why_incomplete if not w.startswith("not reached")]
     return {"case": case, "want": want, "got": got, "extra": extra, "why": unexplained}
 
 
@@ -345,11 +352,11 @@ def main(how: str, which: str) -> None:
     session = watch.Session(made)
     session.warm_up()
 
-    def look() -> dict:
+    def look() -> Fallbacks:
         return runtime.document(made, watch.examine(session))
 
     clean = look()
-    print(json.dumps({"case": "clean", "findings": clean["findings"], "why": clean["why_incomplete"]}))
+    print(json.dumps(told("clean", clean)))
     counts = reference(session)
     table = COMPILED if compiled else EAGER
     cases = [(op, f) for op, faults in table.items() for f in faults] if which == "all" else QUICK[how]
@@ -368,20 +375,20 @@ def main(how: str, which: str) -> None:
             want = {phase: steps}
             if phase == "forward":  # a batch is made for an evaluation too
                 want["evaluation"] = 1
-            print(json.dumps(judge(name, [op], Finding.SYNC, want, document)))
+            print(json.dumps(judge(name, [op], FindingKind.SYNC, want, document)))
     if which == "quick":
         operators_of_others(session, look)
         older_profiler(look, counts)
         stand_ins(session, look, counts)
         compiled_child()
-    assert watch._dispatch("no_such_operator") == "unknown"
+    assert watch.dispatch_of("no_such_operator") == "unknown"
     controls, watch._controls = watch._controls, dict
     untried = look()  # where everything runs on MPS there is nothing to try the detector with
-    assert untried["complete"]
-    assert untried["passes"]["control"] is None
+    assert untried.complete
+    assert untried.passes.control is None
     watch._controls = controls
     again = look()
-    print(json.dumps({"case": "clean", "findings": again["findings"], "why": again["why_incomplete"]}))
+    print(json.dumps(told("clean", again)))
 
 
 if __name__ == "__main__":

@@ -19,3 +19,8 @@ def options(name="cpu", **given):
     own = kinds.own_settings(name, given)
     rest = {key: value for key, value in given.items() if key not in own}
     return replace(backend_options(Config(), name), settings=own, **rest)
+
+
+def prepared(folder: Path) -> list[Path]:
+    """Everything in a data folder but the lock files, which stay."""
+    return [place for place in folder.iterdir() if place.suffix != ".lock"]

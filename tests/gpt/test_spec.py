@@ -52,10 +52,10 @@ def test_weights_are_drawn_as_nanogpt_draws_them():
 @pytest.mark.parametrize(
     ("sizes", "text"),
     [
-        ({"n_embd": 130}, "model.n_embd=130: must be divisible by model.n_head=4"),
-        ({"n_layer": 0}, "model.n_layer=0: must be at least 1"),
+        ({"n_embd": 130}, "model.n_embd=130: model.n_head=4 does not divide it; use a multiple of 4"),
+        ({"n_layer": 0}, "model.n_layer=0: use at least 1"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
-        ({"gelu": "relu"}, "model.gelu=relu: allowed are exact, tanh"),
+        ({"gelu": "relu"}, "model.gelu=relu: use exact or tanh"),
     ],
 )
 def test_impossible_sizes_are_named(sizes, text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -41,8 +42,9 @@ def test_the_table_is_reproduced_to_its_printed_digits(name, cores, teraflops, g
     assert chip.name == name
     assert chip.gpu_cores == cores
     assert printed(chip.bandwidth / 1e9, gigabytes) == gigabytes
+    claims = [claim.flops for claim in chips.APPLE[name].claims]
     for figure in teraflops.split("-"):
-        assert figure in {printed(claim / 1e12, figure) for claim in chips.APPLE[name].claims.values()}
+        assert figure in {printed(claim / 1e12, figure) for claim in claims}
     if not chip.disputed:
         assert chip.peak_flops["float32"] == pytest.approx(float(teraflops) * 1e12, rel=0.01)
 
@@ -127,11 +129,15 @@ def test_disputed_chips_say_so_and_by_whom():
     assert chips.find("Apple M1", 8).note == ""
 
 
-def test_every_chip_names_a_source():
-    for name, row in chips.APPLE.items():
-        assert all(chips.find(name, row.cores).sources)
-    for chip in chips.NVIDIA.values():
-        assert all(chip.sources)
+@pytest.mark.parametrize("name", [*chips.APPLE, *chips.NVIDIA])
+def test_every_peak_has_a_source_with_a_link(name):
+    chip = chips.find(name, chips.APPLE[name].cores if name in chips.APPLE else None)
+    assert chip.peak_flops
+    assert chip.sources
+    assert all(chip.sources)
+    assert len(chip.links) == len(chip.sources)
+    for link in chip.links:
+        assert re.fullmatch(r"https://[a-z0-9.-]+\.[a-z]{2,4}/[\w./-]+", link)
 
 
 # Streaming multiprocessors, boost clock in GHz for the tensor cores, dense bfloat16/float16 FLOP an SM and cycle with

@@ -173,8 +173,8 @@ def test_a_training_run_is_left_alone(make, starts, name):
     ("arguments", "message"),
     [
         (("float64", []), "dtype=float64: .* use float32, bfloat16, float16"),
-        (("float32", [(1, 2, 0)]), r"shapes: \(1, 2, 0\) is not three positive sizes"),
-        (("float32", [(1, 2)]), r"shapes: \(1, 2\) is not three"),
+        (("float32", [(1, 2, 0)]), r"shapes=\(1, 2, 0\): use three positive sizes"),
+        (("float32", [(1, 2)]), r"shapes=\(1, 2\): use three"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message):

@@ -220,7 +220,7 @@ def test_a_mac_without_a_dram_counter_is_told_without_it(mac):
         (None, "zeus-apple-silicon is not installed"),
         (zeus({}, RuntimeError("no channels")), "zeus-apple-silicon: no channels"),
         (zeus(RuntimeError("lost")), "zeus-apple-silicon: lost"),
-        (zeus({"cpu_total_mj": 3}), "this chip does not tell the energy of its CPU and GPU"),
+        (zeus({"cpu_total_mj": 3}), "this chip has no energy counters for its CPU and GPU"),
         (zeus({"cpu_total_mj": 0, "gpu_mj": 0}), "the energy counters did not move"),
     ],
 )

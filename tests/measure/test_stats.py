@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from nanogpt_mac.compare.results import verdict
+from nanogpt_mac.compare import verdict
 from nanogpt_mac.measure import stats
+from nanogpt_mac.records.plan import ParityState
 
 
 def noisy(rng, rounds, iters=40, noise=0.01, level=100.0):
@@ -22,16 +23,11 @@ def as_rounds(arrays):
 # -- the median and its interval --------------------------------------------------------------------------------------
 
 
-def test_iteration_times_are_those_of_all_rounds():
-    rounds = [np.array([1.0, 2, 3]), np.array([]), np.array([4.0, 5, 6, 100])]
-    found = stats.iteration_times(rounds)
-    assert found["median"] == 4
-    assert found["count"] == 7
-    assert (found["min"], found["max"]) == (1, 100)
-    assert found["mean"] == pytest.approx(121 / 7)
-    assert found["p90"] == pytest.approx(np.percentile([1, 2, 3, 4, 5, 6, 100], 90))
-    assert found["ci95"] is None  # two rounds bound nothing
-    assert stats.iteration_times([np.array([])]) is None
+def test_rounds_without_times_do_not_bound_the_median():
+    rng = np.random.default_rng(0)
+    rounds = [*noisy(rng, 4), np.array([])]
+    assert stats.median_interval(rounds) is None
+    assert stats.median_interval([*rounds, *noisy(rng, 1)]) is not None
 
 
 def test_interval_respects_rounds():
@@ -44,7 +40,7 @@ def test_interval_respects_rounds():
     medians = [float(np.median(r)) for r in rounds]
     student = scipy_stats.ttest_1samp(medians, 0).confidence_interval(0.95)
     assert 0.7 < (high - low) / (student.high - student.low) < 2
-    assert stats.median_interval(rounds) == [low, high]  # the same every time
+    assert stats.median_interval(rounds) == (low, high)  # the same every time
 
 
 def test_interval_needs_five_rounds_and_takes_long_ones():
@@ -75,22 +71,22 @@ def test_ratio_is_student_t_on_log_pairs():
     slow = {r: 1.03 * t * math.exp(rng.normal(0, 0.01)) for r, t in base.items() if r != 4}
     found = stats.paired_ratio(slow, base | {77: 1.0}, 0.99)
     rounds = sorted(slow)
-    assert found["rounds"] == rounds
-    assert found["pairs"] == pytest.approx([slow[r] / base[r] for r in rounds])
+    assert found.rounds == tuple(rounds)
+    assert found.pairs == pytest.approx([slow[r] / base[r] for r in rounds])
     reference = scipy_stats.ttest_rel([math.log(slow[r]) for r in rounds], [math.log(base[r]) for r in rounds])
-    assert found["ci"] == pytest.approx([math.exp(b) for b in reference.confidence_interval(0.99)])
-    assert found["value"] == pytest.approx(scipy_stats.gmean([slow[r] / base[r] for r in rounds]))
-    assert found["tie"] is bool(reference.pvalue > 0.01)
+    assert found.ci == pytest.approx([math.exp(b) for b in reference.confidence_interval(0.99)])
+    assert found.value == pytest.approx(scipy_stats.gmean([slow[r] / base[r] for r in rounds]))
+    assert found.tie is bool(reference.pvalue > 0.01)
 
 
 def test_ratio_with_little_to_go_by():
     assert stats.paired_ratio({1: 2.0}, {2: 1.0}) is None
     one = stats.paired_ratio({1: 2.0, 3: 5.0}, {1: 1.0})
-    assert (one["value"], one["ci"], one["tie"], one["pairs"]) == (2.0, None, None, [2.0])
-    assert stats.paired_ratio({1: 2.0, 2: 2.0}, {1: 2.0, 2: 2.0})["tie"] is True
-    assert stats.paired_ratio({1: 2.0, 2: 4.0}, {1: 1.0, 2: 2.0})["tie"] is False  # without any noise
+    assert (one.value, one.ci, one.tie, one.pairs) == (2.0, None, None, (2.0,))
+    assert stats.paired_ratio({1: 2.0, 2: 2.0}, {1: 2.0, 2: 2.0}).tie is True
+    assert stats.paired_ratio({1: 2.0, 2: 4.0}, {1: 1.0, 2: 2.0}).tie is False  # without any noise
     wild = stats.paired_ratio({1: 1e-9, 2: 1e9}, {1: 1.0, 2: 1.0})
-    assert all(math.isfinite(bound) for bound in wild["ci"])
+    assert all(math.isfinite(bound) for bound in wild.ci)
 
 
 def equal_variants_differ(variants, rounds, confidence, trials, seed=0):
@@ -122,15 +118,12 @@ def test_power_is_what_a_simulation_finds():
     assert stats.power(8, 0.0) == 1
 
 
-def test_rounds_needed_and_detectable_agree_with_power():
+def test_detectable_agrees_with_power():
     for noise in (0.003, 0.01, 0.02):
-        needed = stats.rounds_needed(noise)
-        assert stats.power(needed, noise) >= 0.9 > stats.power(needed - 1, noise) or needed == 3
         seen = stats.detectable(noise, 8)
         assert stats.power(8, noise, seen) == pytest.approx(0.9, abs=0.01)
-    assert stats.rounds_needed(0.01) <= 8  # the default budget finds 3 % on a machine that varies by 1 %
-    assert stats.rounds_needed(0.015) <= 12
-    assert stats.rounds_needed(9.0) == 1000
+    assert stats.detectable(0.01, 8) < 0.03  # the default budget finds 3 % on a machine that varies by 1 %
+    assert stats.detectable(0.015, 12) < 0.03
     assert stats.detectable(0.01, 1) is None
     assert stats.detectable(0.0, 8) == 0
 
@@ -139,15 +132,12 @@ def test_rounds_needed_and_detectable_agree_with_power():
 
 
 def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
-    """Variants as collect.py makes them, of a machine that has moods and warms up by 4 % while the comparison runs.
+    """Variants of a machine that has moods and warms up by 4 % while the comparison runs.
 
     `noise`: log standard deviation of a process; `bad`: share of processes that something else disturbs, by 5 % in
     the mean. Iterations have heavy tails, 1 % outliers and a drift of 1 % in each round.
     """
-    variants = [
-        {"name": f"variant-{i}", "device": "cpu", "ranked": True, "parity": "pass", "rounds": []}
-        for i in range(len(factors))
-    ]
+    medians = [{} for _ in factors]
     for r in range(rounds):
         mood = rng.normal(0, 0.02)
         for position, i in enumerate(rng.permutation(len(factors))):
@@ -155,16 +145,18 @@ def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
             level = mood + heat + rng.normal(0, noise) + (rng.random() < bad) * rng.exponential(0.05)
             times = 100 * factors[i] * np.exp(level + 0.006 * rng.standard_t(3, iters) + np.linspace(0, 0.01, iters))
             times[rng.random(iters) < 0.01] *= 1.5
-            variants[i]["rounds"].append({"round": r, "median": float(np.median(times))})
-    for variant in variants:
-        variant["iter_ms"] = {"median": float(np.median([found["median"] for found in variant["rounds"]]))}
-    return variants
+            medians[i][r] = float(np.median(times))
+    return [contestant(f"variant-{i}", found) for i, found in enumerate(medians)]
+
+
+def contestant(name, medians):
+    return verdict.Contestant(name, medians, float(np.median(list(medians.values()))), True, False, ParityState.PASS)
 
 
 def called_slower(variants):
-    ranked, sure = verdict.rank(variants), verdict.confidence(variants)
-    others = [variant for variant in variants if variant is not ranked[0]]
-    return {variant["name"] for variant in others if verdict.ratio(variant, ranked[0], sure)["tie"] is False}
+    ranking = verdict.rank(variants)
+    first, *others = ranking.names
+    return {name for name in others if ranking.ratio(name, first).tie is False}
 
 
 def test_twenty_comparisons_of_a_variant_with_itself():
@@ -224,75 +216,62 @@ def test_drift_of_a_machine_that_heats_up():
     rng = np.random.default_rng(0)
     slower = 1 + 0.06 * np.arange(60) / 59
     within = stats.drift(as_rounds([r * slower for r in noisy(rng, 8, 60)]))
-    assert within["within_percent"] == pytest.approx(6, abs=1)
-    assert within["throttled"] is True
+    assert within.within_percent == pytest.approx(6, abs=1)
+    assert within.throttled is True
     creeping = stats.drift(as_rounds([r * (1 + 0.01 * i) for i, r in enumerate(noisy(rng, 8, 60, 0.002))]))
-    assert creeping["between_percent"] == pytest.approx(7, abs=1)
-    assert creeping["throttled"] is True
+    assert creeping.between_percent == pytest.approx(7, abs=1)
+    assert creeping.throttled is True
     single = stats.drift({0: noisy(rng, 1, 60)[0] * slower})
-    assert single["throttled"] is True
-    assert single["between_percent"] is None
+    assert single.throttled is True
+    assert single.between_percent is None
 
 
 def test_no_throttling_where_there_is_none():
     rng = np.random.default_rng(1)
-    assert not any(stats.drift(as_rounds(noisy(rng, 8, noise=0.03)))["throttled"] for _ in range(40))
+    assert not any(stats.drift(as_rounds(noisy(rng, 8, noise=0.03))).throttled for _ in range(40))
     small = [r * (1 + 0.02 * np.arange(40) / 39) for r in noisy(rng, 8)]  # clear, but small
-    assert stats.drift(as_rounds(small))["throttled"] is False
+    assert stats.drift(as_rounds(small)).throttled is False
     faster = [r * (1 - 0.1 * np.arange(40) / 39) for r in noisy(rng, 8)]
     found = stats.drift(as_rounds(faster))
-    assert found["throttled"] is False
-    assert found["within_percent"] < -8
+    assert found.throttled is False
+    assert found.within_percent < -8
     assert stats.drift({0: np.array([1.0, 2.0])}) is None
-    assert stats.drift({0: np.full(20, 5.0), 1: np.full(20, 5.0), 2: np.full(20, 5.0)})["throttled"] is False
+    assert stats.drift({0: np.full(20, 5.0), 1: np.full(20, 5.0), 2: np.full(20, 5.0)}).throttled is False
 
 
 def test_outliers_are_held_against_their_own_round():
     fast, slow = np.linspace(99, 101, 50), np.linspace(198, 202, 50)
-    assert stats.outliers([fast, slow])["count"] == 0  # not 50 outliers
+    assert stats.outliers([fast, slow]).count == 0  # not 50 outliers
     fast = np.append(fast, [150.0, 90.0])  # a fast one is none
     found = stats.outliers([fast, slow])
-    assert (found["count"], found["worst_ms"]) == (1, 202.0)
-    assert found["share"] == pytest.approx(1 / 102)
-    assert stats.outliers([np.array([10.0] * 9 + [10.05])])["count"] == 0  # MAD 0: still 1 % of grace
+    assert (found.count, found.worst_ms) == (1, 202.0)
+    assert found.share == pytest.approx(1 / 102)
+    assert stats.outliers([np.array([10.0] * 9 + [10.05])]).count == 0  # MAD 0: still 1 % of grace
     assert stats.outliers([]) is None
 
 
-def test_doubts_are_raised_where_there_is_reason():
+def test_figures_to_judge_times_by():
     rng = np.random.default_rng(4)
-    quiet = as_rounds(noisy(rng, 8, 60, 0.003))
-    assert stats.doubts(quiet) == []
-    assert stats.doubts({}) == []
-    some_of = {
-        "too few rounds: 3": (as_rounds(noisy(rng, 3, 60, 0.003)), {}),
-        "unstable": (as_rounds(noisy(rng, 8, 60, 0.06)), {}),
-        "too short: a round has 4": (as_rounds(noisy(rng, 8, 4, 0.003)), {}),
-        "in 0.06 s": (as_rounds([r / 100 for r in noisy(rng, 8, 60, 0.003)]), {}),
-        "slow start": (as_rounds([r * np.where(np.arange(60) < 6, 1.3, 1) for r in noisy(rng, 8, 60, 0.003)]), {}),
-        "outliers: 10 %": (as_rounds([r * np.where(np.arange(60) % 10 == 5, 3, 1) for r in quiet.values()]), {}),
-        "slept": (quiet, {"slept": 2}),
-        "sync=interval": (quiet, {"sync": "interval"}),
-        "coarse": (as_rounds([np.round(r / 10) * 10 for r in quiet.values()]), {}),
-    }
-    for words, (rounds, options) in some_of.items():
-        said = stats.doubts(rounds, **options)
-        assert words in " ".join(said), (words, said)
-        assert len(said) == (2 if words == "slow start" else 1), said  # its slow iterations are outliers, too
-    assert stats.doubts(as_rounds(noisy(rng, 1, 60)), planned=1) == []  # one run was asked for
+    quiet = noisy(rng, 8, 60, 0.003)
+    found = stats.steadiness(as_rounds([*quiet, np.array([])]))
+    assert (found.rounds, found.iterations, found.coarse) == (8, 60, False)
+    assert found.noise == pytest.approx(np.log([np.median(r) for r in quiet]).std(ddof=1))
+    assert found.detectable == stats.detectable(found.noise, 8)
+    assert found.seconds == pytest.approx(np.median([r.sum() for r in quiet]) / 1e3)
+    assert found.slow_start == pytest.approx(0, abs=0.01)
+    assert found.outliers == stats.outliers(quiet)
+    slow = stats.steadiness(as_rounds([r * np.where(np.arange(60) < 6, 1.3, 1) for r in quiet]))
+    assert slow.slow_start == pytest.approx(0.3, abs=0.02)
+    assert stats.steadiness(as_rounds([np.round(r / 10) * 10 for r in quiet])).coarse
+    few = stats.steadiness(as_rounds(noisy(rng, 2, 5)))
+    assert (few.noise, few.detectable, few.slow_start) == (None, None, None)
+    assert stats.steadiness({0: np.array([])}) is None
 
 
 def test_pairs_decide_where_medians_mislead():
     """The slower variant ran in two cold rounds more: its median is lower, and every pair says that it is slower."""
     base = [100.0, 110, 121, 133, 146, 161, 177, 195]
-    fast = {"name": "fast", "device": "cpu", "ranked": True, "parity": "pass", "iter_ms": {"median": np.median(base)}}
-    fast["rounds"] = [{"round": r, "median": ms} for r, ms in enumerate(base)]
-    slow = fast | {"name": "slow", "rounds": [{"round": r, "median": 1.02 * ms} for r, ms in enumerate(base[:6])]}
-    slow["iter_ms"] = {"median": 1.02 * np.median(base[:6])}
-    assert slow["iter_ms"]["median"] < fast["iter_ms"]["median"]
-    assert [variant["name"] for variant in verdict.rank([slow, fast])] == ["fast", "slow"]
-
-
-def test_unstable_says_what_can_still_be_found():
-    (said,) = stats.doubts(as_rounds(noisy(np.random.default_rng(4), 8, 60, 0.04)))
-    noise = float(said.split("vary by ")[1].split(" %")[0]) / 100
-    assert f"differences of {100 * stats.detectable(noise, 8):.0f} %" in said
+    fast = contestant("fast", dict(enumerate(base)))
+    slow = contestant("slow", {r: 1.02 * ms for r, ms in enumerate(base[:6])})
+    assert slow.median < fast.median
+    assert verdict.rank([slow, fast]).names == ("fast", "slow")

@@ -96,7 +96,7 @@ def test_files_that_are_something_else(image):
     whole = fakes.dylib()
     for content, words in [
         (b"", "is empty"),
-        (b"\x7fELF" + bytes(100), "is no 64-bit Mach-O file"),
+        (b"\x7fELF" + bytes(100), "is not a 64-bit Mach-O file"),
         (whole[:20], "is cut short or damaged"),
         (whole[:60], "is cut short or damaged"),
         (whole[:1000], "is cut short"),
@@ -106,4 +106,4 @@ def test_files_that_are_something_else(image):
         with pytest.raises(InputError, match=words) as caught:
             image(content)
         assert str(caught.value).startswith("libtorch_cpu.dylib: ")
-        assert "allowed is the whole libtorch_cpu.dylib of a macOS arm64 wheel" in str(caught.value)
+        assert "use the whole libtorch_cpu.dylib of a macOS arm64 wheel" in str(caught.value)

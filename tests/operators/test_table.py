@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from fakes import fake_wheels as fakes
 
+from nanogpt_mac import child
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.operators import macho, table
 from nanogpt_mac.operators.table import Kind
@@ -163,7 +164,7 @@ def test_each_torch_is_read_by_its_own_torchgen(tmp_path):
 def test_a_second_look_reads_the_cache(wheels, cache, monkeypatch):
     first = table.load(str(wheels[0]))
     assert len(list((cache / "tables").iterdir())) == 1
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("torchgen was run again"))
+    monkeypatch.setattr(child, "ask", lambda *_, **__: pytest.fail("torchgen was run again"))
     assert table.load(str(wheels[0])) == first
 
 
@@ -189,11 +190,11 @@ def test_the_cache_tells_torches_and_depths_apart(wheels, tmp_path, cache):
 
 def test_two_at_once_leave_one_whole_table(wheels, cache):
     program = "import sys; from nanogpt_mac.operators import table; print(len(table.load(sys.argv[1]).entries))"
-    children = [
+    processes = [
         subprocess.Popen([sys.executable, "-c", program, str(wheels[0])], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    assert [child.communicate()[0] for child in children] == [f"{len(KINDS)}\n"] * 2
+    assert [process.communicate()[0] for process in processes] == [f"{len(KINDS)}\n"] * 2
     (kept,) = (cache / "tables").iterdir()
     assert len(json.loads(kept.read_text())["entries"]) == len(KINDS)
 

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,15 +13,18 @@ import torch
 from fakes.parity_mutants import MUTANTS
 from fakes.support import FRAMEWORKS
 
+from nanogpt_mac import child
 from nanogpt_mac.cli import compose
 from nanogpt_mac.gpt.pretrained import TRANSPOSED
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.parity import gate as parity
 from nanogpt_mac.parity import reference, tolerances
-from nanogpt_mac.parity.check import LOSS_SCALE, check_variant, config_from_json, drawn_weights, make_reference
+from nanogpt_mac.parity.check import LOSS_SCALE, check_variant, drawn_weights, make_reference
+from nanogpt_mac.parity.tasks import Task
+from nanogpt_mac.records.plan import Parity
 from nanogpt_mac.simulator import VARIABLE
 
-pytestmark = pytest.mark.xdist_group("parity")  # what its fixtures make is dear: one worker makes it
+pytestmark = pytest.mark.xdist_group("parity")  # what its fixtures make is expensive: one worker makes it
 
 PLANTING = (sys.executable, str(Path(__file__).parents[1] / "fakes" / "parity_mutants.py"))
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the simulated MPS device runs on Linux only")
@@ -122,83 +123,58 @@ def test_variants_pass_fail_or_end_each_as_a_row(variant, tmp_path):
         **{name: variant("backend=cpu", plant=name) for name in ("crash", "killed", "raise")},
     }
     found = parity.check(configs, tmp_path / "new", child=PLANTING)
-    assert found == json.loads((tmp_path / "new" / "parity.json").read_text())
-    variants = found["variants"]
-    states = {name: checked["state"] for name, checked in variants.items()}
+    assert found == Parity.load(tmp_path / "new" / "parity.json").model_copy(update={"schema_": found.schema_})
+    variants = found.variants
+    states = {name: result.state for name, result in variants.items()}
     expected = {"mlx": "pass", "wrong": "fail", **dict.fromkeys(("crash", "killed", "raise"), "error")}
-    assert states == expected, {name: checked["reason"] for name, checked in variants.items()}
-    assert variants["wrong"]["reason"].startswith("update rule: transformer.h.")
-    assert "allowed is 0.0002, and" in variants["wrong"]["reason"]
-    assert variants["crash"]["reason"] == "killed by SIGABRT"
-    assert variants["killed"]["reason"] == "killed by SIGKILL: out of memory?"
-    assert variants["raise"]["reason"].startswith("exit code 1: ")
+    assert states == expected, {name: result.reason for name, result in variants.items()}
+    assert variants["wrong"].reason.startswith("update rule: transformer.h.")
+    assert ", at most 0.0002 is expected, and" in variants["wrong"].reason
+    assert variants["crash"].reason == "killed by SIGABRT"
+    assert variants["killed"].reason == "killed by SIGKILL: out of memory?"
+    assert variants["raise"].reason == "RuntimeError: two lines"
     quantities = list(tolerances.limits("float32", "highest"))
-    assert [c["quantity"] for c in variants["mlx"]["checks"]] == quantities
-    assert [t["quantity"] for t in found["tolerances"]] == quantities
-    assert found["shape"]["full"] == {"batch": 4, "block_size": 32, "accumulation": 1}
+    assert [c.quantity for c in variants["mlx"].checks] == quantities
+    assert [t.quantity for t in found.tolerances] == quantities
+    assert found.shape["full"].model_dump() == {"batch": 4, "block_size": 32, "accumulation": 1}
     kept = {p.name for p in (tmp_path / "new").iterdir()}  # no reference, and logs of what ended badly alone
     assert kept == {"parity.json", *(f"parity-{name}.log" for name in ("crash", "killed", "raise"))}
-    for title, headings, rows in parity.sections(found):
-        assert title
-        assert rows
-        assert all(len(row) == len(headings) and all(isinstance(cell, str) for cell in row) for row in rows)
 
 
 @pytest.mark.parametrize("cores", [2, 8])
 def test_back_ends_are_checked_side_by_side_where_there_are_cores(variant, tmp_path, monkeypatch, cores):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    program = "import json, sys, time; task = json.load(sys.stdin); begun = time.time(); time.sleep(0.3)"
-    program += "; json.dump({'shape': None, 'span': [begun, time.time()]}, open(task['result'], 'w'))"
-    spans = {}
-    monkeypatch.setattr(parity, "_ended", lambda result: spans.update({len(spans): result["span"]}))
+    program = "import json, time; begun = time.time(); time.sleep(0.3); span = f'{begun} {time.time()}'"
+    program += "; print(json.dumps({'shape': {}, 'device': span, 'checks': []}))"
     configs = {name: variant(f"backend={name.split('-')[0]}") for name in ("mlx", "mlx-eager", "cpu")}
-    parity.check(configs, tmp_path, child=(sys.executable, "-c", program))
-    mlx, eager, cpu = spans.values()
+    found = parity.check(configs, tmp_path, child=(sys.executable, "-c", program))
+    mlx, eager, cpu = ([float(time) for time in found.variants[name].device.split()] for name in configs)
     assert mlx[1] <= eager[0]
     assert (cpu[0] < mlx[1]) == (cores == 8)
 
 
-def test_a_gate_that_is_stopped_leaves_no_process(variant, tmp_path, monkeypatch):
-    started = []
-    popen = subprocess.Popen
-
-    def stopping(*args, **kwargs):
-        if len(started) == 2:
-            raise KeyboardInterrupt
-        started.append(popen(*args, **kwargs))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", stopping)
-    job = ("a", task(variant(), tmp_path), tmp_path / "a.log")
-    with pytest.raises(KeyboardInterrupt):
-        parity._run_all((sys.executable, "-c", "import time; time.sleep(60)"), [[job]] * 3, 60.0)
-    assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
-
-
 def test_a_hang_ends_and_a_reference_that_cannot_be_made_says_why(variant, tmp_path):
-    hung = parity._run(PLANTING, task(variant(plant="hang"), tmp_path), 3.0, tmp_path / "log")
-    assert hung["error"] == "no answer within 3 s"
+    program = "import json, sys, time; time.sleep(600 * (json.load(sys.stdin)['role'] == 'variant')); print('{\"shape\": {}}')"
+    hung = parity.check({"cpu": variant("backend=cpu")}, tmp_path, 3.0, child=(sys.executable, "-c", program))
+    assert hung.variants["cpu"].reason == "no answer within 3 s"
     missing = dataclasses.replace(variant("backend=cpu"), init_from=str(tmp_path / "no.pt"))
     found = parity.check({"cpu": missing}, tmp_path)
-    assert found["variants"]["cpu"]["state"] == "error"
-    assert found["variants"]["cpu"]["reason"].startswith(f"no reference: init_from={tmp_path / 'no.pt'}: no such file")
+    assert found.variants["cpu"].state == "error"
+    assert found.variants["cpu"].reason.startswith(f"no reference: init_from={tmp_path / 'no.pt'}: no such file")
 
 
 def task(config, folder, role="variant"):
-    return {"role": role, "config": dataclasses.asdict(config), "folder": str(folder)}
+    return Task(role=role, config=config, folder=folder).plain()
 
 
 def mutants(config, folder, names, **environment):
     """The checks of each planted fault: one reference, unless `folder` has it, and one child for all."""
-    result, roles = folder / "result.json", [("reference", ""), ("variant", "all:" + ",".join(names))]
+    roles = [("reference", ""), ("variant", "all:" + ",".join(names))]
     for role, plant in roles[folder.exists() :]:
         folder.mkdir(exist_ok=True)
         config.wandb.name = plant
-        document = json.dumps(task(config, folder, role) | {"result": str(result)})
-        environ = os.environ | {"PYTHONPATH": str(parity.ROOT)} | environment
-        ended = subprocess.run(PLANTING, input=document, text=True, env=environ, capture_output=True, check=False)
-        assert ended.returncode == 0, ended.stderr
-    return json.loads(result.read_text())["mutants"]
+        answer = child.ask(PLANTING, task(config, folder, role), environment=os.environ | environment)
+    return answer
 
 
 def caught(checks):
@@ -236,14 +212,14 @@ def test_faults_of_torch_and_mlx_are_caught(variant, tmp_path):
 def test_the_shortest_windows_pass(variant, tmp_path, block_size):
     config = variant("backend=cpu", f"model.block_size={block_size}", "model.n_layer=1")
     make_reference(config, tmp_path)
-    checks = check_variant(config, tmp_path)["checks"]
-    assert [c["quantity"] for c in checks if not c["pass"]] == []
-    assert ("causality" in [c["quantity"] for c in checks]) == (block_size > 1)
+    checks = check_variant(config, tmp_path).checks
+    assert [c.quantity for c in checks if not c.passed] == []
+    assert ("causality" in [c.quantity for c in checks]) == (block_size > 1)
 
 
-def test_config_survives_the_variant_to_a_child(variant):
-    config = variant("model.bias=true", "data.val_fraction=0.2")
-    assert config_from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+def test_a_task_survives_the_way_to_a_child(variant, tmp_path):
+    asked = Task(role="variant", config=variant("model.bias=true", "data.val_fraction=0.2"), folder=tmp_path)
+    assert Task.model_validate(json.loads(json.dumps(asked.plain()))) == asked
 
 
 def test_every_precision_has_every_limit():

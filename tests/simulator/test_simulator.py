@@ -15,7 +15,7 @@ import pytest
 
 from nanogpt_mac import simulator
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.simulator.build import build_once, cache_folder
+from nanogpt_mac.simulator import build
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -133,7 +133,7 @@ def test_this_process_is_untouched() -> None:
 
 def test_the_variable_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(simulator.VARIABLE, "yes")
-    with pytest.raises(InputError, match="NANOGPT_MAC_SIMULATE_MPS='yes': allowed are 0 and 1"):
+    with pytest.raises(InputError, match="NANOGPT_MAC_SIMULATE_MPS='yes': use 1 or 0"):
         simulator.install_if_asked()
     for value in ("", "0"):
         monkeypatch.setenv(simulator.VARIABLE, value)
@@ -169,13 +169,13 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"file/nanogpt-mac/simulator: .*Not a directory.*XDG_CACHE_HOME"):
-        build_once(cache_folder() / "x.so", lambda folder: folder)
+        build.kept("x.so", lambda folder: folder)
 
 
 def test_an_unsupported_torch_is_one_line() -> None:
     program = "import torch; torch.__version__ = '2.9.1'; from nanogpt_mac import simulator; simulator.install()"
     result = child("-c", program)
-    assert "InputError: torch 2.9.1 is not supported by the simulated MPS device: allowed is" in result.stderr
+    assert "InputError: torch 2.9.1 is not supported by the simulated MPS device: use" in result.stderr
 
 
 @pytest.mark.usefixtures("supported")
@@ -211,14 +211,14 @@ def test_two_builders_at_once(tmp_path: Path) -> None:
     program = """
 import sys, time
 from pathlib import Path
-from nanogpt_mac.simulator.build import build_once
+from nanogpt_mac.files import make_once
 folder = Path(sys.argv[1])
 def build(work):
     with (folder / "builds").open("a") as f: f.write("x")
     time.sleep(0.3)
     (work / "out").write_text("built")
     return work / "out"
-print(build_once(folder / "target", build).read_text())
+print(make_once(folder / "target", build).read_text())
 """
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda _: child("-c", program, str(tmp_path)), range(3)))

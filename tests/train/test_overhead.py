@@ -11,10 +11,12 @@ import pytest
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.config import Config
 from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.records.run import Denominators
 from nanogpt_mac.train.clock import Clock
 from nanogpt_mac.train.display import Lines
 from nanogpt_mac.train.loop import Loop
 from nanogpt_mac.train.recorder import Recorder, Work
+from nanogpt_mac.train.sinks import Folder, Sink
 
 QUICK = GPTSpec(4, 4, 128, 64, 65)
 
@@ -25,16 +27,15 @@ def test_recording_costs_under_one_percent_of_a_quick_iteration(make, tmp_path):
     data = rng.integers(0, 65, 100_000).astype(np.uint16)
     backend = make("cpu", spec=QUICK, tokens=Tokens({"train": data}, 64))
     config = Config(batch_size=12, log_interval=1)
-    peaks = {"mfu": None, "mfu_measured": 1e15, "mfu_a100": 312e12}
-    recorder = Recorder(tmp_path, Work(1e9, 768, peaks))
-    loop = Loop(config, backend, {"train": len(data)}, 64, recorder, Lines(10**6, 1), None, lambda: None, dict)
+    work = Work(1e9, 768, Denominators(mfu_measured=1e15, mfu_a100=312e12))
+    recorder = Recorder(work, [Folder(tmp_path), Sink(), Lines(1)])
+    loop = Loop(config, backend, Tokens({"train": data}, 64), recorder)
     clock = Clock(backend.wait, "completion", 1, 0, backend.runs_ahead)
 
     def bare(i):
         backend.wait(backend.step(loop._starts("train", i, 1), 1e-3))
 
     def recorded(i):
-        loop.rates[i] = 1e-3
         loop._record(clock.submit(i, partial(backend.step, loop._starts("train", i, 1), 1e-3)))
 
     seconds = {bare: [], recorded: []}

@@ -1,30 +1,59 @@
 """Records: rows, summary, MFU and its denominators."""
 
-import errno
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.records.run import (
+    CorpusFacts,
+    Denominators,
+    Ending,
+    ExitState,
+    LeftOut,
+    ModelFacts,
+    Row,
+    RunFacts,
+    RunSummary,
+    Times,
+)
 from nanogpt_mac.train.clock import Completion
-from nanogpt_mac.train.recorder import Recorder, Work, make_folder, write_json
+from nanogpt_mac.train.recorder import Recorder, Work
+from nanogpt_mac.train.sinks import Folder, Sink
 
-WORK = Work(flops=2e9, tokens=1000, peaks={"mfu": None, "mfu_measured": 1e12, "mfu_a100": 312e12})
+WORK = Work(flops=2e9, tokens=1000, peaks=Denominators(mfu_measured=1e12, mfu_a100=312e12))
 MEMORY = {"current": 5, "peak": 9}
+FACTS = RunFacts(
+    backend="cpu",
+    device="cpu",
+    compile=False,
+    dtype="float32",
+    matmul_precision="highest",
+    sync="completion",
+    seed=1,
+    model=ModelFacts(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=11),
+    parameters=100,
+    batch_size=4,
+    gradient_accumulation_steps=1,
+    max_iters=10,
+    corpus="text",
+    corpus_facts=CorpusFacts(name="text", label="text", sha256="0" * 64),
+    init_from="scratch",
+)
 
 
-def summarise(recorder, facts=()):
-    summary = recorder.summary(dict(facts))
+def summarise(recorder, state=ExitState.FINISHED):
+    summary = recorder.summary(FACTS, Ending(exit_state=state))
     recorder.close()
     return summary
 
 
 def record(folder, times, work=WORK, left_out=()):
-    recorder = Recorder(folder, work)
+    recorder = Recorder(work, [Folder(folder)])
     for i, ms in enumerate(times):
-        recorder.iteration(Completion(i, 2.0, 1.0, ms, 0.5, "first" if i in left_out else None), 1e-3, MEMORY)
+        why = LeftOut.FIRST if i in left_out else None
+        recorder.iteration(Completion(i, 2.0, 1.0, ms, 0.5, why), 1e-3, MEMORY)
     return recorder
 
 
@@ -37,25 +66,27 @@ def test_mfu_is_flops_over_time_over_each_named_peak(tmp_path):
     assert rows[3]["mfu_measured"] == pytest.approx(0.2)
     assert rows[3]["mfu_a100"] == pytest.approx(0.2 / 312)
     assert rows[3]["tokens_per_s"] == pytest.approx(100_000)
-    assert (summary["mfu"], summary["mfu_measured"]) == (None, pytest.approx(0.2))
-    assert summary["mfu_denominators"] == WORK.peaks
-    assert json.loads((tmp_path / "summary.json").read_text())["schema"] == 1
+    assert (summary.mfu, summary.mfu_measured) == (None, pytest.approx(0.2))
+    assert summary.mfu_denominators == WORK.peaks
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["schema"] == 2
+    assert RunSummary.parse(written, "summary.json") == summary.model_copy(update={"schema_": 2})
 
 
 def test_more_than_the_measured_peak_is_an_error_and_no_figure(tmp_path):
     summary = summarise(record(tmp_path, [1.0] * 8))
-    assert summary["mfu_measured"] is None
-    assert "above 1 in 8 iterations: that is impossible" in summary["errors"][0]
+    assert summary.mfu_measured is None
+    assert "above 1 in 8 iterations, which cannot be" in summary.errors[0]
 
 
 def test_statistics_leave_out_what_the_clock_marks(tmp_path):
     times = [500.0, *np.linspace(9.0, 11.0, 101)]
     summary = summarise(record(tmp_path, times, left_out=[0]))
-    assert summary["iter_ms"]["median"] == pytest.approx(10.0)
-    assert summary["iter_ms"]["count"] == 101
-    assert summary["first_iter_s"] == pytest.approx(0.5)
-    assert summary["compile_s"] == pytest.approx(0.49)
-    assert summary["left_out"] == {"first": 1}
+    assert summary.times.median == pytest.approx(10.0)
+    assert summary.times.count == 101
+    assert summary.first_iter_s == pytest.approx(0.5)
+    assert summary.compile_s == pytest.approx(0.49)
+    assert summary.left_out == {"first": 1}
 
 
 def test_the_confidence_interval_covers_the_median_as_often_as_it_says(tmp_path):
@@ -64,7 +95,7 @@ def test_the_confidence_interval_covers_the_median_as_often_as_it_says(tmp_path)
     for i in range(200):
         (tmp_path / str(i)).mkdir()
         sample = rng.lognormal(size=40)  # median 1
-        low, high = summarise(record(tmp_path / str(i), list(sample)))["iter_ms"]["ci95"]
+        low, high = summarise(record(tmp_path / str(i), list(sample))).times.ci95
         covered += low <= 1.0 <= high
     assert 180 <= covered <= 200
 
@@ -75,17 +106,17 @@ def test_the_confidence_interval_is_scipys(tmp_path, count):
 
     times = np.random.default_rng(count).lognormal(size=count)
     expected = quantile_test(times, q=1.0, p=0.5).confidence_interval(0.95)
-    assert summarise(record(tmp_path, list(times)))["iter_ms"]["ci95"] == [expected.low, expected.high]
+    assert summarise(record(tmp_path, list(times))).times.ci95 == (expected.low, expected.high)
 
 
 def test_a_run_without_iterations_has_a_summary(tmp_path):
-    summary = summarise(record(tmp_path, []), {"exit_state": "failed"})
-    assert summary["iter_ms"] == {**dict.fromkeys(("median", "ci95", "mean", "min", "p10", "p90", "max")), "count": 0}
-    assert summary["exit_state"] == "failed"
+    summary = summarise(record(tmp_path, []), ExitState.FAILED)
+    assert summary.times == Times()
+    assert summary.exit_state == "failed"
 
 
 def test_json_stays_json_when_a_loss_is_none_any_more(tmp_path):
-    recorder = Recorder(tmp_path, WORK)
+    recorder = Recorder(WORK, [Folder(tmp_path)])
     recorder.iteration(Completion(0, float("nan"), float("inf"), 10.0, 0.5, None), 1e-3, MEMORY)
     recorder.flush()
     recorder.close()
@@ -97,24 +128,30 @@ def test_json_stays_json_when_a_loss_is_none_any_more(tmp_path):
     assert (row["loss"], row["grad_norm"]) == ("nan", "inf")
 
 
-def test_folders_are_named_by_the_pattern_and_never_shared(tmp_path):
-    pattern = f"{tmp_path}/{{date}}/{{name}}"
-    first, second = make_folder(pattern, "mps-compile"), make_folder(pattern, "mps-compile")
-    assert first.name == "mps-compile"
-    assert second.name == "mps-compile-2"
-    assert len(first.parent.name) == len("2026-01-01")
-    named = make_folder(f"{tmp_path}/mine", "cpu")
-    assert named == tmp_path / "mine"
-    (named / "metrics.jsonl").touch()
-    with pytest.raises(InputError, match="already holds a run"):
-        make_folder(f"{tmp_path}/mine", "cpu")
-
-
-def test_a_document_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        write_json(tmp_path / "a.json", {})
+def test_a_sink_that_drops_everything_takes_all_that_a_run_says(tmp_path):
+    """What stands in wandb's place where it is disabled."""
+    recorder = Recorder(WORK, [Sink()])
+    recorder.iteration(Completion(0, 2.0, 1.0, 10.0, 0.5, None), 1e-3, MEMORY)
+    recorder.evaluation(0, 1.0, 2.0, 0.1)
+    recorder.event("pause", 0, power_source="mains")
+    recorder.tick()
+    assert not recorder.overdue()
+    assert summarise(recorder).best_val_loss == 2.0
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    recorder = record(tmp_path, [10.0], left_out=[0])
+    recorder.evaluation(1, 1.5, 2.5, 0.1)
+    recorder.event("pause", 1, power_source="mains", thermal_state=None, gpu_utilisation=3.5)
+    recorder.flush()
+    recorder.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    keys = {"kind", "iter", "loss", "lr", "grad_norm", "iter_ms", "dispatch_ms", "tokens_per_s", "memory", "left_out"}
+    assert lines[0].keys() == keys | {"mfu", "mfu_measured", "mfu_a100"}
+    assert lines[1] == {"kind": "evaluation", "iter": 1, "train_loss": 1.5, "val_loss": 2.5, "seconds": 0.1}
+    facts = {"power_source": "mains", "thermal_state": None, "gpu_utilisation": 3.5}
+    assert lines[2] == {"kind": "event", "iter": 1, "event": "pause", **facts}
+    rows = [TypeAdapter(Row).validate_python(line) for line in lines]
+    assert [row.kind for row in rows] == ["iteration", "evaluation", "event"]
+    assert rows[0].left_out is LeftOut.FIRST

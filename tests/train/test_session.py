@@ -130,8 +130,8 @@ def test_what_cannot_be_resumed_is_said_in_one_line(command, text):
     assert command("train.py", *QUIET, "backend=cpu", "run_dir=a").returncode == 0
     (text / "other.txt").write_text(TEXT.replace("hill", "road"))
     for overrides, line in [
-        (["max_iters=20"], "max_iters=20: run=a is already at iteration 20; allowed is more"),
-        (["max_iters=30", "model.n_layer=3"], "model.n_layer=3: a has 2, and weights keep their sizes; allowed is 2"),
+        (["max_iters=20"], "max_iters=20: run=a is already at iteration 20; give max_iters above 20"),
+        (["max_iters=30", "model.n_layer=3"], "model.n_layer=3: a has 2, and weights keep their sizes; use 2"),
         (["max_iters=30", "path=nowhere.txt"], "data.path=nowhere.txt: "),
         (["max_iters=30", "path=other.txt"], "data=text: .* was trained on other text"),
         (["max_iters=30", "experiment=quick"], "experiment=quick: a resumed run keeps its recipe"),
@@ -284,7 +284,7 @@ def test_sample_streams_the_same_text_from_every_back_end(command, text):
         (["run=."], r"run=\.: holds no checkpoint"),
         (["run=.", "temperature=-1"], "temperature=-1.0: must be at least 0"),
         (["run=.", "top_k=0"], "top_k=0: must be at least 1"),
-        (["run=.", "checkpoint=first"], "checkpoint=first: allowed are last, best"),
+        (["run=.", "checkpoint=first"], "checkpoint=first: use last or best"),
     ],
 )
 def test_sample_answers_mistakes_in_one_line(command, text, overrides, line):

@@ -107,7 +107,7 @@ def test_wrong() -> None:
             "mm",
             "sluggish",
             None,
-            "allowed are fallback, missing, nowhere, hidden, announced, dtype_limit, shape_limit, slow",
+            "use one of fallback, missing, nowhere, hidden, announced, dtype_limit, shape_limit, slow",
         ),
         ("copy_", "hidden", None, "this fault itself copies by copy_"),
         ("mm", "slow", None, "slow and wrong take a value"),

@@ -1,0 +1,359 @@
+"""A comparison's folder, in any state of completion, as one document: comparison.json."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+
+import nanogpt_mac
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.compare import doubts, figures, published, runs, verdict
+from nanogpt_mac.compare.runs import Run
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.records.base import DamagedError
+from nanogpt_mac.records.comparison import (
+    Comparison,
+    FailedRun,
+    Figures,
+    Machine,
+    PlanFacts,
+    VariantResult,
+    VariantState,
+    Work,
+)
+from nanogpt_mac.records.plan import Parity, ParityResult, ParityState, Plan, Recipe, Variant
+from nanogpt_mac.records.run import Environment, Outcome, RunState
+from nanogpt_mac.report.words import text
+
+_ROUND = re.compile(r"(\d+|pilot)-(.+)")
+
+
+@dataclass(frozen=True)
+class SingleRun:
+    """One run folder as a variant: what a leaderboard ranks beside the variants of comparisons."""
+
+    variant: VariantResult
+    work: Work
+    machine: Machine
+    environment: Environment | None
+    created: str | None
+    problems: list[str]  # what could not be read
+
+
+def load_run(folder: Path) -> SingleRun:
+    """One run folder of any schema and state: ok (it finished), partial (it did not, but was timed), failed.
+
+    InputError for a folder that is not a run at all.
+    """
+    run = runs.read(folder)
+    done = run.state is RunState.DONE
+    found = figures.of_variant({0: run}, recipe=run.config, planned=1)
+    # One process: its iterations are all there is to go by.
+    interval = run.summary.times.ci95 if run.summary else None
+    times = found.times and found.times.model_copy(update={"ci95": interval})
+    checked = _own_parity(folder)
+    wrong = checked.state is ParityState.FAIL
+    timed = VariantState.PARTIAL if len(run.kept) else VariantState.FAILED
+    variant = VariantResult(
+        **dict(found) | {"times": times},
+        name=folder.name,
+        label=f"{run.facts.backend.upper()} {'compiled' if run.facts.compile else 'eager'}"
+        if run.facts
+        else folder.name,
+        state=VariantState.WRONG if wrong else VariantState.OK if done else timed,
+        reason=f"failed parity: {checked.reason}" if wrong else None if done else run.reason,
+        parity=checked.state,
+        runs=int(done),
+        failed_runs=() if done else (FailedRun(round=0, state=run.state, reason=run.reason),),
+        fallbacks=runs.free(folder / "fallbacks.json", run.problems),
+    )
+    created = run.outcome.started if run.outcome else None
+    return SingleRun(variant, run.work, figures.machine(run.env, [run.capabilities]), run.env, created, run.problems)
+
+
+def _own_parity(folder: Path) -> ParityResult:
+    """What the gate said of a run that is a comparison's: rounds/2-mps. Not run for any other."""
+    place = folder.resolve()
+    matched = _ROUND.fullmatch(place.name) if place.parent.name == "rounds" else None
+    parity = runs.load(Parity, place.parent.parent / "parity.json", []) if matched else None
+    found = parity.variants.get(matched[2]) if parity and matched else None
+    return found or ParityResult(state=ParityState.NOT_RUN)
+
+
+def read(folder: Path) -> Comparison:
+    """A comparison: collected from its runs, or its comparison.json where they were not kept."""
+    if (folder / "rounds").is_dir() or not (folder / "comparison.json").is_file():
+        return collect(folder)
+    problems: list[str] = []
+    try:
+        found = Comparison.load(folder / "comparison.json")
+    except DamagedError as error:
+        raise InputError(f"{folder}: {error}; use a folder with its rounds/ or a whole comparison.json") from error
+    if found.schema_ > Comparison.SCHEMA:
+        facts = {"file": "comparison.json", "schema": found.schema_, "known": Comparison.SCHEMA}
+        problems.append(doubts.Doubt.NEWER.say(**facts))
+    variants = tuple(
+        variant.model_copy(update={"capabilities": kinds.recorded(variant.backend, variant.device)})
+        if variant.capabilities is None and variant.backend and variant.device
+        else variant
+        for variant in found.variants
+    )
+    return found.model_copy(update={"warnings": (*problems, *found.warnings), "variants": variants})
+
+
+def collect(folder: Path) -> Comparison:
+    """What a comparison's folder says, which may still be at work. InputError for any other folder."""
+    files = _Files.read(Path(folder))
+    candidates = [_Candidate.of(variant, files) for variant in files.planned]
+    ranking = verdict.rank([candidate.contestant for candidate in candidates])
+    variants = [_result(candidate, files, ranking) for candidate in candidates]
+    said = verdict.verdict(variants, ranking, files.complete)
+    if files.work.stand_in:
+        more = "The corpus is the stand-in: losses say nothing about Shakespeare."
+        said = said.model_copy(update={"sentence": f"{said.sentence} {more}"})
+    finished = [run for _, run in files.finished]
+    environments = [run.env for run in finished if run.env]
+    heats = [run.outcome.heat for run in finished if run.outcome]
+    plan = files.plan
+    warnings = files.problems + doubts.of_work(plan, files.work, variants)
+    warnings += doubts.of_machine(environments, (event for run in finished for event in run.events), heats)
+    return Comparison(
+        created=plan.created if plan else None,
+        folder=str(folder),
+        version=(plan.version if plan else "") or nanogpt_mac.__version__,
+        complete=files.complete,
+        work=files.work.model_copy(update={"experiment": plan.experiment if plan else None}),
+        machine=figures.machine(next(iter(environments), None), [variant.capabilities for variant in variants]),
+        environment=next(iter(environments), None),
+        plan=files.plan_facts(),
+        verdict=said,
+        warnings=tuple(warnings),
+        parity=files.parity,
+        levers=verdict.lever_table(variants) if any(variant.lever for variant in variants) else None,
+        published=published.beside(files.work),
+        variants=tuple(variants),
+    )
+
+
+# -- what is in the folder --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Files:
+    """A comparison's folder, read once."""
+
+    folder: Path
+    plan: Plan | None
+    parity: Parity | None
+    runs: Mapping[str, Mapping[int, Run]]  # variant -> round -> every run that left a trace
+    pilots: Mapping[str, Run]
+    problems: list[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> _Files:
+        problems: list[str] = []
+        plan = runs.load(Plan, folder / "plan.json", problems)
+        parity = runs.load(Parity, folder / "parity.json", problems, usual=False)
+        found: dict[str, dict[int, Run]] = {}
+        pilots: dict[str, Run] = {}
+        for path in sorted((folder / "rounds").glob("*-*")):
+            matched = _ROUND.fullmatch(path.name)
+            if not matched or not runs.is_run(path):  # made, but nothing written yet
+                continue
+            if matched[1] == "pilot":
+                pilots[matched[2]] = runs.read(path)
+            else:
+                found.setdefault(matched[2], {})[int(matched[1])] = runs.read(path)
+        if not plan and not found and not pilots:
+            what = "; ".join(problems) if folder.is_dir() else "is not a folder"
+            raise InputError(f"{folder}: {what}; use a folder that compare.py wrote, with plan.json and rounds/")
+        return cls(folder, plan, parity, found, pilots, problems)
+
+    @cached_property
+    def planned(self) -> tuple[Variant, ...]:
+        """The plan's variants, then any that only a folder tells of."""
+        planned = self.plan.variants if self.plan else ()
+        rest = sorted({*self.runs, *self.pilots} - {variant.name for variant in planned})
+        return (*planned, *(Variant(name=name, label=name) for name in rest))
+
+    def checked(self, name: str) -> ParityResult:
+        """What the gate said of a variant; what cannot be read is an error, never a pass."""
+        if self.parity is None and not (self.folder / "parity.json").exists():
+            return ParityResult(state=ParityState.NOT_RUN)
+        lacking = "parity.json does not name it" if self.parity else "parity.json cannot be read"
+        found = self.parity.variants.get(name) if self.parity else None
+        return found or ParityResult(state=ParityState.ERROR, reason=lacking)
+
+    @property
+    def rounds(self) -> int | None:
+        """How many were planned."""
+        order = self.plan.order if self.plan else None
+        return len({r for r, _ in order}) if order else self.plan.rounds if self.plan else None
+
+    @cached_property
+    def finished(self) -> list[tuple[str, Run]]:
+        """(variant, run) of all that ended well, by round, the pilots last."""
+        by_round = sorted((r, name) for name, some in self.runs.items() for r in some)
+        ordered = [(name, self.runs[name][r]) for r, name in by_round] + sorted(self.pilots.items())
+        return [(name, run) for name, run in ordered if run.state is RunState.DONE]
+
+    @cached_property
+    def work(self) -> Work:
+        """The work that most of the variants' runs did; the first planned decides where as many did one as another."""
+        works: list[Work] = []
+        for variant in [v for v in self.planned if not v.lever] or self.planned:
+            runs_ = [self.runs.get(variant.name, {})[r] for r in sorted(self.runs.get(variant.name, {}))]
+            some = [run.work for run in runs_ if run.state is RunState.DONE]
+            works += some or ([self.pilots[variant.name].work] if variant.name in self.pilots else [])
+        if not works:
+            return Work()
+        most = Counter(work.key() for work in works).most_common(1)[0][0]
+        return next(work for work in works if work.key() == most)
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether every planned run has ended, well or not."""
+        order = self.plan.order if self.plan else None
+        if not order:  # nothing to time: complete when every variant's pilot has failed
+            return order == () and all(v.name in self.pilots for v in self.plan.variants) if self.plan else False
+        ended = {(r, n) for n, some in self.runs.items() for r, run in some.items() if run.state != RunState.UNFINISHED}
+        return all(place in ended for place in order)
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """How long the full recipe trains and evaluates: as planned, or of an older plan's experiment."""
+        if self.plan is None:
+            return None
+        if self.plan.recipe:
+            return self.plan.recipe
+        from nanogpt_mac import cli
+
+        try:
+            config = cli.compose([f"experiment={self.plan.experiment}"] if self.plan.experiment else [])
+        except InputError:  # this version has no such experiment
+            return None
+        return Recipe(
+            max_iters=config.max_iters, eval_interval=config.eval_interval, eval_iters=config.eval_iters
+        )  # fmt: skip
+
+    def plan_facts(self) -> PlanFacts:
+        plan = self.plan
+        every = [run.outcome for some in self.runs.values() for run in some.values()]
+        every += [run.outcome for run in self.pilots.values()]
+        spans = [span for outcome in every if outcome and (span := _span(outcome))]
+        start = min(s for s, _ in spans).isoformat(timespec="seconds") if spans else plan.created if plan else None
+        end = max(e for _, e in spans).isoformat(timespec="seconds") if spans and self.complete else None
+        return PlanFacts(
+            rounds=plan.rounds if plan else None,
+            iters=plan.iters if plan else None,
+            budget_minutes=plan.budget_minutes if plan else None,
+            started=start,
+            finished=end,
+        )
+
+
+def _span(outcome: Outcome) -> tuple[datetime, datetime] | None:
+    try:
+        start = datetime.fromisoformat(outcome.started or "").astimezone()
+        return start, start + timedelta(seconds=outcome.seconds)
+    except (ValueError, OverflowError):
+        return None
+
+
+# -- one variant ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A variant's runs, sorted into those that count and those that do not."""
+
+    variant: Variant
+    done: Mapping[int, Run]  # ended well, timed, and all of the same work
+    failed: tuple[FailedRun, ...]
+    checked: ParityResult
+    figures: Figures
+    work: Work | None  # its own
+    same_work: bool
+
+    @classmethod
+    def of(cls, variant: Variant, files: _Files) -> _Candidate:
+        some, pilot = files.runs.get(variant.name, {}), files.pilots.get(variant.name)
+        ended = {r: run for r, run in some.items() if run.state is RunState.DONE}
+        timed = {r: run for r, run in ended.items() if len(run.kept)}
+        keys = {r: run.work.key() for r, run in timed.items()}
+        wanted = files.work.key()
+        own = wanted if wanted in keys.values() else next(iter(keys.values()), None)
+        done = {r: run for r, run in timed.items() if keys[r] == own}
+        one = next(iter(done.values()), pilot)
+        over = (RunState.DONE, RunState.UNFINISHED)
+        failed: list[tuple[int | None, RunState, str]] = []
+        if pilot and pilot.state not in over:
+            failed.append((None, pilot.state, pilot.reason))
+        failed += [(r, run.state, run.reason) for r, run in sorted(some.items()) if run.state not in over]
+        failed += [
+            (r, RunState.UNREADABLE, "; ".join(ended[r].problems) or "no timed iteration")
+            for r in sorted(ended.keys() - timed)
+        ]
+        failed += [
+            (r, RunState.OTHER_WORK, (one and timed[r].work.difference(one.work)) or "not fully recorded")
+            for r in sorted(timed.keys() - done)
+        ]
+        return cls(
+            variant,
+            done,
+            tuple(FailedRun(round=r, state=state, reason=reason) for r, state, reason in failed),
+            files.checked(variant.name),
+            figures.of_variant(done, pilot, files.recipe, files.rounds),
+            one.work if one else None,
+            one is not None and one.work.key() == wanted,
+        )
+
+    @cached_property
+    def ranked(self) -> bool:
+        """A lever is an ablation, ranked only where it is also a variant of its own: compiled or not."""
+        return self.same_work and (self.variant.lever is None or self.variant.lever.key == "compile")
+
+    @property
+    def contestant(self) -> verdict.Contestant:
+        found = self.figures
+        return verdict.Contestant(
+            self.variant.name, found.medians, found.median, self.ranked, found.simulated, self.checked.state
+        )
+
+
+def _result(candidate: _Candidate, files: _Files, ranking: verdict.Ranking) -> VariantResult:
+    """The variant, whole."""
+    variant, checked, name = candidate.variant, candidate.checked, candidate.variant.name
+    failed = [(run.state, run.reason or "") for run in candidate.failed]
+    state, reason = doubts.state_of(checked.state, checked.reason, len(candidate.done), failed, files.complete)
+    warnings = candidate.figures.warnings
+    if candidate.done and not candidate.same_work and not variant.lever and candidate.work:
+        other = doubts.Doubt.OTHER_WORK.say(difference=candidate.work.difference(files.work))
+        warnings = (*warnings, other)
+    best = ranking.names[0] if ranking.names else None
+    comparable = best and name != best and candidate.same_work and not candidate.figures.simulated
+    fallbacks = runs.free(files.folder / "fallbacks" / f"{name}.json", files.problems)
+    compiled = (fallbacks or {}).get("compile_report")
+    return VariantResult(
+        **dict(candidate.figures) | {"warnings": warnings},
+        name=name,
+        label=text(variant.label, 80),
+        note=text(variant.note, 80) if variant.note else "",
+        overrides=variant.overrides,
+        lever=variant.lever,
+        state=state,
+        reason=reason,
+        parity=checked.state,
+        runs=len(candidate.done),
+        failed_runs=candidate.failed,
+        same_work=candidate.same_work,
+        ranked=candidate.ranked,
+        ratio=ranking.ratio(name, best) if comparable and best else None,
+        fallbacks=fallbacks,
+        compile_report=compiled if isinstance(compiled, dict) else None,
+    )

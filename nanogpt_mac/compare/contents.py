@@ -1,0 +1,377 @@
+"""What a comparison's report holds: its verdict, its variants side by side, and their figures section by section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from nanogpt_mac.compare import doubts, evidence
+from nanogpt_mac.compare.doubts import label
+from nanogpt_mac.files import write_aside, write_json
+from nanogpt_mac.records.comparison import Comparison, LeverRow, Machine, VariantResult, VariantState, Work
+from nanogpt_mac.records.plan import ParityState
+from nanogpt_mac.report import page, show
+from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
+from nanogpt_mac.report.words import (
+    DASH,
+    beside,
+    count,
+    interval,
+    listed,
+    loss,
+    ms,
+    number,
+    percent,
+    rate,
+    ratio,
+    seconds,
+    size,
+    text,
+    when,
+)  # fmt: skip
+
+Cell = Callable[[VariantResult], str]
+
+_ORDER = {VariantState.WRONG: 1, VariantState.WAITING: 2, VariantState.FAILED: 3}
+_MARKS = {
+    VariantState.WRONG: Mark.WRONG,
+    VariantState.FAILED: Mark.FAILED,
+    VariantState.PARTIAL: Mark.PARTIAL,
+    VariantState.WAITING: Mark.QUIET,
+}
+PARITY = {ParityState.FAIL: "WRONG", ParityState.ERROR: "could not be checked"}
+
+
+def publish(folder: Path, comparison: Comparison) -> None:
+    """Write comparison.json, report.md and report.html into `folder`."""
+    write_json(folder / "comparison.json", comparison.document())
+    write_aside(folder / "report.md", show.markdown(report(comparison)))
+    write_aside(folder / "report.html", html(comparison))
+
+
+def html(comparison: Comparison) -> str:
+    """One self-contained page that opens offline."""
+    from nanogpt_mac.compare import charts  # matplotlib
+
+    return page.html(report(comparison), charts.draw(comparison))
+
+
+def report(comparison: Comparison) -> Report:
+    """The whole report, in order; the terminal's first screen is the verdict, one table and the first warnings."""
+    timed = [variant for variant in ordered(comparison) if variant.median]
+    where = headline(comparison)
+    return Report(
+        "Comparison",
+        "Comparison: " + ", ".join(where),
+        comparison.verdict.sentence,
+        [
+            _variants(comparison),
+            evidence.problems(doubts.problems(comparison, ordered(comparison))),
+            _times(comparison, timed),
+            _losses(comparison, timed),
+            _utilisation(comparison, timed),
+            _phases(comparison, timed),
+            _memory(comparison, timed),
+            _energy(comparison, timed),
+            _levers(comparison),
+            evidence.parity(comparison.parity, ordered(comparison)),
+            evidence.fallbacks(ordered(comparison)),
+            evidence.compile_report(ordered(comparison)),
+            evidence.published(comparison.published),
+            evidence.environment(comparison, ordered(comparison)),
+        ],
+        where,
+        _figures(comparison),
+        doubts.alarms(comparison, ordered(comparison)),
+        comparison.version,
+        first_screen=("variants", "problems"),
+    )
+
+
+# -- the variants in order --------------------------------------------------------------------------------------------
+
+
+def ordered(comparison: Comparison) -> list[VariantResult]:
+    """The variants, the fastest first; wrong ones after all that may be ranked, failed ones last."""
+    return sorted(comparison.variants, key=lambda v: (_ORDER.get(v.state, 0), v.median or float("inf")))
+
+
+def plain(comparison: Comparison) -> list[VariantResult]:
+    """The variants without ablations of a lever, which have a section of their own."""
+    variants = ordered(comparison)
+    return [variant for variant in variants if not variant.lever or variant.ranked] or variants
+
+
+def mark(variant: VariantResult, comparison: Comparison) -> Mark:
+    """How a variant's row is set off. Its label says the state too."""
+    good = variant.state in (VariantState.OK, VariantState.PARTIAL)
+    if good and variant.name == comparison.verdict.fastest:
+        return Mark.BEST
+    return _MARKS.get(variant.state, Mark.NONE)
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """What was compared, where and when, in short pieces."""
+    machine = comparison.machine
+    pieces = [
+        *where(machine),
+        text(machine.os) if machine.os else "",
+        "SIMULATED DEVICE: no time here is a Mac's" if machine.simulated else "",
+        text(comparison.work.experiment) if comparison.work.experiment else "",
+        when(comparison.created) if comparison.created else "",
+        "" if comparison.complete else "not complete",
+    ]
+    return [piece for piece in pieces if piece]
+
+
+def where(machine: Machine) -> list[str]:
+    """The machine in a few words."""
+    pieces = [text(machine.name or "machine not known")]
+    pieces += [f"{machine.gpu_cores} GPU cores"] if machine.gpu_cores else []
+    return pieces + ([size(machine.memory_bytes)] if machine.memory_bytes else [])
+
+
+def work_facts(work: Work) -> str:
+    """What an iteration computes, in one line; empty where nothing is known."""
+    model = work.model
+    accumulation = text(work.gradient_accumulation_steps)
+    pieces = [
+        f"{rate(work.parameters, '').strip()} parameters" if work.parameters else "",
+        f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide" if model else "",
+        f"batch {work.batch_size} x accumulation {accumulation} x block {text(work.block_size)}"
+        if work.batch_size
+        else "",
+        f"dropout {text(model.dropout)}" if model else "",
+        text(work.dtype) if work.dtype else "",
+        f"matmul precision {text(work.matmul_precision)}" if work.matmul_precision else "",
+        f"corpus {text(work.corpus)}" if work.corpus else "",
+        f"{count(work.tokens_per_iter)} tokens an iteration" if work.tokens_per_iter else "",
+        f"{rate(work.flops_per_iter, 'FLOP')} an iteration" if work.flops_per_iter else "",
+    ]
+    return ", ".join(piece for piece in pieces if piece)
+
+
+def relative(variant: VariantResult, comparison: Comparison) -> str:
+    """1.231 [1.225, 1.238]: time over the fastest's, with the word tie where the interval contains 1."""
+    if mark(variant, comparison) is Mark.BEST:
+        return "tie" if comparison.verdict.ties else "fastest"
+    found = variant.ratio
+    return (
+        DASH if found is None else beside(ratio(found.value), interval(found.ci, ratio)) + (" tie" if found.tie else "")
+    )
+
+
+def _table(
+    caption: str, comparison: Comparison, variants: Sequence[VariantResult], columns: Mapping[str, Cell]
+) -> Table:
+    """A row a variant: its label, then each column's cell made from it."""
+    rows = [Row([label(v), *(cell(v) for cell in columns.values())], mark(v, comparison)) for v in variants]
+    return Table(caption, ["variant", *columns], rows)
+
+
+def _figures(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """The fastest variant's own figures, as far as they are known; of variants that tie, the first's, by name."""
+    variant = comparison.named(comparison.verdict.fastest)
+    if variant is None or variant.times is None or mark(variant, comparison) is not Mark.BEST:
+        return []
+    bounds = interval(variant.times.ci95)
+    share, of = variant.mfu, "MFU, of this chip's peak"
+    if share is None:
+        share, of = variant.mfu_measured, "MFU, of the best matmul measured here"
+    found = [
+        (f"{ms(variant.median)} ms", f"an iteration of {label(variant)}", "" if bounds == DASH else f"95 % {bounds}"),
+        (count(variant.tokens_per_s), "tokens a second", ""),
+        (percent(share), of, ""),
+        (seconds(variant.recipe.seconds if variant.recipe else None), "for the full recipe", "projected"),
+        (size(variant.peak_memory), "peak memory", ""),
+    ]
+    return [figure for figure in found if figure[0] != DASH]
+
+
+# -- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _variants(comparison: Comparison) -> Section:
+    variants = ordered(comparison)
+    confidences = [variant.ratio.confidence for variant in variants if variant.ratio]
+    sure = f"{100 * max(confidences):.3g} %" if confidences else "interval"
+    table = _table("Variants, the fastest first", comparison, variants, {
+        "ms an iteration [95 %]": median,
+        f"time relative to fastest [{sure}]": lambda v: relative(v, comparison),
+        "tokens/s": lambda v: count(v.tokens_per_s),
+        "MFU: chip": lambda v: percent(v.mfu),
+        "MFU: measured": lambda v: percent(v.mfu_measured),
+        "peak memory": lambda v: size(v.peak_memory),
+        "full recipe": lambda v: seconds(v.recipe.seconds if v.recipe else None),
+        "rounds": lambda v: count(v.runs) + (f", {len(v.failed_runs)} failed" if v.failed_runs else ""),
+        "parity": lambda v: PARITY.get(v.parity, v.parity),
+    })  # fmt: skip
+    work = work_facts(comparison.work)
+    other = [label(variant) for variant in variants if not variant.same_work and not variant.lever and variant.median]
+    every = f"Same work for all but {listed(other)}" if other else "Same work for every variant"
+    trained = every if any(variant.median for variant in variants) else "Work that was planned"
+    notes = [f"{trained}: {work}." if work else "What was trained is not recorded."]
+    notes += [f"Full recipe: {variant.recipe.formula}." for variant in variants if variant.recipe][:1]
+    of_note: dict[str, list[str]] = {}
+    for variant in variants:
+        if variant.note:
+            of_note.setdefault(variant.note, []).append(text(variant.label, 80))
+    notes += [f"{listed(labels)}: {note}." for note, labels in of_note.items()]
+    return Section("variants", "Variants side by side", notes, [table], "Nothing ran.", matters=True)
+
+
+def median(variant: VariantResult) -> str:
+    """24.5 [24.1, 24.9]"""
+    return beside(ms(variant.median), interval(variant.times.ci95)) if variant.times else DASH
+
+
+def _times(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
+    def part(key: str) -> Cell:
+        return lambda v: ms(getattr(v.times, key))
+
+    def drift(key: str) -> Cell:
+        return lambda v: DASH if v.drift is None or (d := getattr(v.drift, key)) is None else f"{d:+.1f} %"
+
+    def of_round(r: int) -> Cell:
+        return lambda v: ms(v.medians.get(r))
+
+    spread = _table("Milliseconds an iteration over all rounds; outliers are counted and kept", comparison, timed, {
+        **{key: part(key) for key in ("median", "mean", "p10", "p90", "min", "max")},
+        "iterations": lambda v: count(v.times and v.times.count),
+        "outliers": lambda v: f"{v.outliers.count} ({percent(v.outliers.share, 2)})" if v.outliers else DASH,
+        "drift in a round": lambda v: drift("within_percent")(v) + (" throttled" * bool(v.drift and v.drift.throttled)),
+        "between": drift("between_percent"),
+    })  # fmt: skip
+    rounds = sorted({r for variant in timed for r in variant.medians})
+    by_round = _table(
+        "Median milliseconds by round, in the order in which they ran", comparison, timed if rounds else [],
+        {f"round {r}": of_round(r) for r in rounds},
+    )  # fmt: skip
+    return Section("times", "Iteration times", [], [spread, by_round], "No iteration was timed.", folded=True)
+
+
+def _losses(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
+    def last(v: VariantResult, key: str) -> object:
+        return getattr(v.evaluations[-1], key) if v.evaluations else None
+
+    table = _table("Losses at the last evaluation", comparison, timed, {
+        "iteration": lambda v: count(last(v, "iter")),
+        "training": lambda v: loss(last(v, "train_loss")),
+        "validation": lambda v: loss(last(v, "val_loss")),
+        "best validation": lambda v: loss(
+            min((x for e in v.evaluations if (x := number(e.val_loss)) is not None), default=None)
+        ),
+    })  # fmt: skip
+    note = (
+        "Every variant starts from the same weights and sees the same batches. Without dropout the curves lie "
+        "together; with it each framework draws its own masks, and they agree in the mean."
+    )
+    return Section("loss", "Loss", [note], [table], "No loss was recorded.", folded=True)
+
+
+# A variant's key -> its denominator.
+_PEAKS = {"mfu": "this chip's peak", "mfu_measured": "best matmul measured here", "mfu_a100": "A100's 312 TFLOP/s"}
+
+
+def _utilisation(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
+    def share(key: str) -> Cell:
+        return lambda v: percent(getattr(v, key), 2 if key == "mfu_a100" else 1)
+
+    def peak(key: str) -> Cell:
+        return lambda v: rate(getattr(v.mfu_denominators, key), "FLOP/s")
+
+    columns: dict[str, Cell] = {}
+    for key, name in _PEAKS.items():
+        columns |= {f"share of {name}": share(key), f"{name}": peak(key)}
+    shares = _table("Model FLOPs utilisation, each against its named peak", comparison, timed, columns)
+    roofs = [variant for variant in timed if variant.roofline]
+
+    def roof(key: str, words: Callable[[object], str]) -> Cell:
+        return lambda v: words(getattr(v.roofline, key))
+
+    roofline = _table(
+        "The floor of an iteration: the larger of matmul FLOPs over peak and bytes over bandwidth", comparison, roofs, {
+            "measured ms": lambda v: ms(v.median),
+            "floor ms": roof("floor_ms", ms),
+            "floor of measured": roof("share", percent),
+            "bound by": roof("bound", text),
+            "compute ms": roof("compute_ms", ms),
+            "memory ms": roof("memory_ms", ms),
+            "peak": roof("peak", lambda value: rate(value, "FLOP/s")),
+            "source of the peak": roof("peak_source", text),
+            "bandwidth": roof("bandwidth", lambda value: rate(value, "B/s")),
+            "source of the bandwidth": roof("bandwidth_source", text),
+        },
+    )  # fmt: skip
+    notes = ["The floor is arithmetic, not a measurement."] if roofs else []
+    if timed and not roofs:
+        notes = ["No roofline: neither this chip's peak and bandwidth nor measured ones are known."]
+    empty = "No iteration was timed."
+    return Section("utilisation", "MFU and roofline", notes, [shares, roofline], empty, folded=True)
+
+
+def _phases(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
+    table = _table("First iteration, compiling and evaluation apart from training", comparison, timed, {
+        "first iteration": lambda v: seconds(v.first_iter_s),
+        # An estimate that noise has put below 0 is 0.
+        "of it compiling": lambda v: DASH if v.compile_s is None else seconds(v.compile_s) if v.compile_s > 0 else "0 s",
+        "one evaluation": lambda v: seconds(v.eval_s),
+        "full recipe": lambda v: seconds(v.recipe.seconds if v.recipe else None),
+    })  # fmt: skip
+    note = (
+        "Compiling is an estimate: the first iteration less the median. Neither the iteration times nor the full "
+        "recipe's contain it."
+    )
+    return Section(
+        "phases", "Phases: compile, train, evaluate", [note], [table], "No iteration was timed.", folded=True
+    )  # fmt: skip
+
+
+def _memory(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
+    known = [variant for variant in timed if variant.peak_memory is not None]
+    table = _table("Peak memory", comparison, known, {
+        "peak": lambda v: size(v.peak_memory),
+        "device": lambda v: text(v.device),
+        "what is counted": lambda v: text(v.capabilities.memory) if v.capabilities else DASH,
+    })  # fmt: skip
+    notes = ["Back ends count different things, so compare like with like."]
+    return Section("memory", "Memory", notes, [table], "No variant recorded its memory.", folded=True)
+
+
+def _energy(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
+    def figure(key: str) -> Cell:
+        return lambda v: text(getattr(v.energy, key))
+
+    known = [variant for variant in timed if variant.energy and variant.energy.joules_per_1000_tokens is not None]
+    table = _table("Energy of training", comparison, known, {
+        "J per 1000 tokens": figure("joules_per_1000_tokens"), "W": figure("watts"), "source": figure("source"),
+    })  # fmt: skip
+    empty = "No energy figures: Apple silicon gives them through zeus-apple-silicon, NVIDIA through NVML."
+    return Section("energy", "Energy", [], [table], empty, folded=True)
+
+
+def _levers(comparison: Comparison) -> Section:
+    rows = [_lever(lever, comparison) for lever in comparison.levers or ()]
+    columns = ["lever", "on", "override", "time relative to without it", "saves"]
+    table = Table("What each switch is worth", columns, rows)
+    note = "One switch at a time against the same variant without it. Below 1 the switch makes it faster."
+    empty = "No lever was tried; use python compare.py levers=true."
+    return Section("levers", "Levers", [note], [table], empty)
+
+
+def _lever(lever: LeverRow, comparison: Comparison) -> Row:
+    variant, base = comparison.named(lever.name), comparison.named(lever.base)
+    bad = variant is not None and variant.state in doubts.MARKS
+    said = f" ({doubts.MARKS[variant.state]})" if variant and bad else ""
+    value = (
+        str(lever.value).lower() if isinstance(lever.value, bool) else text(lever.value)
+    )  # as the command line has it
+    found = lever.ratio
+    cells = [
+        text(lever.what or lever.name) + said,
+        label(base) if base else text(lever.base),
+        f"{text(lever.key)}={value}",
+        beside(ratio(found.value), interval(found.ci, ratio)) + (" tie" if found.tie else "") if found else DASH,
+        DASH if lever.worth_percent is None else f"{lever.worth_percent:+.1f} %",
+    ]
+    return Row(cells, _MARKS[variant.state] if variant and bad else Mark.NONE)

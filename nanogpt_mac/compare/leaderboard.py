@@ -1,0 +1,273 @@
+"""`python report.py`: one comparison's report made anew, or a leaderboard over runs of several machines.
+
+Only runs of the same work (model, batch, precision, corpus) are ranked together. Ranks come from the medians' 95 %
+intervals: entries whose intervals overlap share one.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nanogpt_mac
+from nanogpt_mac.compare import contents
+from nanogpt_mac.compare.collect import load_run, read
+from nanogpt_mac.compare.config import ReportConfig
+from nanogpt_mac.compare.contents import median, plain, where, work_facts
+from nanogpt_mac.compare.doubts import label
+from nanogpt_mac.compare.runs import is_run
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.files import run_folder, write_aside
+from nanogpt_mac.records.comparison import Machine, VariantResult, VariantState, Work
+from nanogpt_mac.records.plan import ParityState
+from nanogpt_mac.records.run import Environment
+from nanogpt_mac.report import page, show
+from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
+from nanogpt_mac.report.words import DASH, count, listed, ms, percent, plural, ratio, size, text, when
+
+_WORK = ("batch_size", "gradient_accumulation_steps", "dtype", "matmul_precision", "corpus_sha256")  # what ranks need
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variant on one machine. `problems`: what of a single run could not be read; None for a comparison's."""
+
+    variant: VariantResult
+    work: Work
+    machine: Machine
+    environment: Environment | None
+    folder: Path
+    created: str | None
+    problems: Sequence[str] | None = None
+
+    @property
+    def median(self) -> float:
+        return self.variant.median or 0.0
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The median's interval; None where it is not known, or does not hold the median."""
+        found = self.variant.times.ci95 if self.variant.times else None
+        return found if found and 0 < found[0] <= self.median <= found[1] else None
+
+    @property
+    def place(self) -> str:
+        return ", ".join(where(self.machine))
+
+    def unranked(self) -> str | None:
+        """Why it takes no rank; None for an entry that does."""
+        variant, reason = self.variant, self.variant.reason or ""
+        if variant.simulated or (variant.device is None and self.machine.simulated):
+            return "simulated device: its times say nothing about a Mac"
+        if variant.state is VariantState.WRONG:
+            return f"WRONG: {text(reason or 'failed the parity check')}"
+        if not self.median:
+            return text(reason or "nothing was timed")
+        if reason.startswith("diverged"):
+            return text(reason)
+        if variant.parity is ParityState.ERROR:
+            return "its parity could not be checked"
+        if not variant.same_work:
+            return "did other work than the rest of its comparison"
+        unknown = [key for key in _WORK if getattr(self.work, key) is None] + ["model"] * (self.work.model is None)
+        return f"what it trained is not fully recorded: no {', '.join(unknown)}" if unknown else None
+
+
+# -- what is given ----------------------------------------------------------------------------------------------------
+
+
+def run(config: ReportConfig) -> int:
+    """Write report.md and report.html, show the same in the terminal; 0. InputError for a path that holds no run."""
+    if not config.runs:
+        raise InputError("runs=[]: name the folders to report on (python report.py runs/a runs/b)")
+    try:
+        folders = _folders(config.runs)
+        single = read(folders[0]) if len(folders) == 1 and _is_comparison(folders[0]) else None
+        board = Board([] if single else [entry for folder in folders for entry in entries(folder)])
+    except OSError as error:  # a folder that may not be looked into
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    own = str(folders[0]) if single else None
+    output = config.output or own or "runs/{date}/{time}-report"
+    report, html = (contents.report(single), contents.html(single)) if single else (board.report(), board.html())
+    try:
+        folder = run_folder(output, "report") if output != own else folders[0]
+        write_aside(folder / "report.md", show.markdown(report))
+        write_aside(folder / "report.html", html)
+    except InputError as error:
+        raise InputError(str(error).replace("run_dir=", "output=", 1)) from error
+    except OSError as error:
+        raise InputError(f"output={output}: cannot be written: {error.strerror}") from error
+    show.show(report, config.details)
+    if not config.details and report.first_screen:
+        print(text(f"everything: python report.py {shlex.join(config.runs)} details=true"))
+    print(f"report: {folder / 'report.html'}")
+    return 0
+
+
+def _is_comparison(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("plan.json", "comparison.json", "rounds"))
+
+
+def _folders(paths: list[str]) -> list[Path]:
+    """Folders of runs and comparisons, each once; a folder of folders means all of them."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise InputError(f"{path}: is not a folder; use folders that compare.py or train.py wrote")
+        inside = [path] if _is_comparison(path) or is_run(path) else sorted(p for p in path.iterdir() if p.is_dir())
+        holders = [folder for folder in inside if _is_comparison(folder) or is_run(folder)]
+        if not holders:
+            raise InputError(f"{path}: holds no run; use folders that compare.py or train.py wrote")
+        found += [folder for folder in holders if folder.resolve() not in {f.resolve() for f in found}]
+    return found
+
+
+def entries(folder: Path) -> list[Entry]:
+    """What a folder brings to a leaderboard: a comparison's variants without ablations, or the one run."""
+    if not _is_comparison(folder):
+        one = load_run(folder)
+        return [Entry(one.variant, one.work, one.machine, one.environment, folder, one.created, one.problems)]
+    found = read(folder)
+    facts = found.work, found.machine, found.environment, folder, found.created
+    return [Entry(variant, *facts) for variant in plain(found)]
+
+
+# -- the board --------------------------------------------------------------------------------------------------------
+
+
+class Board:
+    """Entries in groups of the same work, each ranked by itself."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self.rest = [entry for entry in entries if entry.unranked() is not None]
+        groups: dict[tuple[object, ...], list[Entry]] = {}
+        for entry in entries:
+            if entry.unranked() is None:
+                groups.setdefault((entry.work.key(), entry.work.stand_in), []).append(entry)
+        ranked = [sorted(group, key=lambda entry: entry.median) for group in groups.values()]
+        self.groups = sorted(ranked, key=len, reverse=True)
+
+    def report(self) -> Report:
+        places = {entry.place for entry in self.entries}
+        facts = [plural(len(self.entries), "entry", "entries"), plural(len(places), "machine")]
+        sections = [_ranked(i, group) for i, group in enumerate(self.groups, 1)]
+        sections += [_unranked(self.rest), _sources(self.entries)]
+        title = "Leaderboard: " + ", ".join(facts)
+        first = tuple(section.id for section in sections if section.id != "sources")
+        return Report("Leaderboard", title, self.sentence(), sections, facts, version=nanogpt_mac.__version__,
+                      first_screen=first)  # fmt: skip
+
+    def html(self) -> str:
+        """The page, with a chart of each group."""
+        from nanogpt_mac.compare import charts
+
+        named = [[(f"{label(e.variant)}, {text(e.machine.name)}", e.median, e.bounds) for e in g] for g in self.groups]
+        return page.html(self.report(), {f"work-{i}": [charts.board(i, group)] for i, group in enumerate(named, 1)})
+
+    def sentence(self) -> str:
+        if not self.groups:
+            return "Nothing here can be ranked."
+        first = [_leaders(group) for group in self.groups]
+        if len(first) == 1:
+            return f"{first[0]}."
+        return f"{len(first)} kinds of work, ranked apart. " + " ".join(f"{i}: {s}." for i, s in enumerate(first, 1))
+
+
+def ranks(group: Sequence[Entry]) -> list[int | None]:
+    """The rank of each entry: 1 and the number of entries whose whole interval is faster; None without an interval."""
+    highs = [entry.bounds[1] for entry in group if entry.bounds]
+    return [1 + sum(high < entry.bounds[0] for high in highs) if entry.bounds else None for entry in group]
+
+
+def _leaders(group: Sequence[Entry]) -> str:
+    best, given = group[0], ranks(group)
+    leaders = [_on(entry) for entry, rank in zip(group, given, strict=True) if rank == 1]
+    time = f"{ms(best.median)} ms an iteration"
+    if len(group) == 1:
+        return f"Only {_on(best)} could be ranked: {time}"
+    if None in given:  # the times of an entry without an interval may be anything
+        return f"{_on(best)} has the lowest median: {time}"
+    if len(leaders) > 1:
+        more = [f"{len(leaders) - 4} more"] if len(leaders) > 4 else []
+        return f"{listed(leaders[:4] + more)} cannot be told apart ({time})"
+    return f"{_on(best)} is fastest: {time}"
+
+
+def _on(entry: Entry) -> str:
+    return f"{label(entry.variant)} on {text(entry.machine.name or 'an unknown machine')}"
+
+
+def _ranked(number: int, group: Sequence[Entry]) -> Section:
+    given, best = ranks(group), group[0].median
+    rows = []
+    for entry, rank in zip(group, given, strict=True):
+        variant, energy = entry.variant, entry.variant.energy
+        shared = "=" if given.count(rank) > 1 else ""
+        bounded = median(variant) if entry.bounds else ms(entry.median)
+        cells = [
+            label(variant), DASH if rank is None else f"{rank}{shared}", text(entry.machine.name), bounded,
+            ratio(entry.median / best), count(variant.tokens_per_s), percent(variant.mfu), percent(variant.mfu_measured),
+            size(variant.peak_memory), text(energy and energy.joules_per_1000_tokens), contents.PARITY.get(variant.parity,
+            variant.parity), count(variant.runs), count(entry.machine.gpu_cores), size(entry.machine.memory_bytes),
+            text(entry.machine.os), _framework(entry), text(entry.environment and entry.environment.power_source),
+            text(variant.note),
+        ]  # fmt: skip
+        partial = Mark.PARTIAL if variant.state is VariantState.PARTIAL else Mark.NONE
+        rows.append(Row(cells, Mark.BEST if rank == 1 and None not in given else partial))
+    columns = ["variant", "rank", "machine", "ms an iteration [95 %]", "time relative to fastest", "tokens/s", "MFU: chip",
+               "MFU: measured", "peak memory", "J per 1000 tokens", "parity", "runs", "GPU cores", "memory", "system",
+               "framework", "power", "note"]  # fmt: skip
+    board = Table("Ranked by median; entries whose intervals overlap share a rank (=)", columns, rows)
+    places = list(dict.fromkeys(entry.place for entry in group))
+    work = group[0].work
+    title = (
+        f"Work {number}: batch {work.batch_size} x {work.block_size}, {text(work.dtype)}, corpus {text(work.corpus)}"
+    )
+    notes = [f"{work_facts(work)}."]
+    if None in given:
+        notes.append("An entry without an interval has no rank: its comparison had too few rounds to bound its median.")
+    if any(entry.problems is not None for entry in group):
+        notes.append("A single run's interval is that of its own iterations: how runs differ is not in it.")
+    return Section(f"work-{number}", title, notes, [board, *([_by_machine(group, places)] if len(places) > 1 else [])])
+
+
+def _by_machine(group: Sequence[Entry], places: Sequence[str]) -> Table:
+    """Variants against machines: the best median of each."""
+    best: dict[str, dict[str, str]] = {}
+    for entry in group:  # the fastest first, which stays
+        best.setdefault(label(entry.variant), {}).setdefault(entry.place, ms(entry.median))
+    rows = [Row([name, *(found.get(place, DASH) for place in places)]) for name, found in best.items()]
+    return Table("Milliseconds an iteration by machine", ["variant", *places], rows)
+
+
+def _framework(entry: Entry) -> str:
+    able, env = entry.variant.capabilities, entry.environment
+    version = env.versions.get(able.framework) if able and env else None
+    return f"{able.framework} {text(version)}" if able and version else DASH
+
+
+def _unranked(rest: Sequence[Entry]) -> Section:
+    rows = [
+        Row([label(e.variant), e.place, ms(e.median or None), e.unranked() or "", text(str(e.folder))],
+            {VariantState.OK: Mark.NONE}.get(e.variant.state, Mark.PARTIAL))
+        for e in rest
+    ]  # fmt: skip
+    columns = ["variant", "machine", "ms an iteration", "why", "from"]
+    table = Table("Entries without a rank, and why", columns, rows)
+    return Section("unranked", "Not ranked", [], [table], "Every entry is ranked.")
+
+
+def _sources(entries: Sequence[Entry]) -> Section:
+    rows = []
+    for folder in dict.fromkeys(entry.folder for entry in entries):
+        some = [entry for entry in entries if entry.folder == folder]
+        one = some[0]
+        git = one.environment.git if one.environment else None
+        what = "one run" if one.problems is not None else plural(len(some), "variant")
+        rows.append(Row([text(str(folder)), what, one.place, when(one.created), text(git and git.commit[:9]),
+                         text("; ".join(one.problems or ()))]))  # fmt: skip
+    columns = ["folder", "what", "machine", "created", "commit", "what could not be read"]
+    return Section("sources", "Where it comes from", [], [Table("Folders read", columns, rows)], "Nothing was read.")

@@ -1,1 +1,0 @@
-"""comparison.json as a person reads it: in the terminal, in markdown, as a page, as a leaderboard."""

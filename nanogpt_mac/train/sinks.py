@@ -1,0 +1,157 @@
+"""Where a run's records go: its folder, wandb, and whatever else follows `Sink`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from nanogpt_mac.config import Config
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.fallbacks import report
+from nanogpt_mac.files import plain, write_json
+from nanogpt_mac.records.fallbacks import Fallbacks
+from nanogpt_mac.records.run import EvaluationRow, EventRow, IterationRow, RunFacts, RunSummary, row_line
+
+FLUSH_S = 2.0
+OVERDUE_S = 60.0
+PERF = ("iter_ms", "dispatch_ms", "tokens_per_s", "mfu", "mfu_measured", "mfu_a100")
+
+Row = IterationRow | EvaluationRow | EventRow
+
+
+class Sink:
+    """Takes what a run writes down. This one drops it all: it is what a run without wandb has in wandb's place."""
+
+    def row(self, row: Row) -> None:
+        """Keep a row; the clock runs, so nothing slow."""
+
+    def tick(self) -> None:
+        """After every iteration: write what is cheap to write while the clock runs."""
+
+    def flush(self) -> None:
+        """Write everything: the clock is stopped."""
+
+    def overdue(self) -> bool:
+        """Whether rows have waited so long that the clock should be stopped for them."""
+        return False
+
+    def fallbacks(self, document: Fallbacks, iteration: int) -> None:
+        """What the fallback detector found before training."""
+
+    def summary(self, summary: RunSummary) -> None:
+        """The last word."""
+
+    def close(self) -> None: ...
+
+
+class Folder(Sink):
+    """metrics.jsonl, fallbacks.json and summary.json of a run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = (folder / "metrics.jsonl").open("a")
+        self._rows: list[Row] = []  # not yet in the file
+        self._flushed = time.monotonic()
+
+    def row(self, row: Row) -> None:
+        self._rows.append(row)
+
+    def tick(self) -> None:
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        self._file.writelines(map(row_line, self._rows))
+        self._file.flush()
+        self._rows.clear()
+        self._flushed = time.monotonic()
+
+    def fallbacks(self, document: Fallbacks, iteration: int) -> None:
+        write_json(self.folder / "fallbacks.json", document.document())
+
+    def summary(self, summary: RunSummary) -> None:
+        write_json(self.folder / "summary.json", summary.document())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Wandb(Sink):
+    """The same numbers under train/, val/, perf/ and system/. A row costs wandb 0.25 ms, so all wait for a flush."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self._rows: list[Row] = []
+        self._flushed = time.monotonic()
+
+    def row(self, row: Row) -> None:
+        self._rows.append(row)
+
+    def flush(self) -> None:
+        for row in self._rows:
+            if figures := _figures(row):
+                self._run.log(figures, step=row.iter)
+        self._rows.clear()
+        self._flushed = time.monotonic()
+
+    def overdue(self) -> bool:
+        return time.monotonic() - self._flushed > OVERDUE_S
+
+    def fallbacks(self, document: Fallbacks, iteration: int) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(report.COLUMNS), data=report.rows(document))
+        figures = {"fallbacks/findings": len(document.findings), "fallbacks/complete": document.complete}
+        self._run.log({"fallbacks": table, **figures}, step=iteration)
+
+    def summary(self, summary: RunSummary) -> None:
+        figures = summary.document()
+        figures["iter_ms"] = figures.pop("times")  # its name in wandb since the first version
+        self._run.summary.update({f"summary/{key}": value for key, value in figures.items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_wandb(config: Config, folder: Path, facts: RunFacts) -> Sink:
+    """wandb as `wandb.mode` asks for it. InputError where it refuses, and then `folder` is removed."""
+    w = config.wandb
+    if w.mode == "disabled":
+        return Sink()
+    import wandb
+
+    try:
+        run = wandb.init(
+            project=w.project,
+            entity=w.entity,
+            group=w.group,
+            name=w.name or folder.name,
+            tags=[*w.tags, facts.backend, facts.corpus],
+            mode=cast(Any, w.mode),  # validate() has checked it
+            dir=folder,
+            config=asdict(config) | {"facts": plain(facts.model_dump())},
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+        )
+    except wandb.errors.Error as error:
+        shutil.rmtree(folder / "wandb", ignore_errors=True)
+        with suppress(OSError):  # a folder of the user's own may hold other things
+            folder.rmdir()
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"wandb.mode={w.mode}: {reason}; without an account use offline or disabled") from error
+    return Wandb(run)
+
+
+def _figures(row: Row) -> dict[str, Any]:
+    """A row in wandb's names; it has no null, so a figure that is not known is not logged."""
+    if isinstance(row, EvaluationRow):
+        return {"val/loss": row.val_loss, "val/train_loss": row.train_loss, "val/seconds": row.seconds}
+    if isinstance(row, EventRow):
+        facts = row.model_dump(exclude={"iter"})
+        return {f"system/{key}": value for key, value in facts.items() if isinstance(value, int | float)}
+    figures = {"train/loss": row.loss, "train/lr": row.lr, "train/grad_norm": row.grad_norm}
+    figures |= {f"perf/{key}": value for key in PERF if (value := getattr(row, key)) is not None}
+    return figures | {"system/memory": row.memory}
