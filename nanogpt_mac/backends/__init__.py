@@ -1,1 +1,1 @@
-"""Ways of running the model: one protocol (base), one file a framework, and what this machine has (detect)."""
+"""Ways of running the model: one protocol (base), THE registry (kinds), and one file a framework."""

@@ -101,7 +101,7 @@ class Kind:
     eager_by_name: bool = True  # NAME is the eager variant, NAME-compile the compiled; else NAME-eager and NAME
     rank: Mapping[str, int] = field(default_factory=dict)  # sys.platform -> place in backend=auto; absent: never taken
     settings: type | None = None  # a dataclass of its own keys, backend.KEY; see `setting`
-    caches: tuple[str, ...] = ()  # variables of the environment that name folders of compiled code
+    caches: Mapping[str, str] = field(default_factory=dict)  # variable that says where compiled code is kept -> folder
     out_of_memory: str = ""  # a pattern of the line in a log that says so
     missing_operator: str = ""
 
@@ -109,11 +109,6 @@ class Kind:
         """What it says of itself on `device`; of one that it does not know, nothing but the name."""
         known = (capabilities for capabilities in self.devices if capabilities.device == device)
         return next(known, Capabilities(device, self.framework))
-
-    @property
-    def detects(self) -> bool:
-        """Whether there is a fallback detector for one of its devices."""
-        return any(capabilities.detector for capabilities in self.devices)
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None when it can. May import the framework only where nothing is set before."""

@@ -78,7 +78,7 @@ TORCH: dict[str, Any] = {
     "framework": "torch",
     "compiler": "torch.compile",
     "settings": TorchSettings,
-    "caches": ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
+    "caches": {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"},
     "out_of_memory": r"(?i:can't allocate memory|not enough memory)",
     "missing_operator": r"not currently (implemented|supported) (for|on) the MPS|not implemented for ['\"]"
     r"|NotImplementedError|not supported on MPS",
@@ -187,7 +187,7 @@ KINDS: dict[str, Kind] = {
             eager_by_name=False,
             rank={"darwin": 20, "linux": 30},
             settings=MLXSettings,
-            caches=("TMPDIR",) if sys.platform == "linux" else (),  # its CPU build keeps compiled kernels there
+            caches={"TMPDIR": "tmp"} if sys.platform == "linux" else {},  # its CPU build keeps compiled kernels there
             out_of_memory=r"(?i:Insufficient Memory|failed to allocate)",
             missing_operator=r"(No|no) Metal kernel|Unable to load kernel",
         ),

@@ -72,8 +72,8 @@ class Training:
     def environment(self, task: Task) -> dict[str, str]:
         """Compilers' caches belong to the variant: its pilot run compiles from cold, its rounds do not."""
         environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-        for name in self.kind.caches:
-            folder = task.cache / name.lower()
+        for name, place in self.kind.caches.items():
+            folder = task.cache / place
             folder.mkdir(parents=True, exist_ok=True)
             environment[name] = str(folder)
         return environment | {"PYTHONUNBUFFERED": "1"}

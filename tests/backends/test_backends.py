@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from fakes.support import FRAMEWORKS, VARIANTS
 
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import Tokens, step_seed
@@ -12,7 +13,7 @@ from nanogpt_mac.backends.generate import draw, generate
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 
-frameworks = pytest.mark.parametrize("name", ["cpu", "mlx"])
+frameworks = pytest.mark.parametrize("name", FRAMEWORKS)
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def same(a, b):
 
 
 # Not torch compiled: Inductor's embedding gradient adds atomically from several threads, in any order.
-@pytest.mark.parametrize(("name", "compiled"), [("cpu", False), ("mlx", False), ("mlx", True)])
+@pytest.mark.parametrize(("name", "compiled"), [v for v in VARIANTS if v[0] in FRAMEWORKS and v != ("cpu", True)])
 @pytest.mark.parametrize("dtype", base.DTYPES)
 def test_resumed_training_is_bit_for_bit_the_same(make, dropout_spec, starts, name, compiled, dtype):
     if make(name).runs_ahead:
@@ -264,7 +265,7 @@ def test_mlx_reads_the_precision_once_and_says_so(make, precision):
 
 def test_tiny_models_work(make, tokens):
     spec = GPTSpec(1, 1, 1, 1, 65)
-    for name in ("cpu", "mlx"):
+    for name in FRAMEWORKS:
         backend = make(name, spec=spec, tokens=Tokens(tokens.splits, 1))
         loss, _ = backend.wait(backend.step(np.array([[0, 1]]), 1e-3))
         assert 3 < loss < 5

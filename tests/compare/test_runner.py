@@ -54,7 +54,7 @@ def test_what_a_run_is_told(plan, tmp_path, monkeypatch):
         assert {"checkpoint=false", "sample_tokens=0", "wandb.mode=disabled", "backend=cpu"} <= some
     environments = [environment for _, environment in told.values()]
     caches = {environment["TORCHINDUCTOR_CACHE_DIR"] for environment in environments}
-    assert caches == {str(runner.folder / "cache" / "a" / "torchinductor_cache_dir")}
+    assert caches == {str(runner.folder / "cache" / "a" / "inductor")}
     assert not any("HYDRA_FULL_ERROR" in environment for environment in environments)
 
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every variant of computing the model that this machine has: (back end, compiled).
 AVAILABLE = kinds.available()
 VARIANTS = [(n, compiled) for n in AVAILABLE for compiled in ((False, True) if kinds.KINDS[n].compiler else (False,))]
+FRAMEWORKS = sorted({kinds.KINDS[n].framework: n for n in AVAILABLE}.values())  # one back end of each: cpu is torch's
 
 
 def options(name="cpu", **given):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from fakes.support import options
+from fakes.support import FRAMEWORKS, options
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Tokens
@@ -34,7 +34,7 @@ def huggingface(tmp_path):
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
-@pytest.mark.parametrize("name", ["cpu", "mlx"])
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_gpt2_weights_compute_what_transformers_computes(huggingface, name, activation):
     reference, folder = huggingface(activation_function=activation)
     loaded = pretrained.load(str(folder), dropout=0.0)

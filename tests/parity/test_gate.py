@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fakes.parity_mutants import MUTANTS
+from fakes.support import FRAMEWORKS
 
 from nanogpt_mac import child
 from nanogpt_mac.cli import compose
@@ -254,7 +255,7 @@ COMPILED = ["mm", "bmm", "_fused_adamw_", "linalg_vector_norm"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("backend", ["cpu", "mlx"])
+@pytest.mark.parametrize("backend", FRAMEWORKS)
 def test_every_fault_of_torch_and_mlx_is_caught(variant, tmp_path, backend, dtype):
     names = [name for name in MUTANTS if name.startswith("torch:" if backend == "cpu" else "mlx:")]
     config = variant(f"backend={backend}", f"dtype={dtype}", "model.dropout=0.1", "model.bias=true")
