@@ -21,7 +21,7 @@ ABOUT_MPS = {
 }
 ELSEWHERE = {  # file -> names, and why
     "gpt/pretrained.py": ({"cpu"}, "where torch.load puts a checkpoint: into the host's memory"),
-    "compare/results/published.py": ({"cpu", "mps"}, "results that others published, in their words"),
+    "compare/published.py": ({"cpu", "mps"}, "results that others published, in their words"),
 }
 
 
