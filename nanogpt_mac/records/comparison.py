@@ -65,7 +65,7 @@ class Machine(Record):
 
     name: str | None = None
     gpu_cores: Size | None = None
-    memory_bytes: Amount | None = None
+    memory_bytes: Count | None = None
     os: str | None = None
     simulated: bool = False
 

@@ -265,7 +265,7 @@ class Environment(Document):
     gpu: str | None = None
     gpu_cores: Size | None = None
     gpu_driver: str | None = None
-    memory_bytes: Amount | None = None
+    memory_bytes: Count | None = None
     power_source: str | None = None
     low_power_mode: bool | None = None
     thermal_state: str | None = None
