@@ -90,6 +90,7 @@ def document(task: dict[str, Any], seen: Observed | None = None, failure: str = 
     """The document of what a child saw, or of its `failure`."""
     findings, why = ([], [failure]) if seen is None else findings_of(seen)
     made = Fallbacks(
+        backend=task["options"]["name"],
         compile=task["options"]["compile"],
         dtype=task["options"]["dtype"],
         model=task["spec"],

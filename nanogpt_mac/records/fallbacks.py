@@ -75,7 +75,7 @@ class Fallbacks(Document):
     torch: str | None = None
     python: str | None = None
     device: str | None = None
-    backend: str = "mps"
+    backend: str
     compile: bool
     dtype: str
     model: dict[str, Any] = {}
