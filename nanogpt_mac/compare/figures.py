@@ -19,7 +19,6 @@ from nanogpt_mac.records.plan import Recipe
 from nanogpt_mac.records.run import Denominators, Environment, LeftOut
 
 MOST_POINTS = 400  # of one round's series
-BINS = 40
 MFUS = ("mfu", "mfu_measured", "mfu_a100")
 
 
@@ -80,7 +79,6 @@ def of_variant(
         roofline=roof,
         series=tuple(_series(r, run) for r, run in rounds.items() if len(run.kept)),
         evaluations=_evaluations(rounds, pilot),
-        histogram=_histogram(kept),
     )
 
 
@@ -246,16 +244,3 @@ def _series(round_number: int, run: Run) -> record.Series:
 
 def _digits(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def _histogram(kept: Mapping[int, np.ndarray]) -> record.Histogram | None:
-    """Bins from the fastest iteration to the 99th percentile; `above` counts those beyond, which would flatten it."""
-    if not kept:
-        return None
-    pooled = np.concatenate(list(kept.values()))
-    found, edges = np.histogram(pooled, BINS, (float(pooled.min()), float(np.percentile(pooled, 99))))
-    return record.Histogram(
-        edges=tuple(_digits(float(e)) for e in edges),
-        counts=tuple(int(c) for c in found),
-        above=len(pooled) - int(found.sum()),
-    )

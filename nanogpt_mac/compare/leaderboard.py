@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nanogpt_mac
-from nanogpt_mac.compare import contents
-from nanogpt_mac.compare.collect import load_run, read
+from nanogpt_mac.compare import contents, figures, runs
+from nanogpt_mac.compare.collect import ROUND, read
 from nanogpt_mac.compare.config import ReportConfig
 from nanogpt_mac.compare.contents import median, plain, where, work_facts
 from nanogpt_mac.compare.doubts import label
 from nanogpt_mac.compare.runs import is_run
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.files import run_folder, write_aside
-from nanogpt_mac.records.comparison import Machine, VariantResult, VariantState, Work
-from nanogpt_mac.records.plan import ParityState
-from nanogpt_mac.records.run import Environment
+from nanogpt_mac.records.comparison import FailedRun, Machine, VariantResult, VariantState, Work
+from nanogpt_mac.records.plan import Parity, ParityResult, ParityState
+from nanogpt_mac.records.run import Environment, RunState
 from nanogpt_mac.report import page, show
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import DASH, count, listed, ms, percent, plural, ratio, size, text, when
@@ -127,11 +127,57 @@ def _folders(paths: list[str]) -> list[Path]:
 def entries(folder: Path) -> list[Entry]:
     """What a folder brings to a leaderboard: a comparison's variants without ablations, or the one run."""
     if not _is_comparison(folder):
-        one = load_run(folder)
-        return [Entry(one.variant, one.work, one.machine, one.environment, folder, one.created, one.problems)]
+        return [load_run(folder)]
     found = read(folder)
     facts = found.work, found.machine, found.environment, folder, found.created
     return [Entry(variant, *facts) for variant in plain(found)]
+
+
+def load_run(folder: Path) -> Entry:
+    """One run folder of any schema and state: ok (it finished), partial (it did not, but was timed), failed.
+
+    InputError for a folder that is not a run at all.
+    """
+    run = runs.read(folder)
+    found, facts, done = (
+        figures.of_variant({0: run}, recipe=run.config, planned=1),
+        run.facts,
+        run.state is RunState.DONE,
+    )
+    checked = _own_parity(folder)
+    reason: str | None = run.reason
+    if checked.state is ParityState.FAIL:
+        state, reason = VariantState.WRONG, f"failed parity: {checked.reason}"
+    elif done:
+        state, reason = VariantState.OK, None
+    else:
+        state = VariantState.PARTIAL if len(run.kept) else VariantState.FAILED
+    # One process: its iterations are all there is to go by.
+    interval = run.summary.times.ci95 if run.summary else None
+    variant = VariantResult(
+        **dict(found) | {"times": found.times and found.times.model_copy(update={"ci95": interval})},
+        name=folder.name,
+        label=f"{facts.backend.upper()} {'compiled' if facts.compile else 'eager'}" if facts else folder.name,
+        state=state,
+        reason=reason,
+        parity=checked.state,
+        runs=int(done),
+        failed_runs=() if done else (FailedRun(round=0, state=run.state, reason=run.reason),),
+        fallbacks=runs.free(folder / "fallbacks.json", run.problems),
+    )
+    created = run.outcome.started if run.outcome else None
+    return Entry(
+        variant, run.work, figures.machine(run.env, [run.capabilities]), run.env, folder, created, run.problems
+    )
+
+
+def _own_parity(folder: Path) -> ParityResult:
+    """What the gate said of a run that is a comparison's: rounds/2-mps. Not run for any other."""
+    place = folder.resolve()
+    matched = ROUND.fullmatch(place.name) if place.parent.name == "rounds" else None
+    parity = runs.load(Parity, place.parent.parent / "parity.json", []) if matched else None
+    found = parity.variants.get(matched[2]) if parity and matched else None
+    return found or ParityResult(state=ParityState.NOT_RUN)
 
 
 # -- the board --------------------------------------------------------------------------------------------------------
