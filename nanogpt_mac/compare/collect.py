@@ -60,7 +60,7 @@ def collect(folder: Path) -> Comparison:
     if files.work.stand_in:
         more = "The corpus is the stand-in: losses say nothing about Shakespeare."
         said = said.model_copy(update={"sentence": f"{said.sentence} {more}"})
-    finished = [run for _, run in files.finished]
+    finished = files.finished()
     environments = [run.env for run in finished if run.env]
     heats = [run.outcome.heat for run in finished if run.outcome]
     plan = files.plan
@@ -116,7 +116,8 @@ class _Files:
         if not plan and not found and not pilots:
             what = "; ".join(problems) if folder.is_dir() else "is not a folder"
             raise InputError(f"{folder}: {what}; use a folder that compare.py wrote, with plan.json and rounds/")
-        return cls(folder, plan, parity, found, pilots, problems)
+        by_round = {name: dict(sorted(rounds.items())) for name, rounds in found.items()}
+        return cls(folder, plan, parity, by_round, pilots, problems)
 
     @cached_property
     def planned(self) -> tuple[Variant, ...]:
@@ -139,20 +140,19 @@ class _Files:
         order = self.plan.order if self.plan else None
         return len({r for r, _ in order}) if order else self.plan.rounds if self.plan else None
 
-    @cached_property
-    def finished(self) -> list[tuple[str, Run]]:
-        """(variant, run) of all that ended well, by round, the pilots last."""
+    def finished(self) -> list[Run]:
+        """All that ended well, by round, the pilots last."""
         by_round = sorted((r, name) for name, some in self.runs.items() for r in some)
-        ordered = [(name, self.runs[name][r]) for r, name in by_round] + sorted(self.pilots.items())
-        return [(name, run) for name, run in ordered if run.state is RunState.DONE]
+        ordered = [self.runs[name][r] for r, name in by_round] + [run for _, run in sorted(self.pilots.items())]
+        return [run for run in ordered if run.state is RunState.DONE]
 
     @cached_property
     def work(self) -> Work:
         """The work that most of the variants' runs did; the first planned decides where as many did one as another."""
         works: list[Work] = []
         for variant in [v for v in self.planned if not v.lever] or self.planned:
-            runs_ = [self.runs.get(variant.name, {})[r] for r in sorted(self.runs.get(variant.name, {}))]
-            some = [run.work for run in runs_ if run.state is RunState.DONE]
+            rounds = self.runs.get(variant.name, {}).values()
+            some = [run.work for run in rounds if run.state is RunState.DONE]
             works += some or ([self.pilots[variant.name].work] if variant.name in self.pilots else [])
         if not works:
             return Work()
@@ -178,12 +178,11 @@ class _Files:
         from nanogpt_mac import cli
 
         try:
-            config = cli.compose([f"experiment={self.plan.experiment}"] if self.plan.experiment else [])
+            return Recipe.model_validate(
+                cli.compose([f"experiment={self.plan.experiment}"] if self.plan.experiment else [])
+            )
         except InputError:  # this version has no such experiment
             return None
-        return Recipe(
-            max_iters=config.max_iters, eval_interval=config.eval_interval, eval_iters=config.eval_iters
-        )  # fmt: skip
 
     def plan_facts(self) -> PlanFacts:
         plan = self.plan
@@ -192,13 +191,8 @@ class _Files:
         spans = [span for outcome in every if outcome and (span := _span(outcome))]
         start = min(s for s, _ in spans).isoformat(timespec="seconds") if spans else plan.created if plan else None
         end = max(e for _, e in spans).isoformat(timespec="seconds") if spans and self.complete else None
-        return PlanFacts(
-            rounds=plan.rounds if plan else None,
-            iters=plan.iters if plan else None,
-            budget_minutes=plan.budget_minutes if plan else None,
-            started=start,
-            finished=end,
-        )
+        shared = {"rounds": plan.rounds, "iters": plan.iters, "budget_minutes": plan.budget_minutes} if plan else {}
+        return PlanFacts.model_validate(shared | {"started": start, "finished": end})
 
 
 def _span(outcome: Outcome) -> tuple[datetime, datetime] | None:
@@ -257,13 +251,13 @@ def _sorted(some: Mapping[int, Run], pilot: Run | None, wanted: Work) -> tuple[d
     every: list[tuple[int | None, Run]] = [(None, pilot)] if pilot else []
     failed = [
         (r, run.state, run.reason)
-        for r, run in every + sorted(some.items())
+        for r, run in [*every, *some.items()]
         if run.state not in (RunState.DONE, RunState.UNFINISHED)
     ]
-    for r, run in sorted(ended.items()):
+    for r, run in ended.items():
         if r not in timed:
             failed.append((r, RunState.UNREADABLE, "; ".join(run.problems) or "no timed iteration"))
-    for r, run in sorted(timed.items()):
+    for r, run in timed.items():
         if r not in done:
             other = (one and run.work.difference(one.work)) or "not fully recorded"
             failed.append((r, RunState.OTHER_WORK, other))

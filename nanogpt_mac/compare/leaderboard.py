@@ -7,12 +7,12 @@ intervals: entries whose intervals overlap share one.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import nanogpt_mac
-from nanogpt_mac.compare import contents, figures, runs
+from nanogpt_mac.compare import contents, doubts, figures, runs
 from nanogpt_mac.compare.collect import ROUND, read
 from nanogpt_mac.compare.config import ReportConfig
 from nanogpt_mac.compare.contents import median, plain, where, work_facts
@@ -248,25 +248,32 @@ def _on(entry: Entry) -> str:
 
 def _ranked(number: int, group: Sequence[Entry]) -> Section:
     given, best = ranks(group), group[0].median
+    columns: dict[str, Callable[[Entry], str]] = {
+        "machine": lambda e: text(e.machine.name),
+        "ms an iteration [95 %]": lambda e: median(e.variant) if e.bounds else ms(e.median),
+        "time relative to fastest": lambda e: ratio(e.median / best),
+        "tokens/s": lambda e: count(e.variant.tokens_per_s),
+        "MFU: chip": lambda e: percent(e.variant.mfu),
+        "MFU: measured": lambda e: percent(e.variant.mfu_measured),
+        "peak memory": lambda e: size(e.variant.peak_memory),
+        "J per 1000 tokens": lambda e: text(e.variant.energy and e.variant.energy.joules_per_1000_tokens),
+        "parity": lambda e: doubts.PARITY.get(e.variant.parity, e.variant.parity),
+        "runs": lambda e: count(e.variant.runs),
+        "GPU cores": lambda e: count(e.machine.gpu_cores),
+        "memory": lambda e: size(e.machine.memory_bytes),
+        "system": lambda e: text(e.machine.os),
+        "framework": _framework,
+        "power": lambda e: text(e.environment and e.environment.power_source),
+        "note": lambda e: text(e.variant.note),
+    }
     rows = []
     for entry, rank in zip(group, given, strict=True):
-        variant, energy = entry.variant, entry.variant.energy
-        shared = "=" if given.count(rank) > 1 else ""
-        bounded = median(variant) if entry.bounds else ms(entry.median)
-        cells = [
-            label(variant), DASH if rank is None else f"{rank}{shared}", text(entry.machine.name), bounded,
-            ratio(entry.median / best), count(variant.tokens_per_s), percent(variant.mfu), percent(variant.mfu_measured),
-            size(variant.peak_memory), text(energy and energy.joules_per_1000_tokens), contents.PARITY.get(variant.parity,
-            variant.parity), count(variant.runs), count(entry.machine.gpu_cores), size(entry.machine.memory_bytes),
-            text(entry.machine.os), _framework(entry), text(entry.environment and entry.environment.power_source),
-            text(variant.note),
-        ]  # fmt: skip
-        partial = Mark.PARTIAL if variant.state is VariantState.PARTIAL else Mark.NONE
+        place = DASH if rank is None else f"{rank}{'=' if given.count(rank) > 1 else ''}"
+        partial = Mark.PARTIAL if entry.variant.state is VariantState.PARTIAL else Mark.NONE
+        cells = [label(entry.variant), place, *(cell(entry) for cell in columns.values())]
         rows.append(Row(cells, Mark.BEST if rank == 1 and None not in given else partial))
-    columns = ["variant", "rank", "machine", "ms an iteration [95 %]", "time relative to fastest", "tokens/s", "MFU: chip",
-               "MFU: measured", "peak memory", "J per 1000 tokens", "parity", "runs", "GPU cores", "memory", "system",
-               "framework", "power", "note"]  # fmt: skip
-    board = Table("Ranked by median; entries whose intervals overlap share a rank (=)", columns, rows)
+    caption = "Ranked by median; entries whose intervals overlap share a rank (=)"
+    board = Table(caption, ["variant", "rank", *columns], rows)
     places = list(dict.fromkeys(entry.place for entry in group))
     work = group[0].work
     title = (

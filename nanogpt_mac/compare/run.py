@@ -128,7 +128,9 @@ def _read(folder: Path) -> Plan:
             "nanogpt-mac that wrote it"
         )
     if not Path(plan.cwd).is_dir():
-        raise InputError(f"run={folder}: was started in {plan.cwd}, which is gone; make that folder, or start anew")
+        raise InputError(
+            f"run={folder}: was started in {plan.cwd}, which is gone; make that folder again or start a new comparison"
+        )
     return plan
 
 
@@ -145,7 +147,7 @@ def _again(folder: Path) -> str:
 
 
 def _alone(folder: Path) -> contextlib.AbstractContextManager[None]:
-    return lock(folder / LOCK, refuse=f"run={folder}: another process is at work there; wait for its end")
+    return lock(folder / LOCK, refuse=f"run={folder}: another process is using it; wait until it ends")
 
 
 @contextmanager

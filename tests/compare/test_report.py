@@ -169,7 +169,8 @@ FINDING = {"op": "foo", "phase": "backward", "calls_per_iteration": 2, "bytes": 
 
 @pytest.mark.parametrize(("document", "said"), [
     ({"complete": True, "phases": ["forward", "backward"], "findings": []}, "none in forward, backward"),
-    ({"complete": False, "why_incomplete": ["no profiler"], "findings": []}, "0 found, and there may be more: no profiler"),
+    ({"complete": False, "why_incomplete": ["no profiler"], "findings": []},
+     "0 found, and there may be more: no profiler"),
     ({}, "is not recorded"),
     ({"complete": True, "findings": [FINDING]}, "MPS eager: 1 found"),
 ])  # fmt: skip

@@ -97,7 +97,7 @@ def test_a_killed_comparison_goes_on_and_its_orphan_is_ended(in_a_process, plan)
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_comparison_says_how_to_go_on(in_a_process, signum):
     runner, made, running = in_a_process
-    with pytest.raises(InputError, match="another process is at work there"), command._alone(runner.folder):
+    with pytest.raises(InputError, match="another process is using it"), command._alone(runner.folder):
         pass
     made.send_signal(signum)
     _, errors = made.communicate(timeout=30)
@@ -189,7 +189,7 @@ def test_only_a_comparison_that_can_be_read_goes_on(plan, tmp_path):
         ("[1]", "plan.json: not a JSON object"),
         (json.dumps(whole | {"schema": 99}), "plan.json has schema 99, this program's is 2; use the newer nanogpt-mac"),
         (json.dumps({k: v for k, v in whole.items() if k != "variants"}), "plan.json: has no variants"),
-        (json.dumps(whole | {"cwd": str(tmp_path / "gone")}), "gone, which is gone; make that folder, or start anew"),
+        (json.dumps(whole | {"cwd": str(tmp_path / "gone")}), "gone, which is gone; make that folder again"),
         (json.dumps(whole | {"cwd": 5}), "plan.json: cwd=5: "),
         (json.dumps(whole | {"variants": []}), "plan.json: variants must have names of their own"),
         (json.dumps(whole | {"variants": whole["variants"] * 2}), "plan.json: variants must have names of their own"),

@@ -8,6 +8,7 @@ from scipy import stats as scipy_stats
 
 from nanogpt_mac.compare import verdict
 from nanogpt_mac.measure import stats
+from nanogpt_mac.records.comparison import VariantResult
 
 
 def noisy(rng, rounds, iters=40, noise=0.01, level=100.0):
@@ -127,7 +128,7 @@ def test_detectable_agrees_with_power():
     assert stats.detectable(0.0, 8) == 0
 
 
-# -- A/A, and a variant slowed by 3 % -------------------------------------------------------------------------------------
+# -- A/A, and a variant slowed by 3 % ----------------------------------------------------------------------------------
 
 
 def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
@@ -190,7 +191,8 @@ def test_power_and_false_alarms_under_realistic_noise(variants, rounds, noise, b
     record_property("false alarms", alarms)
     record_property("3 % found", found)
     print(
-        f"{variants} variants, {rounds} rounds, noise {noise}, disturbed {bad}: alarms {alarms:.3f}, 3 % found {found:.3f}"
+        f"{variants} variants, {rounds} rounds, noise {noise}, disturbed {bad}: "
+        f"alarms {alarms:.3f}, 3 % found {found:.3f}"
     )
     assert alarms <= (0.03 if variants == 2 else 0.09)  # 1 % and 5 %, and three standard errors
     if not bad:
