@@ -10,8 +10,10 @@ import yaml
 from nanogpt_mac.config import Config
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine.chips import A100_BF16
+from nanogpt_mac.records.run import Denominators, Ending, RunFacts
 from nanogpt_mac.train.clock import Completion
 from nanogpt_mac.train.recorder import Recorder, Work
+from nanogpt_mac.train.sinks import Folder
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
@@ -219,7 +221,7 @@ def _run(folder: Path, variant: dict, iters: int, level: float, rng: np.random.G
         peaks = {"mfu": None, "mfu_measured": measured, "mfu_a100": A100_BF16}
         if variant["device"] in ("mps", "metal") and options.get("machine", MAC)["gpu"] == "Apple M4 Pro":
             peaks["mfu"] = 8.08e12
-    recorder = Recorder(folder, Work(float(spec.flops_per_token() * tokens), tokens, peaks))
+    recorder = Recorder(Work(float(spec.flops_per_token() * tokens), tokens, Denominators(**peaks)), [Folder(folder)])
     memory = {"current": variant["peak_memory"] // 2, "peak": variant["peak_memory"]}
     jitter = 0.01 * rng.standard_t(4, iters) / np.sqrt(2)
     slower = np.log1p(variant["drift"] * np.arange(iters) / max(iters - 1, 1))
@@ -252,7 +254,7 @@ def _run(folder: Path, variant: dict, iters: int, level: float, rng: np.random.G
         energy |= {"source": "zeus-apple-silicon", "seconds": seconds}
     ending = {"exit_state": "finished", "signal": None, "error": None, "resumed_at": None}
     process = {"wall": seconds + 3, "user": 2.0, "system": 1.0, "max_rss_bytes": 600_000_000}
-    recorder.summary({**facts, **ending, "process": process, "energy": energy})
+    recorder.summary(RunFacts(**facts), Ending(**ending, process=process, energy=energy))
     recorder.close()
 
 
