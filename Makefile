@@ -12,8 +12,11 @@ RUN ?=
 # Of Python in the package: what is added must replace something.
 MAX_LINES = 17000
 PYTEST ?=
+# Of `make mutants`: parts of paths (MODULES="gpt/ clock"), and how many mutants (N=50); all where they are empty.
+MODULES ?=
+N ?= 0
 
-.PHONY: compare train test setup lint mypy-linux mypy-darwin test-slow test-online clean
+.PHONY: compare train test setup lint mypy-linux mypy-darwin test-slow test-online mutants clean
 
 compare: setup
 	$(BIN)/python compare.py $(RUN)
@@ -40,6 +43,13 @@ test-slow: setup
 
 test-online: setup
 	$(BIN)/python -m pytest -m online $(PYTEST)
+
+mutants: $(VENV)/.mutants
+	$(BIN)/python tests/mutants/run.py $(MODULES) --sample $(N) --records $(VENV)/mutants.jsonl
+
+$(VENV)/.mutants: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check $(CONSTRAINTS) -e '.[mutants]'
+	@touch $@
 
 setup: $(VENV)/.installed
 

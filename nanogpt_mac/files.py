@@ -15,9 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import filelock
-import platformdirs
-
 from nanogpt_mac.errors import InputError
 
 T = TypeVar("T")
@@ -123,6 +120,8 @@ def lock(path: Path, waiting: str = "", refuse: str = "") -> Iterator[None]:
     Where another process holds it: InputError with the text `refuse`, or without one `waiting` on standard error and
     a wait. OSError where `path` cannot be made.
     """
+    import filelock  # here, because the fallback detector runs where only torch and numpy are installed
+
     held = filelock.FileLock(path)
     try:
         held.acquire(blocking=False)
@@ -162,7 +161,12 @@ def cache_folder(*parts: str) -> Path:
     That is `~/.cache/nanogpt-mac` on Linux and `~/Library/Caches/nanogpt-mac` on a Mac. It need not exist yet.
     """
     base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(base) / NAME if base else platformdirs.user_cache_path(NAME, appauthor=False)
+    if base:
+        folder = Path(base) / NAME
+    else:
+        import platformdirs  # as above
+
+        folder = platformdirs.user_cache_path(NAME, appauthor=False)
     return folder.joinpath(*parts)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -215,7 +216,7 @@ def check_variant(config: Config, folder: Path) -> Checked:
         with np.load(folder / f"{case.name}.npz") as arrays:
             for reading in _readings(config, corpus, case, backend, looking, arrays, figures):
                 before = worst.get(reading.quantity)
-                if before is None or not reading.value <= before.value:  # true for nan too
+                if before is None or not (reading.value <= before.value or math.isnan(before.value)):  # nan is worst
                     worst[reading.quantity] = Check(
                         quantity=reading.quantity,
                         value=reading.value,

@@ -96,3 +96,16 @@ def test_streams_are_independent() -> None:
     for i, one in enumerate(streams):
         for other in streams[:i]:
             assert abs(np.corrcoef(one, other)[0, 1]) < 0.08
+
+
+def test_every_bit_of_the_draw_counts() -> None:
+    """A split so long that the product's lowest bits show, and seeds below 0 and above 64 bits."""
+    span = 2**62 + 12_345
+    assert starts(7, 3, "train", 200, span + 5, 5).tolist() == reference(7, 3, "train", 200, span)
+    assert starts(-1, 3, "val", 5, 1000, 8).tolist() == reference(2**64 - 1, 3, "val", 5, 992)
+    assert starts(2**64 + 3, 3, "val", 5, 1000, 8).tolist() == reference(3, 3, "val", 5, 992)
+
+
+def test_the_longest_window_that_fits_is_named() -> None:
+    with pytest.raises(InputError, match="this corpus has 30; use at most 29"):
+        starts(3, 9, "val", 5, 30, 30)

@@ -180,7 +180,7 @@ def seen():
             "control": True,
         },
         "refused": [],
-        "dispatch": {"gelu.out": "fallback"},
+        "dispatch": {"gelu.out": "missing"},
     }
 
 
@@ -278,7 +278,7 @@ def test_places():
 # -- the child --------------------------------------------------------------------------------------------------------
 
 TASK = {
-    "options": {"compile": False, "dtype": "float32"},
+    "options": {"name": "mps", "compile": False, "dtype": "float32"},
     "spec": {"n_layer": 1},
     "batch_size": 4,
     "gradient_accumulation_steps": 1,

@@ -1,10 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig, TrainState
 from nanogpt_mac.gpt.torch_gpt import GPT
 
 SHAKESPEARE = GPTSpec(6, 6, 384, 256, 65, 0.2)
@@ -77,3 +79,55 @@ def test_check_names_the_tensor_that_does_not_fit():
     ]:
         with pytest.raises(InputError, match=text):
             spec.check(bad, "file")
+
+
+def test_the_default_model_is_nanogpts_shakespeare_char():
+    """config/train_shakespeare_char.py of nanoGPT."""
+    sizes = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
+    assert dataclasses.asdict(ModelConfig()) == sizes | {
+        "dropout": 0.2,
+        "bias": False,
+        "gelu": "exact",
+        "vocab_size": None,
+    }
+
+
+def test_the_smallest_model_is_one_of_everything():
+    assert GPTSpec(1, 1, 1, 1, 1).n_params() == 1 + 3 + 4 + 1 + 4 + 3  # wte, c_attn, c_fc and c_proj's, norms
+    with pytest.raises(InputError, match=r"model\.dropout=-0\.5"):
+        GPTSpec(1, 1, 1, 1, 1, dropout=-0.5)
+
+
+def test_biases_start_at_zero_and_norms_at_one():
+    weights = SPECS[2].init_weights(0)
+    for name, array in weights.items():
+        if array.ndim == 1:
+            assert (array == (0 if name.endswith("bias") else 1)).all(), name
+
+
+def test_matmul_shapes_are_those_of_the_linear_layers():
+    """Against the module's own layers on the meta device: (rows, inputs) times (inputs, outputs), four kinds."""
+    seen = set()
+    with torch.device("meta"):
+        model = GPT(SHAKESPEARE)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            seen.add((layer.in_features, layer.out_features))
+    seen.add((384, 65))  # the head, which shares the embedding's weights
+    assert len(seen) == 5  # c_proj of attention is a fifth; the smallest, and left out
+    assert SHAKESPEARE.matmul_shapes(3) == [(768, 384, 1152), (768, 384, 1536), (768, 1536, 384), (768, 384, 65)]
+    assert {(k, n) for _, k, n in SHAKESPEARE.matmul_shapes(3)} == seen - {(384, 384)}
+    assert isinstance(SHAKESPEARE.flops_per_token(), int)
+
+
+def test_a_fresh_state_has_moments_of_its_own_and_torchs_loss_scale():
+    weights = SPECS[1].init_weights(0)
+    state = TrainState.fresh(weights)
+    assert state.weights is weights
+    assert (state.iteration, state.optimizer_steps, state.scale_growth) == (0, 0, 0)
+    assert state.loss_scale == torch.amp.GradScaler("cpu").get_scale() == 65536.0
+    for name, w in weights.items():
+        for moment in (state.exp_avg[name], state.exp_avg_sq[name]):
+            assert moment.shape == w.shape
+            assert not moment.any()
+        assert state.exp_avg[name] is not state.exp_avg_sq[name]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,3 +139,106 @@ def test_find_takes_a_run_a_checkpoint_or_says_what_is_missing(saved, tmp_path):
         checkpoint.find(str(tmp_path / "empty"))
     with pytest.raises(InputError, match="there is no such folder"):
         checkpoint.find(str(tmp_path / "nowhere"))
+
+
+def test_what_is_renamed_is_on_the_disk_before(tmp_path, monkeypatch):
+    """Every file whole and synced, then its folder, before the rename; the parent folder before and after the links."""
+    root, events = tmp_path / "not" / "there" / "ckpt", []
+
+    def name(status):
+        known = [*root.rglob("*"), root]
+        return next(p.name for p in known if not p.is_symlink() and os.path.samestat(p.stat(), status))
+
+    fsync = os.fsync
+
+    def synced(descriptor):
+        status = os.fstat(descriptor)
+        events.append((name(status), status.st_size if name(status).endswith(("json", "safetensors")) else None))
+        fsync(descriptor)
+
+    moved = {}
+    for method in ("rename", "replace"):
+        moved[method] = getattr(type(root), method)
+
+        def move(self, target, method=method):
+            events.append((method, target.name if hasattr(target, "name") else target))
+            return moved[method](self, target)
+
+        monkeypatch.setattr(type(root), method, move)
+    monkeypatch.setattr(os, "fsync", synced)
+    before = len(list(Path("/dev/fd").iterdir()))
+    folder = checkpoint.save(root, state(5), META, best=True)
+    assert len(list(Path("/dev/fd").iterdir())) == before  # a long run makes thousands of checkpoints
+    sizes = {p.name: p.stat().st_size for p in folder.iterdir()}
+    aside = f".{folder.name}-{os.getpid()}"
+    assert dict(events[:3]) == sizes
+    assert events[3:] == [
+        (aside, None),
+        ("rename", folder.name),
+        ("ckpt", None),
+        ("replace", "last"),
+        ("replace", "best"),
+        ("ckpt", None),
+    ]
+
+
+def test_the_schema_is_the_first(saved):
+    """Checkpoints are kept for years: a change of the number needs a way to read those of before."""
+    assert json.loads((saved / "state.json").read_text())["schema"] == 1
+
+
+def test_a_run_is_opened_whole_unless_its_weights_are_all_that_is_asked_for(saved, tmp_path):
+    folder, (spec, loaded, _) = checkpoint.open_run(str(tmp_path))
+    assert (folder, spec) == (saved.resolve(), SPEC)
+    assert all(loaded.exp_avg[n].any() == w.any() for n, w in loaded.weights.items())
+    _, (_, light, _) = checkpoint.open_run(str(tmp_path), weights_only=True)
+    assert not any(a.any() for a in light.exp_avg.values())
+    assert all((light.weights[n] == w).all() for n, w in loaded.weights.items())
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_looked_for_again(saved, tmp_path, monkeypatch):
+    read, tries = checkpoint.load, []
+
+    def replaced(folder, weights_only):
+        """The run under way puts a new checkpoint in this one's place, as often as `times` says."""
+        tries.append(folder.name)
+        if len(tries) <= times:
+            checkpoint.save(tmp_path / "ckpt", state(10 * len(tries)), META, best=True)
+            raise InputError(f"{folder}: gone")
+        return read(folder, weights_only)
+
+    monkeypatch.setattr(checkpoint, "load", replaced)
+    times = 4
+    _, (_, loaded, _) = checkpoint.open_run(str(tmp_path))
+    assert loaded.iteration == 40
+    assert tries == ["iter-00000005", *(f"iter-000000{i}0" for i in range(1, 5))]
+    tries.clear()
+    times = 99
+    with pytest.raises(InputError, match="replaced faster than they can be read"):
+        checkpoint.open_run(str(tmp_path))
+    assert len(tries) == 5
+
+
+def test_a_damaged_checkpoint_is_not_read_again(saved, tmp_path, monkeypatch):
+    (saved / "moments.safetensors").unlink()
+    read, tries = checkpoint.load, []
+    monkeypatch.setattr(checkpoint, "load", lambda *arguments: tries.append(1) or read(*arguments))
+    with pytest.raises(InputError, match=r"moments\.safetensors: not readable"):
+        checkpoint.open_run(str(tmp_path))
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("kind", ["weights", "exp_avg", "exp_avg_sq"])
+def test_tensors_of_another_model_are_refused_wherever_they_are(tmp_path, kind):
+    made = state(5)
+    other = {n: w[:1].copy() if n.endswith("wte.weight") else w for n, w in getattr(made, kind).items()}
+    setattr(made, kind, other)
+    folder = checkpoint.save(tmp_path, made, META, best=False)
+    file = "weights" if kind == "weights" else "moments"
+    with pytest.raises(InputError, match=rf"{file}\.safetensors.*transformer\.wte\.weight is float32"):
+        checkpoint.load(folder, weights_only=kind == "weights")
+
+
+def test_an_error_is_its_first_line_or_its_name():
+    assert checkpoint._first_line(ValueError("one\ntwo\nthree")) == "one"
+    assert checkpoint._first_line(ValueError()) == "ValueError"

@@ -113,3 +113,39 @@ def test_loss_and_norm_come_with_their_own_iteration():
     clock = Clock(lambda handle: (float(handle), 10.0 * handle), "interval", interval=3)
     done = [d for i in range(10) for d in clock.submit(i, lambda: next(values))] + clock.drain()
     assert [(d.iteration, d.loss, d.grad_norm) for d in done] == [(i, float(i), 10.0 * i) for i in range(10)]
+
+
+def test_iterations_come_back_when_the_policy_says():
+    """How many complete with each submit, of a device that runs behind, and whether any is held back at the end."""
+    for policy, interval, expected in [
+        ("completion", 1, [1, 0, 1, 1, 1, 1, 1, 1, 1]),
+        ("iteration", 1, [1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("interval", 4, [1, 0, 0, 0, 4, 0, 0, 0, 4]),
+        ("interval", 1, [1, 1, 1, 1, 1, 1, 1, 1, 1]),
+    ]:
+        device = Device(work_ms=50, enqueue_ms=5)
+        clock = device.clock(policy, interval=interval)
+        assert [len(clock.submit(i, device.step)) for i in range(9)] == expected
+        assert len(clock.drain()) == 9 - sum(expected)
+
+
+def test_what_is_not_said_is_every_iteration_of_a_device_that_runs_behind():
+    device = Device(work_ms=50, enqueue_ms=5)
+    each = Clock(device.wait, "interval", now_ns=device.now, wall_ns=device.wall)
+    assert [len(each.submit(i, device.step)) for i in range(5)] == [1] * 5
+    device = Device(work_ms=50, enqueue_ms=5)
+    behind = Clock(device.wait, now_ns=device.now, wall_ns=device.wall)
+    assert [len(behind.submit(i, device.step)) for i in range(5)] == [1, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("gained", "slept"), [(1_000_000_000, []), (1_000_000_001, [4])])
+def test_a_second_more_on_the_wall_is_sleep_whatever_the_clocks_began_at(gained, slept):
+    device = Device(work_ms=1500, enqueue_ms=5)  # iterations of more than a second are no sleep
+    device.host, device.wall_lead = 10**15, 1_790_000_000 * 10**9  # up for days, in the year 2026
+    device.queue_done = device.host
+    clock = device.clock()
+    done = [d for i in range(5) for d in clock.submit(i, device.step)]
+    device.wall_lead += gained
+    done += [d for i in range(5, 10) for d in clock.submit(i, device.step)]
+    assert [d.iteration for d in done if d.left_out == "slept"] == slept
+    assert [d.iter_ms for d in done[2:]] == [1500.0] * 7

@@ -155,3 +155,22 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [TypeAdapter(Row).validate_python(line) for line in lines]
     assert [row.kind for row in rows] == ["iteration", "evaluation", "event"]
     assert rows[0].left_out is LeftOut.FIRST
+
+
+def test_a_summary_has_the_first_the_last_and_the_best_evaluation(tmp_path):
+    recorder = record(tmp_path, [10.0] * 8)
+    for i, (train, val) in enumerate([(5.0, 6.0), (3.0, 4.0), (2.0, 4.0), (1.0, 4.0 + 2.0**-40)]):
+        recorder.evaluation(10 * i, train, val, 0.5 + i)
+    summary = summarise(recorder)
+    assert (summary.train_loss, summary.val_loss) == (1.0, 4.0 + 2.0**-40)
+    assert (summary.best_val_loss, summary.best_iter) == (4.0, 10)  # the first of two that are equal
+    assert (summary.evaluations, summary.eval_s, summary.first_eval_s) == (4, 8.0, 0.5)
+    assert summary.tokens_per_s == pytest.approx(100_000)
+    assert (summary.flops_per_iter, summary.peak_memory) == (2e9, 9)
+
+
+def test_no_measured_peak_is_no_error(tmp_path):
+    unknown = Work(2e9, 1000, Denominators(mfu_a100=312e12))
+    summary = summarise(record(tmp_path, [0.001] * 8, unknown))
+    assert summary.errors == []
+    assert (summary.mfu, summary.mfu_measured) == (None, None)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -16,3 +17,15 @@ def test_nanogpts_schedule_at_its_corners():
     assert learning_rate(config, 5000) == pytest.approx(1e-4)
     assert learning_rate(config, 9000) == 1e-4
     assert learning_rate(Config(decay_lr=False), 3) == 1e-3
+
+
+def test_the_rate_falls_from_its_highest_to_its_lowest_without_a_step():
+    """Monotone, and no two neighbours further apart than the steepest slope of a cosine or of the warm-up."""
+    config = Config(warmup_iters=7, lr_decay_iters=50, learning_rate=1e-2, min_lr=1e-3)
+    rates = [learning_rate(config, i) for i in range(60)]
+    assert max(rates) == rates[7] == pytest.approx(1e-2)
+    assert rates[:8] == sorted(rates[:8])
+    assert rates[7:] == sorted(rates[7:], reverse=True)
+    steepest = 0.5 * math.pi / (50 - 7) * 9e-3
+    assert all(a - b <= steepest * 1.001 for a, b in itertools.pairwise(rates[7:]))
+    assert rates[50:] == pytest.approx([1e-3] * 10)

@@ -1,0 +1,183 @@
+"""Both twins against the formulas in float64 (the parity gate's reference): every length, every mode, with a cache."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.parity import reference
+
+BLOCK = 12
+SPEC = GPTSpec(n_layer=2, n_head=4, n_embd=32, block_size=BLOCK, vocab_size=23, bias=True)
+NEARLY_NO_DROPOUT = 1e-12  # takes the code path of dropout and drops nothing: 1 - p is 1 in float32
+twins = pytest.mark.parametrize("twin", ["torch", "mlx"])
+gelus = pytest.mark.parametrize("gelu", ["exact", "tanh"])
+
+
+def drawn(spec, seed=3):
+    """Weights under which attention is far from uniform, and biases and norms are not 0 and 1."""
+    rng = np.random.default_rng(seed)
+    return {n: (rng.standard_normal(s) * (0.4 if len(s) > 1 else 0.7)).astype(np.float32) for n, s in shapes(spec)}
+
+
+def shapes(spec):
+    return spec.shapes().items()
+
+
+def torch_twin(spec, weights, training):
+    from nanogpt_mac.gpt.torch_gpt import GPT, KVCache
+
+    model = GPT(spec).train(training)
+    model.load_state_dict({n: torch.from_numpy(w) for n, w in weights.items()})
+
+    def logits(idx, cache=None):
+        with torch.no_grad():
+            return model(torch.from_numpy(idx), cache).numpy()
+
+    def loss(idx, targets):
+        return model.loss(torch.from_numpy(idx), torch.from_numpy(targets)).item()
+
+    return logits, loss, KVCache
+
+
+def mlx_twin(spec, weights, training):
+    import mlx.core as mx
+    from mlx.utils import tree_unflatten
+
+    from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache
+
+    model = GPT(spec).train(training)
+    model.update(tree_unflatten([(n, mx.array(w)) for n, w in weights.items()]))
+
+    def logits(idx, cache=None):
+        return np.array(model(mx.array(idx), cache))
+
+    def loss(idx, targets):
+        return model.loss(mx.array(idx), mx.array(targets)).item()
+
+    return logits, loss, KVCache
+
+
+@pytest.fixture
+def build(twin):
+    """(logits, loss, cache's class) of a twin in evaluation or training mode, and its weights."""
+
+    def made(spec, training=False):
+        weights = drawn(spec)
+        return *{"torch": torch_twin, "mlx": mlx_twin}[twin](spec, weights, training), weights
+
+    return made
+
+
+def exact(spec, weights, idx):
+    return reference.logits(reference.tensors(weights), spec, torch.from_numpy(idx)).detach().numpy()
+
+
+def draw_tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, SPEC.vocab_size, shape)
+
+
+def close(ours, expected):
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@twins
+@gelus
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_and_loss_are_those_of_the_formulas(build, gelu, bias):
+    spec = dataclasses.replace(SPEC, gelu=gelu, bias=bias)
+    logits, loss, _, weights = build(spec)
+    idx, targets = draw_tokens(3, BLOCK), draw_tokens(3, BLOCK, seed=1)
+    ours, expected = logits(idx), exact(spec, weights, idx)
+    assert ours.dtype == np.float32
+    close(ours, expected)
+    nats = reference.cross_entropy(torch.from_numpy(expected), torch.from_numpy(targets)).item()
+    assert loss(idx, targets) == pytest.approx(nats, rel=1e-5)
+
+
+@twins
+@pytest.mark.parametrize("dropout", [0.0, NEARLY_NO_DROPOUT])
+@pytest.mark.parametrize("length", range(1, BLOCK + 1))
+def test_no_token_sees_a_later_one_at_any_length(build, length, dropout):
+    """In training mode; with dropout MLX's attention is another piece of code."""
+    logits, _, _, weights = build(dataclasses.replace(SPEC, dropout=dropout), training=True)
+    whole = draw_tokens(2, BLOCK)
+    expected = exact(SPEC, weights, whole)
+    ours = logits(whole[:, :length])
+    close(ours, expected[:, :length])  # what follows a prefix is of no matter to it
+    for t in range(1, length):
+        changed = whole[:, :length].copy()
+        changed[:, t] = (changed[:, t] + 1) % SPEC.vocab_size
+        after = logits(changed)
+        np.testing.assert_array_equal(after[:, :t], ours[:, :t])
+        assert (np.abs(after[:, t:] - ours[:, t:]).max(axis=(0, 2)) > 1e-4).all()
+
+
+@twins
+@pytest.mark.parametrize("first", range(1, BLOCK + 1))
+def test_decoding_with_a_cache_is_the_whole_window_at_every_length(build, first):
+    """`first` tokens at once, then one at a time; without a cache, and with it, in two sequences that share nothing."""
+    logits, _, cache_of, weights = build(SPEC)
+    idx = draw_tokens(2, BLOCK)
+    expected, cache, other = exact(SPEC, weights, idx), cache_of(), cache_of()
+    close(logits(idx[:, :first], cache), expected[:, :first])
+    assert cache.length == first
+    logits(draw_tokens(2, 3, seed=5), other)
+    for t in range(first, BLOCK):
+        close(logits(idx[:, t : t + 1], cache), expected[:, t : t + 1])
+    assert (cache.length, other.length) == (BLOCK, 3)
+
+
+@twins
+def test_dropout_is_where_nanogpt_has_it_and_scales_what_it_keeps(build):
+    """Off in evaluation; in training each pass differs, and the mean over many is the loss without dropout."""
+    spec = dataclasses.replace(SPEC, dropout=0.2)
+    idx, targets = draw_tokens(4, BLOCK), draw_tokens(4, BLOCK, seed=1)
+    logits, loss, _, weights = build(spec)
+    close(logits(idx), exact(spec, weights, idx))
+    _, loss, _, _ = build(spec, training=True)
+    assert len({loss(idx, targets) for _ in range(5)}) == 5
+
+
+def test_mlx_drops_attention_weights_and_scales_what_it_keeps():
+    """Its own piece of code: with values that are the identity, what comes out is the weights themselves."""
+    import mlx.core as mx
+
+    from nanogpt_mac.gpt.mlx_gpt import scaled_dot_product_attention
+
+    rng = np.random.default_rng(0)
+    T, p = 64, 0.25
+    q, k = (rng.standard_normal((2, 3, T, T)).astype(np.float32) for _ in range(2))
+    v = np.broadcast_to(np.eye(T, dtype=np.float32), (2, 3, T, T))
+    scores = torch.from_numpy(q) @ torch.from_numpy(k).mT / T**0.5
+    exact = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1).numpy()
+    mx.random.seed(1)
+    dropped = np.array(scaled_dot_product_attention(*map(mx.array, (q, k, v)), dropout_p=p, is_causal=True))
+    kept = dropped != 0
+    seen = exact > 1e-6
+    assert not kept[exact == 0].any()
+    assert kept[seen].mean() == pytest.approx(1 - p, abs=0.02)
+    np.testing.assert_allclose(dropped[kept], exact[kept] / (1 - p), rtol=1e-4)
+    whole = np.array(scaled_dot_product_attention(*map(mx.array, (q, k, v)), dropout_p=0.0, is_causal=True))
+    np.testing.assert_allclose(whole, exact, atol=1e-6)
+    every = np.array(scaled_dot_product_attention(*map(mx.array, (q, k, v)), dropout_p=1e-12, is_causal=False))
+    np.testing.assert_allclose(every, scores.softmax(-1).numpy(), rtol=1e-4, atol=1e-7)
+
+
+def test_mlx_uses_its_fused_attention_where_nothing_is_dropped(monkeypatch):
+    """It is what makes MLX fast, and what the report's times are of."""
+    import mlx.core as mx
+
+    from nanogpt_mac.gpt.mlx_gpt import scaled_dot_product_attention
+
+    calls, fused = [], mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(
+        mx.fast, "scaled_dot_product_attention", lambda *a, **k: calls.append(k["mask"]) or fused(*a, **k)
+    )
+    x = mx.ones((1, 1, 4, 8))
+    for dropout in (0.0, 0.1):
+        for causal in (True, False):
+            mx.eval(scaled_dot_product_attention(x, x, x, dropout_p=dropout, is_causal=causal))
+    assert calls == ["causal", None]

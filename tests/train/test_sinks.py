@@ -1,0 +1,173 @@
+"""When and where rows are written: a run's folder, and wandb's run, which is stood in for."""
+
+import json
+import sys
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+
+from nanogpt_mac.records.run import Denominators, EvaluationRow, EventRow, IterationRow
+from nanogpt_mac.train.clock import Completion
+from nanogpt_mac.train.recorder import Recorder, Work
+from nanogpt_mac.train.sinks import Folder, Sink, Wandb
+from nanogpt_mac.train.sinks import _figures as figures_of
+
+
+class Run:
+    """wandb's run, as far as it is used."""
+
+    def __init__(self):
+        self.logged, self.finished = [], 0
+        self.summary = {}
+
+    def log(self, figures, step):
+        self.logged.append((step, figures))
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """time.monotonic() as a test sets it."""
+    now = [1000.0]
+    monkeypatch.setattr("nanogpt_mac.train.sinks.time.monotonic", lambda: now[0])
+    return now
+
+
+WORK = Work(2e9, 1000, Denominators(mfu=None, mfu_measured=1e12, mfu_a100=312e12))
+
+
+def evaluation(i):
+    return EvaluationRow(kind="evaluation", iter=i, train_loss=3.0, val_loss=4.0, seconds=0.25)
+
+
+def written(folder):
+    return [json.loads(line)["iter"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_wait_for_two_seconds_and_are_written_once(tmp_path, clock):
+    with closing(Folder(tmp_path)) as folder:
+        folder.row(evaluation(0))
+        clock[0] = 1002.0
+        folder.tick()
+        assert written(tmp_path) == []
+        clock[0] = 1002.5
+        folder.tick()
+        assert written(tmp_path) == [0]
+        folder.row(evaluation(1))
+        clock[0] = 1004.0  # 1.5 s after the last time
+        folder.tick()
+        assert written(tmp_path) == [0]
+        folder.flush()
+        assert written(tmp_path) == [0, 1]
+        assert not folder.overdue()
+    assert written(tmp_path) == [0, 1]
+
+
+def test_wandb_gets_rows_while_the_clock_stands_and_asks_for_that_after_a_minute(clock):
+    run = Run()
+    wandb = Wandb(run)
+    wandb.row(evaluation(5))
+    wandb.row(EventRow(kind="event", iter=6, event="nothing"))
+    clock[0] = 1060.0
+    assert not wandb.overdue()
+    clock[0] = 1060.5
+    assert wandb.overdue()
+    wandb.tick()
+    assert run.logged == []
+    wandb.flush()
+    assert run.logged == [(5, {"val/loss": 4.0, "val/train_loss": 3.0, "val/seconds": 0.25})]
+    assert not wandb.overdue()
+    wandb.flush()
+    assert len(run.logged) == 1
+    wandb.close()
+    assert run.finished == 1
+
+
+def test_wandbs_names():
+    row = IterationRow(
+        kind="iteration", iter=3, loss=2.0, lr=1e-3, grad_norm=1.5, iter_ms=10.0, dispatch_ms=0.5, tokens_per_s=7.0,
+        mfu=None, mfu_measured=0.2, mfu_a100=0.1, memory=5,
+    )  # fmt: skip
+    assert figures_of(row) == {
+        "train/loss": 2.0,
+        "train/lr": 1e-3,
+        "train/grad_norm": 1.5,
+        "perf/iter_ms": 10.0,
+        "perf/dispatch_ms": 0.5,
+        "perf/tokens_per_s": 7.0,
+        "perf/mfu_measured": 0.2,
+        "perf/mfu_a100": 0.1,
+        "system/memory": 5,
+    }
+    event = EventRow(kind="event", iter=3, event="pause", power_source="battery", gpu_utilisation=3)
+    assert figures_of(event) == {"system/gpu_utilisation": 3}
+
+
+def test_fallbacks_are_a_table(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Table=lambda columns, data: list(data)))
+    monkeypatch.setattr("nanogpt_mac.train.sinks.report.rows", lambda document: document.findings)
+    run = Run()
+    Wandb(run).fallbacks(SimpleNamespace(findings=["a", "b"], complete=True), 7)
+    assert run.logged == [(7, {"fallbacks": ["a", "b"], "fallbacks/findings": 2, "fallbacks/complete": True})]
+
+
+class Kept(Sink):
+    def __init__(self, overdue=False):
+        self.calls, self._overdue = [], overdue
+
+    def row(self, row):
+        self.calls.append(row)
+
+    def tick(self):
+        self.calls.append("tick")
+
+    def flush(self):
+        self.calls.append("flush")
+
+    def fallbacks(self, document, iteration):
+        self.calls.append((document, iteration))
+
+    def overdue(self):
+        return self._overdue
+
+    def close(self):
+        self.calls.append("close")
+
+
+def test_every_sink_gets_everything_and_one_that_is_overdue_is_enough():
+    sinks = [Kept(), Kept(overdue=True)]
+    recorder = Recorder(WORK, sinks)
+    recorder.fallbacks("document", 4)
+    recorder.tick()
+    recorder.iteration(Completion(0, 2.0, 1.0, 500.0, 0.5, "first"), 1e-3, {"current": 5, "peak": 9})
+    recorder.evaluation(0, 3.0, 4.0, 0.25)
+    recorder.event("pause", 0, heat=3)
+    recorder.iteration(Completion(1, 3.0, 1.0, 10.0, 0.5, None), 2e-3, {"current": 7, "peak": 11})
+    recorder.flush()
+    assert recorder.overdue()
+    assert not Recorder(WORK, [Kept()]).overdue()
+    recorder.close()
+    for sink in sinks:
+        (document, tick, first, evaluated, event, second, flush, close) = sink.calls
+        assert (document, tick, flush, close) == (("document", 4), "tick", "flush", "close")
+        assert (first.left_out, first.memory, first.iter_ms) == ("first", 5, 500.0)
+        assert (second.left_out, second.lr, second.loss, second.grad_norm, second.dispatch_ms) == (
+            None,
+            2e-3,
+            3.0,
+            1.0,
+            0.5,
+        )
+        assert second.tokens_per_s == pytest.approx(100_000)
+        assert (evaluated.train_loss, evaluated.val_loss, evaluated.seconds) == (3.0, 4.0, 0.25)
+        assert (event.event, event.iter) == ("pause", 0)
+
+
+def test_just_the_measured_peak_is_possible():
+    work = Work(2e9, 1000, Denominators(mfu=None, mfu_measured=2e9 / 0.0078125, mfu_a100=312e12))
+    assert work.mfu(7.8125)["mfu_measured"] == 1.0
+    assert work.mfu(7.8)["mfu_measured"] is None
+    assert set(work.mfu(None).values()) == {None}
