@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from nanogpt_mac.compare import doubts, evidence
 from nanogpt_mac.compare.doubts import label
-from nanogpt_mac.files import write_aside, write_json
 from nanogpt_mac.records.comparison import Comparison, LeverRow, Machine, VariantResult, VariantState, Work
-from nanogpt_mac.report import page, show
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import (
     DASH,
@@ -39,20 +36,6 @@ _MARKS = {
     VariantState.PARTIAL: Mark.PARTIAL,
     VariantState.WAITING: Mark.QUIET,
 }
-
-
-def publish(folder: Path, comparison: Comparison) -> None:
-    """Write comparison.json, report.md and report.html into `folder`."""
-    write_json(folder / "comparison.json", comparison.document())
-    write_aside(folder / "report.md", show.markdown(report(comparison)))
-    write_aside(folder / "report.html", html(comparison))
-
-
-def html(comparison: Comparison) -> str:
-    """One self-contained page that opens offline."""
-    from nanogpt_mac.compare import charts  # matplotlib
-
-    return page.html(report(comparison), charts.draw(comparison))
 
 
 def report(comparison: Comparison) -> Report:

@@ -90,7 +90,9 @@ def run(config: ReportConfig) -> int:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
     own = str(folders[0]) if single else None
     output = config.output or own or "runs/{date}/{time}-report"
-    report, html = (contents.report(single), contents.html(single)) if single else (board.report(), board.html())
+    from nanogpt_mac.compare import page as comparison_page  # matplotlib
+
+    report, html = (contents.report(single), comparison_page.html(single)) if single else (board.report(), board.html())
     try:
         folder = run_folder(output, "report") if output != own else folders[0]
         write_aside(folder / "report.md", show.markdown(report))

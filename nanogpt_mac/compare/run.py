@@ -73,13 +73,13 @@ def run(config: CompareConfig) -> int:
 
 
 def _compare(folder: Path, plan: Plan, configs: dict[str, Config]) -> int:
-    from nanogpt_mac.compare import collect, contents
+    from nanogpt_mac.compare import collect, contents, page  # matplotlib: not before the rounds are done
     from nanogpt_mac.report.show import show
 
     _announce(folder, plan, next(iter(configs.values())))
     ComparisonRunner(folder, plan, configs).carry_out()
     comparison = collect.collect(folder)
-    contents.publish(folder, comparison)
+    page.publish(folder, comparison)
     show(contents.report(comparison))
     say(f"everything: python report.py {folder} details=true")
     say(f"report: {folder / 'report.html'}")
