@@ -3,14 +3,17 @@
 import json
 import sys
 from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from nanogpt_mac.config import Config
+from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.run import Denominators, EvaluationRow, EventRow, IterationRow
 from nanogpt_mac.train.clock import Completion
 from nanogpt_mac.train.recorder import Recorder, Work
-from nanogpt_mac.train.sinks import Folder, Sink, Wandb
+from nanogpt_mac.train.sinks import Folder, Sink, Wandb, open_wandb
 from nanogpt_mac.train.sinks import _figures as figures_of
 
 
@@ -171,3 +174,70 @@ def test_just_the_measured_peak_is_possible():
     assert work.mfu(7.8125)["mfu_measured"] == 1.0
     assert work.mfu(7.8)["mfu_measured"] is None
     assert set(work.mfu(None).values()) == {None}
+
+
+class RefusedError(Exception):
+    """wandb.errors.Error."""
+
+
+class FakeWandb:
+    """wandb, as far as it is opened here; `fault` is what `init` raises."""
+
+    errors = SimpleNamespace(Error=RefusedError)
+    Settings = dict
+
+    def __init__(self, fault=None):
+        self.fault, self.asked = fault, []
+
+    def init(self, **asked):
+        self.asked.append(asked)
+        if self.fault:
+            raise self.fault
+        return Run()
+
+
+FACTS = SimpleNamespace(backend="cpu", corpus="verse", model_dump=lambda: {"cores": 2})
+
+
+def opened(monkeypatch, folder, wandb, **given):
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = Config()
+    config.wandb = replace(config.wandb, **{"mode": "offline", "tags": ["mine"]} | given)
+    return open_wandb(config, folder, FACTS)
+
+
+@pytest.mark.parametrize(("given", "name"), [("", "run"), ("best", "best")])
+def test_wandb_is_opened_as_the_config_asks(monkeypatch, tmp_path, given, name):
+    wandb = FakeWandb()
+    assert type(opened(monkeypatch, tmp_path / "run", wandb, mode="disabled")) is Sink
+    assert wandb.asked == []
+    assert isinstance(opened(monkeypatch, tmp_path / "run", wandb, name=given), Wandb)
+    (asked,) = wandb.asked
+    assert (asked["name"], asked["mode"], asked["dir"]) == (name, "offline", tmp_path / "run")
+    assert asked["tags"] == ["mine", "cpu", "verse"]
+    assert asked["config"]["facts"] == {"cores": 2}
+    assert asked["config"]["max_iters"] == Config().max_iters
+    assert asked["settings"] == {"console": "off", "silent": True, "x_disable_stats": True}
+
+
+@pytest.mark.parametrize(("words", "line"), [("no key\nlog in first", "no key"), ("", "RefusedError")])
+def test_where_wandb_refuses_nothing_is_left(monkeypatch, tmp_path, words, line):
+    folder, wandb = tmp_path / "run", FakeWandb(RefusedError(words))
+    (folder / "wandb").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"^wandb.mode=offline: {line}; without an account use offline or disabled$"):
+        opened(monkeypatch, folder, wandb)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "own.txt").touch()
+    with pytest.raises(InputError):  # nor is what is not ours removed
+        opened(monkeypatch, folder, wandb)
+    assert [file.name for file in folder.iterdir()] == ["own.txt"]
+
+
+def test_a_summary_is_wandbs_own_and_fallbacks_are_a_file(tmp_path):
+    run = Run()
+    Wandb(run).summary(SimpleNamespace(document=lambda: {"times": {"median": 2.0}, "best": 1.5}))
+    assert run.summary == {"summary/iter_ms": {"median": 2.0}, "summary/best": 1.5}
+    with closing(Folder(tmp_path)) as sink:
+        sink.fallbacks(SimpleNamespace(document=lambda: {"findings": []}), 3)
+    assert json.loads((tmp_path / "fallbacks.json").read_text()) == {"findings": []}
