@@ -30,7 +30,7 @@ class Encoder(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
-    def to_json(self) -> dict[str, Any]: ...
+    def to_json(self) -> dict[str, object]: ...
 
 
 def chunks(text: str, size: int = CHUNK) -> Iterator[str]:
@@ -101,7 +101,7 @@ class CharEncoder:
     def decode(self, tokens: Sequence[int]) -> str:
         return "".join(self.chars[token] for token in tokens)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {"kind": "char", "chars": self.chars}
 
 
@@ -154,7 +154,7 @@ class GPT2Encoder:
         pieces = [single(token) if token < size else b"\xef\xbf\xbd" for token in map(int, tokens)]
         return b"".join(pieces).decode("utf-8", errors="replace")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {"kind": "gpt2"}
 
 
@@ -196,22 +196,23 @@ class TrainedBPEEncoder:
         """Bytes that form no character (the tail of a stream cut mid-character) become U+FFFD."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {"kind": "bpe", "tokenizer": json.loads(self.tokenizer.to_str())}
 
 
-def encoder_from_json(description: dict[str, Any]) -> Encoder:
+def encoder_from_json(description: object) -> Encoder:
     """The encoder that `to_json` described. Raises InputError for anything else."""
-    kind = description.get("kind") if isinstance(description, dict) else None
+    given = description if isinstance(description, dict) else {}
+    kind, chars, tokenizer = (given.get(key) for key in ("kind", "chars", "tokenizer"))
     if kind == "gpt2":
         return GPT2Encoder()
-    if kind == "char" and isinstance(description.get("chars"), str):
-        return CharEncoder(description["chars"])
-    if kind == "bpe" and isinstance(description.get("tokenizer"), dict):
+    if kind == "char" and isinstance(chars, str):
+        return CharEncoder(chars)
+    if kind == "bpe" and isinstance(tokenizer, dict):
         from tokenizers import Tokenizer
 
         try:
-            return TrainedBPEEncoder(Tokenizer.from_str(json.dumps(description["tokenizer"])))
+            return TrainedBPEEncoder(Tokenizer.from_str(json.dumps(tokenizer)))
         except Exception as error:  # tokenizers raises bare Exception for JSON that is not a tokenizer
             raise InputError(f"encoder kind=bpe: its tokenizer cannot be read ({error})") from error
     raise InputError(f"encoder kind={kind!r}: use char (with chars), gpt2 or bpe (with tokenizer)")

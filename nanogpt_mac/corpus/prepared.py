@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -199,7 +199,7 @@ def _sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def key_of(name: str, identity: dict[str, Any]) -> str:
+def key_of(name: str, identity: Mapping[str, object]) -> str:
     """Folder name: readable, and different for anything that changes the tokens."""
     text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"

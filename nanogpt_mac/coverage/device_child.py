@@ -3,9 +3,9 @@
 The task is JSON on standard input. `{"ask": "itself", "fallback": bool}` is answered with the dispatcher's class of
 every overload and the texts of what MPS refuses; under PYTORCH_ENABLE_MPS_FALLBACK=1 (`fallback`) with the warnings
 alone.
-`{"ask": "cases", "ops": names, empty for all, "samples": of each case at most, "start", "stop"}` runs cases of torch's
-operator database on MPS against the CPU: `{"cases": how many there are}`, then of each case its name before it runs and
-its outcome after, so that a process that dies shows where.
+`{"ask": "cases", "names": operators, empty for all, "samples": of each case at most, "start", "stop"}` runs cases of
+torch's operator database on MPS against the CPU: `{"cases": how many there are}`, then of each case its name before it
+runs and its outcome after, so that a process that dies shows where.
 """
 
 from __future__ import annotations
@@ -207,27 +207,27 @@ def _tidy(text: str) -> str:
 # -- the two questions ------------------------------------------------------------------------------------------------
 
 
-def _itself(fallback: bool) -> dict[str, Any]:
-    made: dict[str, Any] = {"torch": torch.__version__, "texts": texts(fallback)}
+def _itself(fallback: bool) -> dict[str, object]:
+    made: dict[str, object] = {"torch": torch.__version__, "texts": texts(fallback)}
     if not fallback:
         names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
         made["classes"] = {op: dispatch_of(op) for op in sorted(name.removeprefix("aten::") for name in names)}
     return made
 
 
-def _cases(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _cases(names: list[str], samples: int, start: int, stop: int) -> Iterator[dict[str, object]]:
     torch.set_num_threads(1)
-    chosen = cases(task["ops"])
+    chosen = cases(names)
     device = simulator.DEVICE_NAME if simulator.active() else "mps"
     yield {"cases": len(chosen), "device": device, "torch": torch.__version__}
-    for number in range(task["start"], min(task["stop"], len(chosen))):
+    for number in range(start, min(stop, len(chosen))):
         op, dtype = chosen[number]
         own = {leg: own_expectation(op, dtype, leg) for leg in _TESTS}
         key = op.name + op.variant_test_name
         yield {"number": number, "op": full_name(op), "key": key, "dtype": dtype, "own": own}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            outcome = check(op, dtype, task["samples"])
+            outcome = check(op, dtype, samples)
         yield {"number": number, **outcome}
 
 
@@ -237,7 +237,7 @@ def main() -> None:
     if not torch.backends.mps.is_available():
         raise InputError("torch finds no MPS device here")
     torch.set_warn_always(True)
-    for words in [_itself(task["fallback"])] if task["ask"] == "itself" else _cases(task):
+    for words in [_itself(**task)] if task.pop("ask") == "itself" else _cases(**task):
         print(json.dumps(words), flush=True)
 
 

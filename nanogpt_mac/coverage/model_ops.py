@@ -12,7 +12,8 @@ import hashlib
 import json
 import platform
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from nanogpt_mac.gpt.spec import ModelConfig
 from nanogpt_mac.operators import wheel
 from nanogpt_mac.operators.by_hand import IN_COMPOSITE
 from nanogpt_mac.operators.table import Kind, Table, load
+from nanogpt_mac.records.base import Record
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _REGISTERED = (Kind.NATIVE, Kind.DELEGATE, Kind.PYTHON)
@@ -31,6 +33,23 @@ PHASES = ("forward", "backward", "clip", "optimizer", "evaluation", "sampling")
 
 class NoTrace(Exception):  # noqa: N818 - a state, not a fault
     """The operators of this model cannot be had here; the text says why."""
+
+
+class Task(Record):
+    """What model_ops_child.py is asked. `live` reads a profile and needs `registered` alone; else the rest is needed.
+
+    `registered` are the operators whose calls end at MPS. The others say how the operator set of the torch in question
+    differs from the installed one's, which the simulator knows; those gained with whether they check no device.
+    """
+
+    model: ModelConfig
+    dtype: str
+    live: bool
+    registered: tuple[str, ...] = ()
+    gained: Mapping[str, bool]
+    lost: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    fallback: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,28 +84,29 @@ def trace_model(model: ModelConfig, dtype: str, table: Table, live: bool | None 
     except InputError as error:
         raise NoTrace(str(error)) from error
     live = sys.platform == "darwin" if live is None else live
-    how: dict[str, Any] = {"registered": _registered(installed)} if live else _changes(installed, table)
-    task = json.dumps({"model": asdict(model), "dtype": dtype, "live": live, **how}, sort_keys=True)
-    kept = wheel.cache_folder() / "traces" / f"{_digest(task)}.json"
-    return files.kept(kept, lambda text: Trace(**json.loads(text)), lambda: json.dumps(_ask(json.loads(task))))
+    task = task_of(model, dtype, installed, None if live else table)
+    kept = wheel.cache_folder() / "traces" / f"{_digest(task.model_dump_json())}.json"
+    return files.kept(kept, lambda text: Trace(**json.loads(text)), lambda: json.dumps(_ask(task)))
 
 
-def _registered(installed: Table) -> list[str]:
-    """The operators whose calls end at MPS, by a kernel of its own or by the fallback."""
-    made_of_others = [op for op, e in installed.entries.items() if e.kind is Kind.COMPOSITE and op not in IN_COMPOSITE]
-    return sorted(installed.entries.keys() - made_of_others)
-
-
-def _changes(installed: Table, table: Table) -> dict[str, Any]:
-    """How the operator set of `table` differs from the installed torch's, which the simulator knows."""
+def task_of(model: ModelConfig, dtype: str, installed: Table, table: Table | None) -> Task:
+    """The task of a trace predicted under `table`, or of a live one where that is None."""
+    if table is None:
+        of_others = [op for op, e in installed.entries.items() if e.kind is Kind.COMPOSITE and op not in IN_COMPOSITE]
+        registered = tuple(sorted(installed.entries.keys() - of_others))
+        return Task(model=model, dtype=dtype, live=True, registered=registered, gained={})
     old = {op for op, entry in installed.entries.items() if entry.kind in _REGISTERED}
-    new = {op: entry for op, entry in table.entries.items() if entry.kind in _REGISTERED}
-    return {
-        "gained": {op: entry.facts.no_device_check for op, entry in new.items() if op not in old},
-        "lost": sorted(op for op in old - new.keys()),
-        "missing": sorted(op for op, e in table.entries.items() if e.kind in (Kind.MISSING, Kind.MISSING_CPU)),
-        "fallback": sorted(op for op, entry in table.entries.items() if entry.kind is Kind.FALLBACK),
-    }
+    entries = sorted(table.entries.items())
+    new = {op: entry for op, entry in entries if entry.kind in _REGISTERED}
+    return Task(
+        model=model,
+        dtype=dtype,
+        live=False,
+        gained={op: entry.facts.no_device_check for op, entry in new.items() if op not in old},
+        lost=tuple(sorted(old - new.keys())),
+        missing=tuple(op for op, e in entries if e.kind in (Kind.MISSING, Kind.MISSING_CPU)),
+        fallback=tuple(op for op, e in entries if e.kind is Kind.FALLBACK),
+    )
 
 
 def _digest(task: str) -> str:
@@ -101,10 +121,10 @@ def _digest(task: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _ask(task: dict[str, Any]) -> Any:
+def _ask(task: Task) -> Any:
     environment = simulator.environment(fallback=True)  # a missing operator must not end the trace
     try:
-        return child.ask("nanogpt_mac.coverage.model_ops_child", task, environment=environment)
+        return child.ask("nanogpt_mac.coverage.model_ops_child", task.model_dump(mode="json"), environment=environment)
     except child.ChildError as error:
         device = "MPS" if sys.platform == "darwin" else "the simulated MPS device"
         raise NoTrace(f"tracing on {device} failed: {error}") from error

@@ -21,12 +21,12 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS
-from nanogpt_mac.coverage.model_ops import PHASES, Trace
+from nanogpt_mac.coverage.model_ops import PHASES, Task, Trace
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks.phases import Phased
 from nanogpt_mac.fallbacks.profiled import DEVICE, MARK, name_of, parents_of, tensors_of, walk
 from nanogpt_mac.fallbacks.signs import short
-from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
+from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.simulator.optable import NO_DEVICE_CHECK, installed_table
 
 # Sequences, positions and channels a head of the traced model: which operators are called depends on none of them.
@@ -138,22 +138,22 @@ def _waits(event: Any) -> bool:
     return not (len(inputs) > 2 and inputs[2] is True)
 
 
-def _trace(task: dict[str, Any]) -> Trace:
-    if not task["live"]:
+def _trace(task: Task) -> Trace:
+    if not task.live:
         _install(task)
     elif reason := kinds.missing("mps"):
         raise InputError(reason)
-    m = ModelConfig(**task["model"])
+    m = task.model
     length = min(m.block_size, _LENGTH)
     symbols = m.vocab_size or TINY_SHAKESPEARE_SYMBOLS
     spec = GPTSpec(m.n_layer, m.n_head, m.n_head * _HEAD, length, symbols, m.dropout, m.bias, m.gelu)
     text = (np.arange(50 * length) % symbols).astype(np.uint16)
     backend: Any = kinds.create(
-        spec, backend_options(Config(dtype=task["dtype"]), "mps"), Tokens({"train": text, "val": text}, length)
+        spec, backend_options(Config(dtype=task.dtype), "mps"), Tokens({"train": text, "val": text}, length)
     )
     backend.load(spec.init_weights(0))
     starts = np.arange(_BATCH)[None]
-    phases: Any = Profiled(task["registered"]) if task["live"] else Counted()
+    phases: Any = Profiled(task.registered) if task.live else Counted()
     backend.phase = lambda name: nullcontext() if name == "result" else phases.within(name)  # that is forward's here
     stopped = None
     try:
@@ -172,7 +172,7 @@ def _trace(task: dict[str, Any]) -> Trace:
     except NotImplementedError as error:  # an operator that even the fallback cannot run
         stopped = " ".join(str(error).split())[:300]
     counts = {name: dict(sorted(phases.counts[name].items())) for name in PHASES if name in phases.counts}
-    label, device = ("live", "mps") if task["live"] else ("predicted", simulator.DEVICE_NAME)
+    label, device = ("live", "mps") if task.live else ("predicted", simulator.DEVICE_NAME)
     if simulator.active():
         device = simulator.DEVICE_NAME
     no_tensors = sorted({op for ops in counts.values() for op in ops if not takes_tensors(op)})
@@ -180,16 +180,16 @@ def _trace(task: dict[str, Any]) -> Trace:
     return Trace(label, device, torch.__version__, counts, stopped, waits, no_tensors)
 
 
-def _install(task: dict[str, Any]) -> None:
+def _install(task: Task) -> None:
     """The simulated device with the operator set of the torch in question, as far as the installed one has them."""
     exist = {name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")}
     table = installed_table()
-    native = {op: flags for op, flags in table.native.items() if op not in task["lost"]}
-    native |= {op: NO_DEVICE_CHECK if free else 0 for op, free in task["gained"].items() if op in exist}
-    fallback = [op for op in task["fallback"] if op in exist]
-    missing = [op for op in task["missing"] if op in exist and op not in native]
+    native = {op: flags for op, flags in table.native.items() if op not in task.lost}
+    native |= {op: NO_DEVICE_CHECK if free else 0 for op, free in task.gained.items() if op in exist}
+    fallback = [op for op in task.fallback if op in exist]
+    missing = [op for op in task.missing if op in exist and op not in native]
     simulator.install(replace(table, native=native, fallback=fallback, missing=missing))
 
 
 if __name__ == "__main__":
-    child.answer(lambda task: asdict(_trace(task)))
+    child.answer(lambda task: asdict(_trace(Task.model_validate(task))))

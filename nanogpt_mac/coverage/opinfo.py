@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from typing import Any
 
 from nanogpt_mac import child, simulator
 from nanogpt_mac.coverage import expected
@@ -40,6 +39,17 @@ class Case:
     reason: str  # what was seen; empty where it works
     expected: str  # the lists of torch that have it; empty where torch expects it to work
     judged: str  # one of JUDGEMENTS
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A case that is about to run, in the words of the child."""
+
+    number: int
+    op: str
+    key: str  # its name in torch's lists
+    dtype: str
+    own: dict[str, str]  # leg to what its own entry in the database expects
 
 
 @dataclass
@@ -78,48 +88,48 @@ def sweep(names: list[str], samples: int) -> Sweep:
     assert torch.path is not None
     lists = expected.read(torch.path)
     macos = tuple(int(part) for part in platform.mac_ver()[0].split(".") if part) or None
-    task: dict[str, Any] = {"ask": "cases", "ops": names, "samples": samples, "start": 0, "stop": _BATCH}
-    head: dict[str, Any] = {}
+    total: int | None = None
+    device = version = ""
     cases: list[Case] = []
-    while not head or task["start"] < head["cases"]:
-        under_way: dict[str, Any] | None = None
+    while total is None or len(cases) < total:
+        begun: Begun | None = None
         why = "its process ended"
+        done = len(cases)
+        task = {"ask": "cases", "names": names, "samples": samples, "start": done, "stop": done + _BATCH}
         environment = simulator.environment(fallback=False)
         question = child.Question("nanogpt_mac.coverage.device_child", task, None, environment, _LIMIT_S)
         try:
             for line in child.ask_lines(question):
                 if "cases" in line:
-                    head = line
+                    total, device, version = line["cases"], line["device"], line["torch"]
                 elif "status" not in line:
-                    under_way = line
+                    begun = Begun(**line)
                 else:
-                    assert under_way is not None
-                    cases.append(_case(under_way | line, lists, macos))
-                    under_way = None
-                    _progress(len(cases), head["cases"])
+                    assert begun is not None
+                    assert total is not None
+                    cases.append(_case(begun, line["status"], line["leg"], line["reason"], lists, macos))
+                    begun = None
+                    _progress(len(cases), total)
         except child.ChildError as error:
             why = str(error)
-            if under_way is None:
+            if begun is None:
                 raise InputError(why if why.startswith("op=") else f"scope=opinfo: {why}") from error
-        if not head:
+        if total is None:
             raise InputError(f"scope=opinfo: {why} before it ran anything")
-        if under_way is not None:  # it ended in the middle of this case
-            cases.append(_case(under_way | {"status": "crashed", "leg": "forward", "reason": why}, lists, macos))
-        task["start"] = len(cases)
-        task["stop"] = task["start"] + _BATCH
+        if begun is not None:  # it ended in the middle of this case
+            cases.append(_case(begun, "crashed", "forward", why, lists, macos))
     _progress(len(cases), len(cases), end=True)
-    return Sweep(head["device"], head["torch"], cases)
+    return Sweep(device, version, cases)
 
 
-def _case(seen: dict[str, Any], lists: expected.Expected, macos: tuple[int, ...] | None) -> Case:
-    legs = ("forward", "gradient") if seen["leg"] == "gradient" else ("forward",)
-    found = [
-        lists.of(seen["key"], seen["dtype"], seen["leg"] == "gradient", macos),
-        *(seen["own"][leg] for leg in legs),
-    ]
+def _case(
+    begun: Begun, status: str, leg: str, reason: str, lists: expected.Expected, macos: tuple[int, ...] | None
+) -> Case:
+    gradient = leg == "gradient"
+    found = [lists.of(begun.key, begun.dtype, gradient, macos), begun.own["forward"]]
+    found += [begun.own["gradient"]] if gradient else []
     listed = ", ".join(dict.fromkeys(filter(None, found)))
-    judged = judge(seen["status"], seen["reason"], listed)
-    return Case(seen["op"], seen["dtype"], seen["status"], seen["leg"], seen["reason"], listed, judged)
+    return Case(begun.op, begun.dtype, status, leg, reason, listed, judge(status, reason, listed))
 
 
 def _progress(done: int, total: int, end: bool = False) -> None:

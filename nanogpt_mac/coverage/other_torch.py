@@ -31,6 +31,7 @@ from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 from nanogpt_mac.operators import wheel
+from nanogpt_mac.records.fallbacks import Fallbacks, Finding
 from nanogpt_mac.report.table import Section
 
 SCHEMA = 1
@@ -47,9 +48,6 @@ _OF_CHILD = (
 )  # what this project's code needs in there, as it is here
 _ALLOWED = "use nightly, a release such as 2.15.0, or the path of a wheel for this machine"
 _NO_LIBRARY = re.compile(r"lib[\w.+-]+\.so[\w.]*: cannot open shared object")
-
-
-Document = dict[str, Any]  # what the runtime detector returns
 
 
 def task(model: ModelConfig, dtype: str, batch_size: int) -> dict[str, Any]:
@@ -80,20 +78,20 @@ def check(config: CoverageConfig) -> Page:
     env = simulator.environment(True, *OTHERS)
     python = make(config.torch, config.nightly_index)
     print("running this model under the installed torch, and under the other", file=sys.stderr)
-    before = detect.check_task(made, sys.executable, env).document()
-    after = detect.check_task(made, python, env).document()
+    before = detect.check_task(made, sys.executable, env)
+    after = detect.check_task(made, python, env)
     meant = version(python)
-    if after["torch"] not in (None, meant):  # what lies on its path must not be taken for it
-        raise InputError(f"torch={config.torch}: torch {after['torch']} ran there instead of {meant}")
+    if after.torch not in (None, meant):  # what lies on its path must not be taken for it
+        raise InputError(f"torch={config.torch}: torch {after.torch} ran there instead of {meant}")
     return page(config.torch, before, after)
 
 
-def findings(document: Document) -> dict[tuple[str, str, str], dict[str, Any]]:
+def findings(seen: Fallbacks) -> dict[tuple[str, str, str], Finding]:
     """By operator, kind and phase: what two torches are compared by."""
-    return {(f["op"], str(f["kind"]), f["phase"]): f for f in document["findings"]}
+    return {(f.op, f.kind.value, f.phase): f for f in seen.findings}
 
 
-def page(asked: str, before: Document, after: Document) -> Page:
+def page(asked: str, before: Fallbacks, after: Fallbacks) -> Page:
     """The report; `asked` is the torch that `after` ran under, as the user named it.
 
     Exit code 0 there is no new fallback, 1 there is one, 2 cannot tell.
@@ -101,33 +99,33 @@ def page(asked: str, before: Document, after: Document) -> Page:
     old, new = findings(before), findings(after)
     gained = [new[key] for key in new if key not in old]
     gone = [old[key] for key in old if key not in new]
-    name = after["torch"] or asked
+    name = after.torch or asked
     incomplete = [
-        f"torch {d['torch'] or which}: {why}"
-        for which, d in (("installed", before), (asked, after))
-        for why in d["why_incomplete"]
+        f"torch {seen.torch or which}: {why}"
+        for which, seen in (("installed", before), (asked, after))
+        for why in seen.why_incomplete
     ]
-    if not before["complete"] and not before["torch"]:
+    if not before.complete and not before.torch:
         gained = []  # nothing is known of the other side
     if gained:
-        ops = some([f"{f['op']} ({f['phase']})" for f in gained])
-        code, verdict = LOST, f"{len(gained)} findings are new since {before['torch']}: {ops}"
+        ops = some([f"{f.op} ({f.phase})" for f in gained])
+        code, verdict = LOST, f"{len(gained)} findings are new since {before.torch}: {ops}"
     elif incomplete:
         code, verdict = CANNOT_TELL, f"cannot tell: {incomplete[0]}"
     else:
         both = f"; {len(new)} are in both" if new else ""
-        code, verdict = OK, f"no new fallback since {before['torch']}{both}"
+        code, verdict = OK, f"no new fallback since {before.torch}{both}"
     data = {
         "schema": SCHEMA,
         "scope": "run",
-        "torch": after["torch"],
-        "against": before["torch"],
+        "torch": after.torch,
+        "against": before.torch,
         "asked": asked,
-        "device": after["device"] or before["device"],
-        "gained": gained,
-        "gone": gone,
+        "device": after.device or before.device,
+        "gained": [f.model_dump() for f in gained],
+        "gone": [f.model_dump() for f in gone],
         "incomplete": incomplete,
-        "runs": {"against": before, "torch": after},
+        "runs": {"against": before.document(), "torch": after.document()},
     }
     groups = (
         ("New: leaves the GPU", gained),
@@ -138,19 +136,16 @@ def page(asked: str, before: Document, after: Document) -> Page:
     return Page(f"This model on MPS, torch {name}", _lines(before, after), sections, code, verdict, data)
 
 
-def _lines(before: Document, after: Document) -> list[str]:
+def _lines(before: Fallbacks, after: Fallbacks) -> list[str]:
     made = []
-    for which, document in (("against (installed)", before), ("torch", after)):
-        state = "complete" if document["complete"] else "incomplete: " + "; ".join(document["why_incomplete"])
-        made.append(f"{which}: {document['torch'] or 'unknown'} on {document['device'] or 'no device'}, {state}")
+    for which, seen in (("against (installed)", before), ("torch", after)):
+        state = "complete" if seen.complete else "incomplete: " + "; ".join(seen.why_incomplete)
+        made.append(f"{which}: {seen.torch or 'unknown'} on {seen.device or 'no device'}, {state}")
     return made
 
 
-def _section(title: str, found: Iterable[dict[str, Any]]) -> Section:
-    rows = [
-        [f["op"], str(f["kind"]), f["phase"], str(f["calls_per_iteration"]), f["where"] or "", f["advice"]]
-        for f in found
-    ]
+def _section(title: str, found: Iterable[Finding]) -> Section:
+    rows = [[f.op, f.kind.value, f.phase, str(f.calls_per_iteration), f.where or "", f.advice] for f in found]
     return section(title, ["op", "kind", "phase", "calls", "where", "what to do"], rows)
 
 

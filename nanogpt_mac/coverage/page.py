@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import nanogpt_mac
 from nanogpt_mac import files
@@ -29,11 +28,11 @@ class Page:
     sections: list[Section]
     exit_code: int
     verdict: str
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def data(self) -> dict[str, Any]:
-        return self.facts | {"exit_code": self.exit_code, "verdict": self.verdict}
+    def data(self) -> dict[str, object]:
+        return {**self.facts, "exit_code": self.exit_code, "verdict": self.verdict}
 
     @property
     def report(self) -> Report:

@@ -1,9 +1,9 @@
-"""What `mps_coverage.py` says of the table of one torch, or of two: one dictionary, and the page made of it."""
+"""What `mps_coverage.py` says of the table of one torch, or of two."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from nanogpt_mac.coverage.model_ops import Trace
 from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some
@@ -13,55 +13,77 @@ from nanogpt_mac.operators.table import RUNS, Entry, Kind, Table
 from nanogpt_mac.report.table import Section
 
 SCHEMA = 1
-_GROUPS = ("lost", "gained", "moved", "unclear", "removed")
+_GROUPS = ("lost", "gained", "moved", "unclear")
 _NO_FACTS = Facts(kernel=None, delegate=None, cpu=False, composite=False, no_device_check=False)
 
 
-def build(
+@dataclass(frozen=True)
+class Row:
+    """One overload of the report, as it stands in the JSON."""
+
+    op: str
+    kind: Kind
+    kernel: str | None
+    delegate: str | None
+    reported_as: str
+    decomposes_to: Sequence[str] | None
+    can_reach: Sequence[str] | None
+    note: str | None
+    calls: dict[str, int] | None  # phase to number
+
+    @property
+    def made_of(self) -> str:
+        parts = self.decomposes_to
+        made_of = "" if parts is None else ", ".join(parts) or "nothing that is dispatched"
+        reach = [name for name in self.can_reach or () if name != self.op]
+        warning = f"can reach, and MPS lacks: {', '.join(reach)}" if reach else ""
+        return "; ".join(text for text in (made_of, warning, self.note) if text)
+
+
+def page(
     scope: str, table: Table, ops: list[str], against: Table | None, trace: Trace | None, no_trace: str | None
-) -> dict[str, Any]:
+) -> Page:
     """The report of `scope` (model, ops or surface), which lists and judges the overloads `ops`.
 
     Under scope=model they come from `trace`; where that is None, `no_trace` says why.
     """
-    calls = trace.calls() if trace else {}
     entries = [
         table.entries.get(op, Entry(op, Kind.UNKNOWN, _NO_FACTS, note=f"not in torch {table.version}")) for op in ops
     ]
     surface = compare(against, table) if against else None
     judged = compare(against, table, ops) if against else None
     code, verdict = _verdict(scope, entries, table, against, judged, trace, no_trace)
-    return {
+    calls = trace.calls() if trace else {}
+    rows = [_row(entry, table, calls.get(entry.op)) for entry in entries]
+    facts = {
         "schema": SCHEMA,
         "torch": _describe(table),
         "against": _describe(against) if against else None,
         "scope": scope,
         "trace": asdict(trace) if trace else None,
         "no_trace": no_trace,
-        "ops": [{**_row(entry, table), "calls": calls.get(entry.op)} for entry in entries],
+        "ops": [vars(row) for row in rows],
         "diff": {"scope": asdict(judged), "surface": asdict(surface)} if judged and surface else None,
-        "exit_code": code,
-        "verdict": verdict,
     }
+    both = [table, *([against] if against else [])]
+    lines = [f"torch {t.version}" + (f" ({t.git[:9]})" if t.git else "") + f": {t.evidence()}" for t in both]
+    if trace:
+        lines.append(f"operators of this model: {trace.label}, traced on {trace.device} with torch {trace.torch}")
+    title = f"MPS coverage of torch {table.version}"
+    return Page(title, lines, _sections(scope, both, rows, surface, judged), code, verdict, facts)
 
 
-def _describe(table: Table) -> dict[str, Any]:
+def _describe(table: Table) -> dict[str, object]:
     fields = ("asked", "version", "git", "wheel", "sha256", "binary", "disagreements")
     values = {name: getattr(table, name) for name in fields}
     return values | {"evidence": table.evidence(), "hand_list": table.hand_list(), "counts": table.counts()}
 
 
-def _row(entry: Entry, table: Table) -> dict[str, Any]:
-    return {
-        "op": entry.op,
-        "kind": entry.kind.value,
-        "kernel": entry.facts.kernel,
-        "delegate": entry.facts.delegate,
-        "reported_as": entry.reported_as,
-        "decomposes_to": entry.decomposes_to,
-        "can_reach": table.left_behind(entry.op) if entry.op in table.entries else None,
-        "note": entry.note,
-    }
+def _row(entry: Entry, table: Table, calls: dict[str, int] | None) -> Row:
+    reach = table.left_behind(entry.op) if entry.op in table.entries else None
+    kernel, delegate = entry.facts.kernel, entry.facts.delegate
+    parts = entry.decomposes_to
+    return Row(entry.op, entry.kind, kernel, delegate, entry.reported_as, parts, reach, entry.note, calls)
 
 
 def _verdict(
@@ -118,74 +140,41 @@ def _doubt(entries: list[Entry], table: Table, against: Table | None) -> str | N
 # -- for people -------------------------------------------------------------------------------------------------------
 
 
-def page(report: dict[str, Any]) -> Page:
-    """The report for people."""
-    title = f"MPS coverage of torch {report['torch']['version']}"
-    return Page(title, _lines(report), sections(report), report["exit_code"], report["verdict"], report)
-
-
-def sections(report: dict[str, Any]) -> list[Section]:
-    """The report as titled tables."""
-    torch, against, scope = report["torch"], report["against"], report["scope"]
-    both = [torch, *([against] if against else [])]
-    kinds = [[kind.value, *(str(t["counts"][kind.value]) for t in both)] for kind in Kind]
-    by_hand = ["registered by hand", *(", ".join(t["hand_list"]) or "none" for t in both)]
-    made = [section("Where overloads run", ["", *(t["version"] for t in both)], [*kinds, by_hand])]
-    if diff := report["diff"]:
-        for title, key in (("whole surface", "surface"), (_scope_title(report), "scope")):
-            if key != "scope" or scope != "surface":
-                title = f"Changes: {title}, {against['version']} to {torch['version']}"
-                rows = _changes(diff[key])
-                made.append(section(title, ["", "op", "before", "after"], rows, empty=f"{title}: none"))
-        changed = [[how, op] for how in ("added", "removed") for op in diff["surface"][f"hand_{how}"]]
+def _sections(
+    scope: str, both: list[Table], rows: list[Row], surface: Diff | None, judged: Diff | None
+) -> list[Section]:
+    """The report as titled tables; `both` are the torch in question and the one before it, where there is one."""
+    kinds = [[kind.value, *(str(t.counts()[kind.value]) for t in both)] for kind in Kind]
+    by_hand = ["registered by hand", *(", ".join(t.hand_list()) or "none" for t in both)]
+    made = [section("Where overloads run", ["", *(t.version for t in both)], [*kinds, by_hand])]
+    of_scope = "operators of this model" if scope == "model" else "operators asked for"
+    if surface and judged:
+        for title, diff in (("whole surface", surface), (of_scope, judged)):
+            if diff is surface or scope != "surface":
+                title = f"Changes: {title}, {both[1].version} to {both[0].version}"
+                made.append(section(title, ["", "op", "before", "after"], _changes(diff), empty=f"{title}: none"))
+        changed = [["added", op] for op in surface.hand_added] + [["removed", op] for op in surface.hand_removed]
         made.append(section("Changes: registrations by hand", ["", "op"], changed))
     if scope != "surface":
-        rows = [[op["op"], op["kind"], _calls(op["calls"]), _parts(op)] for op in report["ops"]]
-        made.append(section(_scope_title(report).capitalize(), ["op", "kind", "calls", "made of, or note"], rows))
-    elif not diff:
-        bad = [op for op in report["ops"] if op["kind"] not in RUNS]
-        rows = [[op["op"], op["kind"], op["reported_as"], op["note"] or ""] for op in bad]
-        made.append(section("Overloads that do not run on MPS", ["op", "kind", "torch reports it as", "note"], rows))
-        reaching = [op for op in report["ops"] if op["kind"] in RUNS and op["can_reach"]] if torch["binary"] else []
-        rows = [[op["op"], ", ".join(op["can_reach"])] for op in reaching]
-        made.append(section("Composites with a branch to one of those", ["op", "can reach"], rows))
-    wrong = [[t["version"], line] for t in both for line in t["disagreements"]]
+        cells = [[row.op, row.kind, _calls(row.calls), row.made_of] for row in rows]
+        made.append(section(of_scope.capitalize(), ["op", "kind", "calls", "made of, or note"], cells))
+    elif not surface:
+        cells = [[row.op, row.kind, row.reported_as, row.note or ""] for row in rows if row.kind not in RUNS]
+        made.append(section("Overloads that do not run on MPS", ["op", "kind", "torch reports it as", "note"], cells))
+        reaching = [row for row in rows if row.kind in RUNS] if both[0].binary else []
+        cells = [[row.op, ", ".join(row.can_reach)] for row in reaching if row.can_reach]
+        made.append(section("Composites with a branch to one of those", ["op", "can reach"], cells))
+    wrong = [[t.version, line] for t in both for line in t.disagreements]
     made.append(section("Where the binary contradicts the other sources", ["torch", "what"], wrong))
     return made
 
 
-def _scope_title(report: dict[str, Any]) -> str:
-    return "operators of this model" if report["scope"] == "model" else "operators asked for"
-
-
-def _changes(diff: dict[str, Any]) -> list[list[str]]:
-    rows = [[group, c["op"], c["before"], c["after"]] for group in _GROUPS if group != "removed" for c in diff[group]]
-    if diff["removed"]:  # deprecated overloads go by the hundred
-        rows.append(["removed", ", ".join(c["op"] for c in diff["removed"]), "", ABSENT])
+def _changes(diff: Diff) -> list[list[str]]:
+    rows = [[group, c.op, c.before, c.after] for group in _GROUPS for c in getattr(diff, group)]
+    if diff.removed:  # deprecated overloads go by the hundred
+        rows.append(["removed", ", ".join(c.op for c in diff.removed), "", ABSENT])
     return rows
 
 
 def _calls(calls: dict[str, int] | None) -> str:
     return " ".join(f"{phase} {count}" for phase, count in (calls or {}).items())
-
-
-def _parts(op: dict[str, Any]) -> str:
-    parts = op["decomposes_to"]
-    made_of = "" if parts is None else ", ".join(parts) or "nothing that is dispatched"
-    reach = [name for name in op["can_reach"] or [] if name != op["op"]]
-    warning = f"can reach, and MPS lacks: {', '.join(reach)}" if reach else ""
-    return "; ".join(text for text in (made_of, warning, op["note"]) if text)
-
-
-def _lines(report: dict[str, Any]) -> list[str]:
-    """What stands over the tables: which torch, on what evidence, how traced."""
-    lines = [
-        f"torch {t['version']}" + (f" ({t['git'][:9]})" if t["git"] else "") + f": {t['evidence']}"
-        for t in (report["torch"], report["against"])
-        if t
-    ]
-    if trace := report["trace"]:
-        lines.append(
-            f"operators of this model: {trace['label']}, traced on {trace['device']} with torch {trace['torch']}"
-        )
-    return lines

@@ -89,7 +89,7 @@ def _static(config: CoverageConfig) -> Page:
             trace, ops = traces[0], sorted({op for t in traces for op in t.calls()})
         except NoTrace as reason:
             no_trace, ops = str(reason), []
-    return report.page(report.build(config.scope, table, ops, against, trace, no_trace))
+    return report.page(config.scope, table, ops, against, trace, no_trace)
 
 
 def _named(names: list[str], tables: list[Table]) -> list[str]:

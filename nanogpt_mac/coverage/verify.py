@@ -11,11 +11,11 @@ import platform
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from packaging.version import Version
 
@@ -23,7 +23,7 @@ from nanogpt_mac import child, files, simulator
 from nanogpt_mac.compile_report import check as compiled
 from nanogpt_mac.coverage import other_torch
 from nanogpt_mac.coverage.config import CoverageConfig
-from nanogpt_mac.coverage.model_ops import NoTrace, trace_model
+from nanogpt_mac.coverage.model_ops import NoTrace, Trace, trace_model
 from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some, writable
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect
@@ -33,6 +33,7 @@ from nanogpt_mac.operators.table import Entry, Kind, Table, load
 from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.coverage import Asked, Observed, Prediction
 
+T = TypeVar("T")
 SCHEMA = 1
 PREDICTIONS = Path(__file__).with_name("predictions")
 # Composites that the simulated device replaces by kernels of its own: their branch for MPS is compiled on a Mac only.
@@ -144,26 +145,34 @@ def _look(
 
     `live` looks by torch's profiler; otherwise by the simulated device's own counters.
     """
-    seen: dict[str, Any] = {"torch": table.version}
     failed: dict[str, str] = {}
 
-    def part(names: tuple[str, ...], look: Callable[[], dict[str, Any]]) -> None:
+    def part(names: tuple[str, ...], look: Callable[[], T]) -> T | None:
         print(f"verify: {', '.join(names)}", file=sys.stderr, flush=True)
         try:
-            seen.update(look())
+            return look()
         except (InputError, NoTrace) as error:
             failed.update(dict.fromkeys(names, str(error)))
+            return None
 
-    part(("phases", "waits"), lambda: _traced(config, table, live))
-    part(("classes", "errors"), lambda: _asked_device(fallback=False))
-    part(("warnings",), lambda: _asked_device(fallback=True))
-    part(("findings",), lambda: _detected(config))
-    part(("compiled",), lambda: _compiled(config))
-    classes = seen.pop("classes", None)
-    return Observed(**seen), classes, failed
+    traced = part(("phases", "waits"), lambda: _traced(config, table, live))
+    errors, classes = part(("classes", "errors"), lambda: _asked_device(fallback=False)) or (None, None)
+    warnings, _ = part(("warnings",), lambda: _asked_device(fallback=True)) or (None, None)
+    seen = Observed(
+        torch=table.version,
+        device=traced.device if traced else None,
+        phases=traced.phases if traced else None,
+        waits=traced.waits if traced else None,
+        errors=errors,
+        warnings=warnings,
+        findings=part(("findings",), lambda: _detected(config)),
+        compiled=part(("compiled",), lambda: _compiled(config)),
+    )
+    return seen, classes, failed
 
 
-def _traced(config: CoverageConfig, table: Table, live: bool) -> dict[str, Any]:
+def _traced(config: CoverageConfig, table: Table, live: bool) -> Trace:
+    """The trace, without the operators that have no tensors, which a profile does not show."""
     trace = trace_model(config.model, config.dtype, table, live=live)
     if trace.stopped:
         raise NoTrace(trace.stopped)
@@ -171,37 +180,39 @@ def _traced(config: CoverageConfig, table: Table, live: bool) -> dict[str, Any]:
         name: {op: calls for op, calls in ops.items() if op not in trace.no_tensors}
         for name, ops in trace.phases.items()
     }
-    return {"phases": phases, "waits": trace.waits, "device": trace.device}
+    return replace(trace, phases=phases)
 
 
-def _asked_device(fallback: bool) -> dict[str, Any]:
+def _asked_device(fallback: bool) -> tuple[dict[str, str | None], dict[str, Dispatch] | None]:
+    """The texts of what the device refuses, and every overload's class; under `fallback` its warnings alone."""
     task = {"ask": "itself", "fallback": fallback}
     try:
         answer = child.ask("nanogpt_mac.coverage.device_child", task, environment=simulator.environment(fallback))
     except child.ChildError as error:
         raise InputError(f"the device could not be asked: {error}") from error
-    texts = {op: re.sub(r"commit hash [0-9a-f]+", "commit hash ...", t or "") for op, t in answer["texts"].items()}
-    return {"warnings": texts} if fallback else {"errors": texts, "classes": answer["classes"]}
+    texts: dict[str, str | None] = {
+        op: re.sub(r"commit hash [0-9a-f]+", "commit hash ...", t or "") for op, t in answer["texts"].items()
+    }
+    return texts, answer.get("classes")
 
 
-def _detected(config: CoverageConfig) -> dict[str, Any]:
+def _detected(config: CoverageConfig) -> dict[str, int]:
     task = other_torch.task(config.model, config.dtype, config.batch_size)
-    document = detect.check_task(task, sys.executable, simulator.environment(fallback=True)).document()
-    if not document["complete"]:
-        raise InputError(f"the detector's run is incomplete: {'; '.join(document['why_incomplete'])}")
-    found = Counter(f"{op}, {kind}, {phase}" for op, kind, phase in other_torch.findings(document))
-    return {"findings": dict(found)}
+    seen = detect.check_task(task, sys.executable, simulator.environment(fallback=True))
+    if not seen.complete:
+        raise InputError(f"the detector's run is incomplete: {'; '.join(seen.why_incomplete)}")
+    return dict(Counter(", ".join(found) for found in other_torch.findings(seen)))
 
 
-def _compiled(config: CoverageConfig) -> dict[str, Any]:
+def _compiled(config: CoverageConfig) -> dict[str, dict[str, int | None]]:
     report = compiled.check(config.model, config.dtype, config.batch_size, warm=False)
-    made: dict[str, Any] = {}
+    made: dict[str, dict[str, int | None]] = {}
     for name, iteration in report["iterations"].items():
         made[name] = {key: iteration[key] for key in _LAUNCHES}
         made[name]["ATen operators"] = None if iteration["aten"] is None else sum(r["count"] for r in iteration["aten"])
     breaks = report["graph_breaks"]
     made["graphs"] = {"graphs": report["dynamo_graphs"], "breaks": None if breaks is None else len(breaks)}
-    return {"compiled": made}
+    return made
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
@@ -227,7 +238,7 @@ def compare(predicted: Observed, seen: Observed, no_prediction: str | None, fail
     return items
 
 
-def _item(name: str, predicted: dict[str, Any], observed: dict[str, Any]) -> Item:
+def _item(name: str, predicted: Mapping[str, object], observed: Mapping[str, object]) -> Item:
     unknown = [key for key, value in [*predicted.items(), *observed.items()] if value is None]
     equal = predicted == observed
     if equal or not unknown:

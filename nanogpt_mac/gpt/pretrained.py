@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _huggingface(folder: Path, dropout: float) -> Pretrained:
     return Pretrained(spec, TrainState.fresh(weights))
 
 
-def _huggingface_spec(folder: Path, config: dict[str, Any], dropout: float) -> GPTSpec:
+def _huggingface_spec(folder: Path, config: Mapping[str, object], dropout: float) -> GPTSpec:
     gelus = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
     n_embd = config.get("n_embd")
     required = {  # our model; a checkpoint that differs would load and compute something else
@@ -117,14 +118,18 @@ def _huggingface_spec(folder: Path, config: dict[str, Any], dropout: float) -> G
         if value not in allowed:
             names = " or ".join(str(a) for a in allowed if a is not None)
             raise InputError(f"init_from={folder}: config.json has {key}={value}; use a checkpoint with {names}")
-    sizes: dict[str, str] = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "vocab_size": "vocab_size"}
-    sizes["block_size"] = "n_positions"
+    keys = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    sizes = _sizes(config, keys, f"init_from={folder}: config.json")
+    return GPTSpec(*sizes, dropout, bias=True, gelu=gelus[str(config.get("activation_function", "gelu_new"))])
+
+
+def _sizes(given: Mapping[str, Any], keys: Sequence[str], where: str) -> tuple[int, int, int, int, int]:
+    """The five numbers that a `GPTSpec` begins with."""
     try:
-        numbers: dict[str, Any] = {ours: int(config[theirs]) for ours, theirs in sizes.items()}
+        layer, head, embd, block, vocab = (int(given[key]) for key in keys)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"init_from={folder}: config.json lacks a whole number: {error}") from error
-    gelu = gelus[config.get("activation_function", "gelu_new")]
-    return GPTSpec(**numbers, dropout=dropout, bias=True, gelu=gelu)
+        raise InputError(f"{where} lacks a whole number: {error}") from error
+    return layer, head, embd, block, vocab
 
 
 def _nanogpt(path: Path, dropout: float) -> Pretrained:
@@ -139,13 +144,9 @@ def _nanogpt(path: Path, dropout: float) -> Pretrained:
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "model_args" not in saved:
         raise InputError(f"init_from={path}: not a nanoGPT checkpoint (it lacks model or model_args)")
     args = saved["model_args"]
-    try:
-        sizes: dict[str, Any] = {
-            key: int(args[key]) for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"init_from={path}: model_args lacks a whole number: {error}") from error
-    spec = GPTSpec(**sizes, dropout=dropout, bias=bool(args.get("bias", True)))
+    keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    sizes = _sizes(args, keys, f"init_from={path}: model_args")
+    spec = GPTSpec(*sizes, dropout, bias=bool(args.get("bias", True)))
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
     head = tensors.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, tensors["transformer.wte.weight"]):

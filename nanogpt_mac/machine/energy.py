@@ -6,8 +6,10 @@ import time
 from typing import Any
 
 from nanogpt_mac.machine import nvml, probe
+from nanogpt_mac.records.run import Energy
 
 SAMPLE = "nanogpt-mac"
+Parts = tuple[float, float, float | None, str]  # joules in all, of the GPU, of the CPU where known; who counted
 
 
 class EnergyMeter:
@@ -33,19 +35,21 @@ class EnergyMeter:
             self._millijoules = self._nvml_counter()
         self._started = time.monotonic()
 
-    def stop(self) -> dict[str, Any] | None:
-        """joules, gpu_joules and cpu_joules (None where they are not counted apart), seconds, source."""
+    def stop(self) -> Energy | None:
         if self._started is None:
             raise RuntimeError("EnergyMeter.stop() without start()")
         seconds = time.monotonic() - self._started
         self._started = None
         if self.reason:
             return None
-        energy = self._stop_apple() if probe.on_mac() else self._stop_nvml()
-        if energy and energy["joules"] <= 0:
+        parts = self._stop_apple() if probe.on_mac() else self._stop_nvml()
+        if parts is None:
+            return None
+        joules, gpu, cpu, source = parts
+        if joules <= 0:
             self.reason = "the energy counters did not move"
             return None
-        return energy and energy | {"seconds": seconds}
+        return Energy(joules=joules, gpu_joules=gpu, cpu_joules=cpu, seconds=seconds, source=source)
 
     def _start_apple(self) -> None:
         try:
@@ -59,7 +63,7 @@ class EnergyMeter:
         except RuntimeError as error:  # nanobind's translation of the library's std::runtime_error
             self.reason = f"zeus-apple-silicon: {error}"
 
-    def _stop_apple(self) -> dict[str, Any] | None:
+    def _stop_apple(self) -> Parts | None:
         try:
             metrics = self._monitor.end_window(SAMPLE)
         except RuntimeError as error:
@@ -71,12 +75,7 @@ class EnergyMeter:
         if cpu is None or gpu is None:
             self.reason = "this chip has no energy counters for its CPU and GPU"
             return None
-        return {
-            "joules": sum(rail for rail in joules if rail is not None),
-            "gpu_joules": gpu,
-            "cpu_joules": cpu,
-            "source": "zeus-apple-silicon",
-        }
+        return sum(rail for rail in joules if rail is not None), gpu, cpu, "zeus-apple-silicon"
 
     def _nvml_counter(self) -> int | None:
         """Millijoules since the driver was loaded."""
@@ -87,9 +86,9 @@ class EnergyMeter:
             self.reason = str(error)
             return None
 
-    def _stop_nvml(self) -> dict[str, Any] | None:
+    def _stop_nvml(self) -> Parts | None:
         after = self._nvml_counter()
         if after is None or self._millijoules is None:
             return None
         joules = (after - self._millijoules) / 1000
-        return {"joules": joules, "gpu_joules": joules, "cpu_joules": None, "source": "nvml"}
+        return joules, joules, None, "nvml"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 
@@ -173,7 +173,7 @@ def _nvidia_gpu() -> tuple[str | None, str | None]:
         return None, None
 
 
-def environment(frameworks: Sequence[str] = ()) -> dict[str, Any]:
+def environment(frameworks: Sequence[str] = ()) -> dict[str, object]:
     """Everything a record of a run needs to know about the machine, ready for JSON. Unknown facts are None.
 
     Keys: os, os_version, macos_version, machine, python, chip (the processor's name), cpu_cores, cpu_core_kinds (name
@@ -199,7 +199,7 @@ def environment(frameworks: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def _mac_facts(problems: list[str]) -> dict[str, Any]:
+def _mac_facts(problems: list[str]) -> dict[str, object]:
     values = _ask(SYSCTL, parse.sysctl, problems) or {}
     gpu = _apple_gpu(problems)
     if values.get("sysctl.proc_translated") == "1":
@@ -216,7 +216,7 @@ def _mac_facts(problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _linux_facts() -> dict[str, Any]:
+def _linux_facts() -> dict[str, object]:
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
@@ -240,7 +240,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(problems: list[str]) -> dict[str, Any] | None:
+def _git(problems: list[str]) -> dict[str, str | bool] | None:
     """The project's commit, or None where this file is not in its repository (installed, or an archive)."""
     here = Path(__file__).resolve()
     # The repository may be somebody else's, with the package installed inside it: then this file is not tracked.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
@@ -34,11 +34,11 @@ class CheckpointState(Document):
     model_config = ConfigDict(strict=True)
 
     spec: Spec
-    config: dict[str, Any]
+    config: dict[str, object]
     corpus: CorpusLabel
-    encoder: dict[str, Any]
+    encoder: dict[str, object]
     best_val_loss: Number | None = None
-    written_by: dict[str, Any] = {}
+    written_by: dict[str, object] = {}
     iteration: Count
     optimizer_steps: Count
     loss_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from nanogpt_mac.records.base import Count, Document, Record
 
 
 class Asked(Record):
     """The work that was looked at; a prediction holds for the same alone."""
 
-    model: dict[str, Any]
+    model: dict[str, bool | int | float | str | None]
     dtype: str
     batch_size: int
 

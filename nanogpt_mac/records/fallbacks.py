@@ -78,7 +78,7 @@ class Fallbacks(Document):
     backend: str
     compile: bool
     dtype: str
-    model: dict[str, Any] = {}
+    model: dict[str, bool | int | float | str | None] = {}
     batch_size: Count
     gradient_accumulation_steps: Count
     complete: bool

@@ -112,7 +112,7 @@ class Loop:
         return self.config.eval_interval > 0 and iteration % self.config.eval_interval == 0
 
 
-def _machine_facts() -> dict[str, Any]:
+def _machine_facts() -> dict[str, str | float | None]:
     return {
         "power_source": probe.power_source(),
         "thermal_state": probe.thermal_state(),

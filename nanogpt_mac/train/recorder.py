@@ -32,15 +32,14 @@ class Work:
     tokens: int
     peaks: Denominators
 
-    def mfu(self, iter_ms: float | None) -> dict[str, float | None]:
-        """Model FLOPs utilisation, 0..1, against each denominator, as the fields of `Mfu`."""
-        shares: dict[str, float | None] = dict.fromkeys(Mfu.model_fields)
-        if iter_ms:
-            rate = self.flops / (iter_ms / 1e3)
-            shares = {key: rate / peak if (peak := getattr(self.peaks, key)) else None for key in shares}
+    def mfu(self, iter_ms: float | None) -> Mfu:
+        if not iter_ms:
+            return Mfu(mfu=None, mfu_measured=None, mfu_a100=None)
+        rate = self.flops / (iter_ms / 1e3)
+        shares = {key: rate / peak if (peak := getattr(self.peaks, key)) else None for key in Mfu.model_fields}
         if (shares["mfu_measured"] or 0) > 1:  # more than the best matmul reached here: peak or time is wrong
             shares["mfu_measured"] = None
-        return shares
+        return Mfu(**shares)
 
 
 class Recorder:
@@ -57,16 +56,7 @@ class Recorder:
 
     def iteration(self, done: Completion, lr: float, memory: dict[str, int]) -> None:
         """Keep one finished iteration. `memory` has the bytes in use and their peak, as the back end counts them."""
-        figures: dict[str, Any] = self.work.mfu(done.iter_ms)
-        if done.left_out is None:
-            self._iter_ms.append(done.iter_ms)
-            self._impossible += bool(self.work.peaks.mfu_measured) and figures["mfu_measured"] is None
-        else:
-            figures["left_out"] = done.left_out
-            self._left_out[LeftOut(done.left_out)] += 1
-            if done.left_out == LeftOut.FIRST:
-                self._first_ms = done.iter_ms
-        self._peak_memory = max(self._peak_memory, memory["peak"])
+        mfu = self.work.mfu(done.iter_ms)
         row = IterationRow(
             kind="iteration",
             iter=done.iteration,
@@ -77,8 +67,18 @@ class Recorder:
             dispatch_ms=done.dispatch_ms,
             tokens_per_s=self.work.tokens / done.iter_ms * 1e3,
             memory=memory["current"],
-            **figures,
+            **dict(mfu),
         )
+        if done.left_out is None:
+            self._iter_ms.append(done.iter_ms)
+            self._impossible += bool(self.work.peaks.mfu_measured) and mfu.mfu_measured is None
+        else:
+            left_out = LeftOut(done.left_out)
+            row = row.model_copy(update={"left_out": left_out})
+            self._left_out[left_out] += 1
+            if left_out is LeftOut.FIRST:
+                self._first_ms = done.iter_ms
+        self._peak_memory = max(self._peak_memory, memory["peak"])
         self._keep(row)
 
     def evaluation(self, iteration: int, train_loss: float, val_loss: float, seconds: float) -> None:
@@ -119,7 +119,6 @@ class Recorder:
         self.flush()
         timing = times.summary(self._iter_ms, times.order_interval(self._iter_ms))
         median, first, evaluations = timing.median, self._first_ms, self._evaluations
-        shares: dict[str, Any] = self.work.mfu(median)
         best = min(evaluations, key=lambda row: row.val_loss, default=None)
         summary = RunSummary(
             **dict(facts),
@@ -130,7 +129,7 @@ class Recorder:
             compile_s=(first - median) / 1e3 if first is not None and median else None,
             tokens_per_s=self.work.tokens / median * 1e3 if median else None,
             flops_per_iter=self.work.flops,
-            **shares,
+            **dict(self.work.mfu(median)),
             mfu_denominators=self.work.peaks,
             peak_memory=self._peak_memory,
             evaluations=len(evaluations),

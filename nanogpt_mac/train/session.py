@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,6 @@ from nanogpt_mac.records.run import (
     CorpusFacts,
     Denominators,
     Ending,
-    Energy,
     Environment,
     ExitState,
     ModelFacts,
@@ -97,7 +96,7 @@ class Session:
     facts: RunFacts
     fallbacks: Fallbacks | None
 
-    def train(self, environment: dict[str, Any], stop: list[int]) -> int:
+    def train(self, environment: Mapping[str, object], stop: list[int]) -> int:
         """Train and record; the exit code. `stop` receives the signal that asks for the end."""
         config, start = self.config, self.source.state.iteration
         wandb = open_wandb(config, self.folder, self.facts)  # may refuse, and then nothing has been written yet
@@ -132,7 +131,7 @@ class Session:
                 error=error,
                 resumed_at=start or None,
                 process=ProcessTimes.model_validate(probe.process_times()),
-                energy=Energy.model_validate(joules) if (joules := meter.stop()) else None,
+                energy=meter.stop(),
                 fallbacks=self.fallbacks.counts() if self.fallbacks else None,
             )
             recorder.summary(self.facts, ending)
@@ -160,7 +159,7 @@ class Session:
         (self.folder / "sample.txt").write_text(text, encoding="utf-8")
         display.say(f"--- a sample (temperature 0.8)\n{text}\n---")
 
-    def _write_inputs(self, environment: dict[str, Any]) -> None:
+    def _write_inputs(self, environment: Mapping[str, object]) -> None:
         """.hydra/ as Hydra would leave it, and env.json."""
         self.config.write_hydra(self.folder)
         # As an `Environment`, but not checked: whatever a machine answers, its run goes on.

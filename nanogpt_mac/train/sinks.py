@@ -145,7 +145,7 @@ def open_wandb(config: Config, folder: Path, facts: RunFacts) -> Sink:
     return Wandb(run)
 
 
-def _figures(row: Row) -> dict[str, Any]:
+def _figures(row: Row) -> dict[str, float]:
     """A row in wandb's names; it has no null, so a figure that is not known is not logged."""
     if isinstance(row, EvaluationRow):
         return {"val/loss": row.val_loss, "val/train_loss": row.train_loss, "val/seconds": row.seconds}

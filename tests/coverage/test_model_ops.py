@@ -92,15 +92,15 @@ def test_sizes_do_not_change_the_operators(dtype, monkeypatch):
     """The traced model is narrow and short; the model as it is calls the same operators as often."""
     made = table.load("installed")
     narrow = predicted(made, ModelConfig(), dtype)
-    task = model_ops._changes(made, made) | {"model": vars(ModelConfig()), "dtype": dtype, "live": False}
+    task = model_ops.task_of(ModelConfig(), dtype, made, made)
     program = (
         "import json, sys; from nanogpt_mac.coverage import model_ops_child as trace;"
         "trace._LENGTH, trace._HEAD, trace._BATCH = 256, 64, 4;"
-        "print(json.dumps(trace._trace(json.load(sys.stdin)).phases))"
+        "print(json.dumps(trace._trace(trace.Task.model_validate_json(sys.stdin.read())).phases))"
     )
     environment = os.environ | {"PYTORCH_ENABLE_MPS_FALLBACK": "1"}
     child = subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps(task), capture_output=True, text=True, env=environment
+        [sys.executable, "-c", program], input=task.model_dump_json(), capture_output=True, text=True, env=environment
     )
     assert child.returncode == 0, child.stderr
     assert json.loads(child.stdout) == narrow.phases

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +11,7 @@ from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect
 from nanogpt_mac.gpt.spec import ModelConfig
 from nanogpt_mac.operators.wheel import NIGHTLY_INDEX
-from nanogpt_mac.records.fallbacks import FindingKind
+from nanogpt_mac.records.fallbacks import Fallbacks, Finding, FindingKind
 from nanogpt_mac.report import show
 
 UV = """#!/bin/bash
@@ -145,24 +144,19 @@ def test_a_torch_that_cannot_be_meant(asked, words):
 
 
 def finding(op, kind=FindingKind.MISSING_CPU, phase="forward"):
-    more = {"calls_per_iteration": 2, "where": "nanogpt_mac/gpt/torch_gpt.py:1", "advice": "wait"}
-    return {"op": op, "kind": kind, "phase": phase, **more}
+    where = "nanogpt_mac/gpt/torch_gpt.py:1"
+    return Finding(op=op, kind=kind, phase=phase, calls_per_iteration=2, where=where, advice="wait")
 
 
-def document(torch, *findings, why=()):
-    complete = not why
-    more = {"complete": complete, "why_incomplete": list(why)}
-    return {"torch": torch, "device": "mps", "findings": list(findings), **more}
-
-
-def seen_under(torch):
-    """What the detector answers, as far as it is asked here."""
-    return SimpleNamespace(document=lambda: document(torch))
+def seen_under(torch, *findings, why=()):
+    """What the detector answers."""
+    work = {"backend": "mps", "compile": False, "dtype": "float32", "batch_size": 1, "gradient_accumulation_steps": 1}
+    return Fallbacks(torch=torch, device="mps", complete=not why, why_incomplete=why, findings=findings, **work)
 
 
 def test_findings_gained_and_gone():
-    old = document("9.1.0", finding("mode"), finding("svd"))
-    new = document("9.2.0", finding("svd"), finding("mode", phase="sampling"), finding("gelu.out"))
+    old = seen_under("9.1.0", finding("mode"), finding("svd"))
+    new = seen_under("9.2.0", finding("svd"), finding("mode", phase="sampling"), finding("gelu.out"))
     page = other_torch.page("nightly", old, new)
     assert page.exit_code == 1
     assert page.verdict == "2 findings are new since 9.1.0: mode (sampling), gelu.out (forward)"
@@ -178,13 +172,13 @@ def test_findings_gained_and_gone():
 
 
 def test_what_is_incomplete_cannot_tell():
-    whole, broken = document("9.1.0"), document(None, why=["the child ended with exit code 1: no device"])
-    for page in (other_torch.page("nightly", whole, broken), other_torch.page("nightly", broken, document("9.2.0"))):
+    whole, broken = seen_under("9.1.0"), seen_under(None, why=["the child ended with exit code 1: no device"])
+    for page in (other_torch.page("nightly", whole, broken), other_torch.page("nightly", broken, seen_under("9.2.0"))):
         assert page.exit_code == 2
         assert "no device" in page.verdict
-    page = other_torch.page("nightly", broken, document("9.2.0", finding("gelu.out")))
+    page = other_torch.page("nightly", broken, seen_under("9.2.0", finding("gelu.out")))
     assert page.exit_code == 2  # new since what is not known
-    partly = document("9.2.0", finding("gelu.out"), why=["not reached: sampling"])
+    partly = seen_under("9.2.0", finding("gelu.out"), why=["not reached: sampling"])
     assert other_torch.page("nightly", whole, partly).exit_code == 1  # what is known to be lost weighs more
 
 

@@ -59,8 +59,8 @@ def test_changes_that_are_no_loss_and_no_gain(tables):
 
 
 def verdict(table, *, scope="ops", ops=(), against=None, trace=None, no_trace=None):
-    made = report.build(scope, table, list(ops), against, trace, no_trace)
-    return made["exit_code"], made["verdict"]
+    made = report.page(scope, table, list(ops), against, trace, no_trace)
+    return made.exit_code, made.verdict
 
 
 def test_exit_codes_of_one_torch(tables):
@@ -128,7 +128,7 @@ def test_exit_codes_of_a_model(tables):
 def test_markdown_is_safe_in_a_comment(tables):
     old, new = tables
     new = replace(new, disagreements=["beta: one | other"])
-    text = show.markdown(report.page(report.build("surface", new, sorted(new.entries), old, None, None)).report)
+    text = show.markdown(report.page("surface", new, sorted(new.entries), old, None, None).report)
     assert text.startswith("### MPS coverage of torch 9.2.0\n\n❌ **1 operators of the whole surface were lost")
     assert "| lost | beta | native | missing, CPU kernel |" in text
     assert "| 9.2.0 | beta: one \\| other |" in text
@@ -197,7 +197,7 @@ def test_the_command_writes_a_page_beside_what_it_prints(command, wheels, tmp_pa
 
 
 def test_a_difference_of_nothing_says_so(tables):
-    text = show.markdown(report.page(report.build("surface", tables[0], [], tables[0], None, None)).report)
+    text = show.markdown(report.page("surface", tables[0], [], tables[0], None, None).report)
     assert "Changes: whole surface, 9.1.0 to 9.1.0: none" in text
     assert "registrations by hand" not in text.replace("registrations by hand and from Python", "")
 

@@ -181,8 +181,8 @@ def test_a_mac_traces_itself(monkeypatch, tables):
     monkeypatch.setattr(model_ops, "_ask", lambda task: asked.append(task) or {"label": "live"})
     with pytest.raises(TypeError, match="missing 3 required"):  # that answer is no trace: only the task is looked at
         model_ops.trace_model(TINY, "float32", tables[1])
-    assert asked[0]["live"] is True
-    registered = set(asked[0]["registered"])
+    assert asked[0].live is True
+    registered = set(asked[0].registered)
     assert {"alpha", "beta", "embedding_renorm_", "gamma"} <= registered  # kernels, fallbacks and what is missing
     assert registered.isdisjoint({"epsilon", "zeta.Scalar"})  # made of others
 

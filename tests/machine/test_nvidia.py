@@ -131,9 +131,10 @@ def test_energy_of_the_gpu(gpu):
     for joules in (700, 1.5):  # a meter can be used again
         meter.start()
         gpu.millijoules += int(joules * 1000)
-        told = meter.stop()
-        assert 0 <= told.pop("seconds") < 5
-        assert told == {"joules": joules, "gpu_joules": joules, "cpu_joules": None, "source": "nvml"}
+        energy = meter.stop()
+        assert 0 <= energy.seconds < 5
+        assert (energy.joules, energy.gpu_joules, energy.cpu_joules) == (joules, joules, None)
+        assert energy.source == "nvml"
         assert meter.reason is None
 
 
@@ -202,16 +203,16 @@ def test_energy_of_a_mac(mac):
     mac(zeus({"cpu_total_mj": 1500, "gpu_mj": 20_000, "ane_mj": 0, "dram_mj": 2500}))
     told, reason = measured()
     assert reason is None
-    assert told["seconds"] >= 0
-    assert told["joules"] == 24.0
-    assert told["gpu_joules"] == 20.0
-    assert told["cpu_joules"] == 1.5
-    assert told["source"] == "zeus-apple-silicon"
+    assert told.seconds >= 0
+    assert told.joules == 24.0
+    assert told.gpu_joules == 20.0
+    assert told.cpu_joules == 1.5
+    assert told.source == "zeus-apple-silicon"
 
 
 def test_a_mac_without_a_dram_counter_is_told_without_it(mac):
     mac(zeus({"cpu_total_mj": 1500, "gpu_mj": 20_000, "ane_mj": 1}))
-    assert measured()[0]["joules"] == pytest.approx(21.501)
+    assert measured()[0].joules == pytest.approx(21.501)
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,9 @@ def test_every_sink_gets_everything_and_one_that_is_overdue_is_enough():
 
 def test_just_the_measured_peak_is_possible():
     work = Work(2e9, 1000, Denominators(mfu=None, mfu_measured=2e9 / 0.0078125, mfu_a100=312e12))
-    assert work.mfu(7.8125)["mfu_measured"] == 1.0
-    assert work.mfu(7.8)["mfu_measured"] is None
-    assert set(work.mfu(None).values()) == {None}
+    assert work.mfu(7.8125).mfu_measured == 1.0
+    assert work.mfu(7.8).mfu_measured is None
+    assert set(dict(work.mfu(None)).values()) == {None}
 
 
 class RefusedError(Exception):
