@@ -5,7 +5,7 @@
             step()
         with seen.iteration("training"):  # one steady iteration, whose launches are reported
             step()
-    describe(seen)  # a dictionary that JSON takes
+    describe(seen)  # records/compiled.py
 
 `check` does that with the project's own back end in a process and a compiler cache of their own: on a Mac live, off it
 as a dry run on the simulated device, which records kernels and does not run them.
@@ -13,13 +13,15 @@ as a dry run on the simulated device, which records kernels and does not run the
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from nanogpt_mac import child, simulator
+from nanogpt_mac.compile_report.checked import CheckedReport, Task, Warm
 from nanogpt_mac.compile_report.describe import describe
 from nanogpt_mac.compile_report.seen import Seen, watch
 from nanogpt_mac.compile_report.text import lines, sections
@@ -30,22 +32,22 @@ from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 __all__ = ["Seen", "check", "describe", "lines", "sections", "watch"]
 
 _TIMED_ITERATIONS = 10
+_task, _report = TypeAdapter(Task), TypeAdapter(CheckedReport)
 _DROPPED = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TORCH_LOGS")  # what changes the outcome
 
 
-def check(model: ModelConfig, dtype: str, batch_size: int, warm: bool = True) -> dict[str, Any]:
+def check(model: ModelConfig, dtype: str, batch_size: int, warm: bool = True) -> CheckedReport:
     """Compile this model for MPS in a fresh process with an empty cache, and report what came of it.
 
-    Adds to the report: `label` (live on a Mac, otherwise dry run), `model`, and `warm`, what a second process with
-    the first one's cache spent on compiling (None without `warm`). InputError where there is neither a Mac's GPU nor a
-    machine for the simulated one, or the model cannot be compiled.
+    With `warm` once more in a second process. InputError where there is neither a Mac's GPU nor a machine for the
+    simulated one, or the model cannot be compiled.
     """
     _spec(model)
-    task = {"model": asdict(model), "dtype": dtype, "batch_size": batch_size}
+    task = Task(model, dtype, batch_size)
     with tempfile.TemporaryDirectory(prefix="nanogpt-mac-compile-") as cache:
         report = _run_child(task, cache)
         second = _run_child(task, cache) if warm else None
-    report["warm"] = second and {"compile": second["compile"], "cache": second["cache"]}
+    report.warm = Warm(second.compile, second.cache) if second else None
     _add_kinds(report)
     return report
 
@@ -55,35 +57,34 @@ def _spec(m: ModelConfig) -> GPTSpec:
     return GPTSpec(m.n_layer, m.n_head, m.n_embd, m.block_size, symbols, m.dropout, m.bias, m.gelu)
 
 
-def _run_child(task: dict[str, Any], cache: str) -> dict[str, Any]:
+def _run_child(task: Task, cache: str) -> CheckedReport:
     environment = simulator.environment(False, *_DROPPED, TORCHINDUCTOR_CACHE_DIR=cache, PYTHONWARNINGS="ignore")
-    name = "nanogpt_mac.compile_report.check"
     try:
-        made: dict[str, Any] = child.ask(name, task, python=sys.executable, environment=environment)
+        answer = child.ask("nanogpt_mac.compile_report.check", asdict(task), environment=environment)
     except child.ChildError as error:
         raise InputError(f"compiled=true: compiling this model for MPS failed: {error}") from error
-    return made
+    return _report.validate_python(answer)
 
 
-def _add_kinds(report: dict[str, Any]) -> None:
+def _add_kinds(report: CheckedReport) -> None:
     """Where MPS runs the ATen operators that generated code calls, by the operator table of the installed torch."""
     from nanogpt_mac.operators.table import load
 
-    rows = [row for it in report["iterations"].values() for row in it["aten"] or []]
+    rows = [row for it in report.iterations.values() for row in it.aten or []]
     if not rows:
         return
     try:
         table = load("installed")
     except InputError as error:
-        report["unknown"].append(f"kinds of ATen operators: {error}")
+        report.unknown.append(f"kinds of ATen operators: {error}")
         table = None
     for row in rows:
-        op = row["name"].removeprefix("aten.")
-        entry = table.entries.get(op) if table and row["name"].startswith("aten.") else None
-        row["kind"] = entry.kind.value if entry else None
+        op = row.name.removeprefix("aten.")
+        entry = table.entries.get(op) if table and row.name.startswith("aten.") else None
+        row.kind = entry.kind.value if entry else None
 
 
-def _child(task: dict[str, Any]) -> dict[str, Any]:
+def _child(given: Any) -> dict[str, Any]:
     import numpy as np
 
     from nanogpt_mac.backends import kinds
@@ -92,16 +93,16 @@ def _child(task: dict[str, Any]) -> dict[str, Any]:
 
     if reason := kinds.missing("mps"):
         raise InputError(reason)
-    live = not simulator.active()
-    execute = task.get("execute", live)
+    task, live = _task.validate_python(given), not simulator.active()
+    execute = live if task.execute is None else task.execute
     if not live:
         simulator.set_max_memory(1 << 50)  # a dry run touches little of what it allocates
-    spec, batch_size = _spec(ModelConfig(**task["model"])), task["batch_size"]
+    spec, batch_size = _spec(task.model), task.batch_size
     text = np.random.default_rng(0).integers(0, spec.vocab_size, batch_size + spec.block_size + 1).astype(np.uint16)
     tokens = Tokens({"train": text, "val": text}, spec.block_size)
     starts = np.arange(batch_size)[None]
     with watch(execute) as seen:
-        backend: Any = kinds.create(spec, backend_options(Config(dtype=task["dtype"]), "mps", True), tokens)
+        backend: Any = kinds.create(spec, backend_options(Config(dtype=task.dtype), "mps", True), tokens)
         backend.load(spec.init_weights(0))
         with seen.phase("training"):
             for _ in range(2):
@@ -118,8 +119,9 @@ def _child(task: dict[str, Any]) -> dict[str, Any]:
             with seen.timing():
                 backend.wait(backend.step(starts, 1e-3))
         report = describe(seen)
-    about = {"label": "live" if live else "dry run", "model": {**task["model"], "vocab_size": spec.vocab_size}}
-    return {**about, "dtype": task["dtype"], "batch_size": batch_size, **report}
+    model = asdict(replace(task.model, vocab_size=spec.vocab_size))
+    about = {"label": "live" if live else "dry run", "model": model, "dtype": task.dtype, "batch_size": batch_size}
+    return about | asdict(report)
 
 
 def _iteration_ms(backend: Any, starts: Any) -> float:

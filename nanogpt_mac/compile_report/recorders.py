@@ -77,7 +77,7 @@ class Recorder(ABC):
         self.unknown: list[str] = []
         self.libraries: list[str] = []  # Metal sources
         self.shader_s = 0.0
-        self.graphs: dict[str, dict[str, Any]] = {}
+        self.graphs: dict[str, int] = {}  # name to the kernels in its module
         self._graph: str | None = None
 
     @abstractmethod
@@ -258,7 +258,7 @@ def _instrument(recorder: Recorder, module: Any) -> None:
             name += "'"
         _replace(module)
         module.call = _Graph(name, module.call)
-    recorder.graphs[module.call.name] = {"name": module.call.name, "kernels": len(_KERNEL.findall(source))}
+    recorder.graphs[module.call.name] = len(_KERNEL.findall(source))
     if "extern_kernels." in source and not isinstance(getattr(module, "extern_kernels", None), _Externs):
         recorder.doubt("matmuls", "this torch's generated code has them under another name")
     if "empty_strided" not in vars(module):

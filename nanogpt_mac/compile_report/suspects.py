@@ -13,11 +13,10 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from nanogpt_mac.compile_report.recorders import Alike, Call, What
+from nanogpt_mac.records.compiled import Judged, Status
 
 SIMD = 32  # lanes that a Mac's GPU runs in step
 CONFIRMED_SHARE = 0.1
@@ -50,13 +49,6 @@ class Suspect:
     commands: tuple[str, ...]
 
 
-class Status(StrEnum):
-    UNKNOWN = "unknown"  # this torch does not show what the rule looks at
-    ABSENT = "absent"
-    SUSPECT = "suspect"
-    CONFIRMED = "confirmed"
-
-
 @dataclass(frozen=True)
 class Times:
     """What a Mac's own clock gave, in ms: an iteration, and calls by what they share. Empty where there is no Mac."""
@@ -66,12 +58,12 @@ class Times:
     live: bool = False
 
 
-def judge(calls: Sequence[Call], times: Times, known: Callable[..., bool]) -> list[dict[str, Any]]:
+def judge(calls: Sequence[Call], times: Times, known: Callable[..., bool]) -> list[Judged]:
     """Every suspect against the calls of a training iteration; `known` says whether its needs are beyond doubt."""
     return [_judged(suspect, calls, times, known(*suspect.needs)) for suspect in SUSPECTS]
 
 
-def _judged(suspect: Suspect, calls: Sequence[Call], times: Times, known: bool) -> dict[str, Any]:
+def _judged(suspect: Suspect, calls: Sequence[Call], times: Times, known: bool) -> Judged:
     status, found, ms = Status.UNKNOWN, Found(0, "this torch does not show what the rule looks at"), None
     if known:
         found = suspect.look(calls)
@@ -85,16 +77,7 @@ def _judged(suspect: Suspect, calls: Sequence[Call], times: Times, known: bool) 
     elif status is Status.SUSPECT:
         why = "" if times.live else ": no Mac"
         evidence += f"; not timed{why}" if found.priced else "; only the A/B can time it"
-    return {
-        "name": suspect.name,
-        "status": status,
-        "claim": suspect.claim,
-        "versions": suspect.versions,
-        "evidence": evidence,
-        "count": found.count,
-        "ms": ms,
-        "commands": list(suspect.commands),
-    }
+    return Judged(suspect.name, status, suspect.claim, suspect.versions, evidence, found.count, ms, suspect.commands)
 
 
 # -- what the rules look at -------------------------------------------------------------------------------------------

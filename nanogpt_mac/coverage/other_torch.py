@@ -18,7 +18,6 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -29,6 +28,7 @@ from nanogpt_mac.coverage.config import CoverageConfig
 from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect
+from nanogpt_mac.fallbacks.observed import Task
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 from nanogpt_mac.operators import wheel
 from nanogpt_mac.records.fallbacks import Fallbacks, Finding
@@ -50,7 +50,7 @@ _ALLOWED = "use nightly, a release such as 2.15.0, or the path of a wheel for th
 _NO_LIBRARY = re.compile(r"lib[\w.+-]+\.so[\w.]*: cannot open shared object")
 
 
-def task(model: ModelConfig, dtype: str, batch_size: int) -> dict[str, Any]:
+def task(model: ModelConfig, dtype: str, batch_size: int) -> Task:
     """What the detector runs: one eager iteration, evaluation and sampling of this model, resident data.
 
     Narrow and short on the simulated device, which has no limits of size that could show.
@@ -59,14 +59,7 @@ def task(model: ModelConfig, dtype: str, batch_size: int) -> dict[str, Any]:
     if sys.platform != "darwin":
         sizes |= {"n_embd": model.n_head * 8, "block_size": min(model.block_size, 16)}
         batch_size = min(batch_size, 2)
-    spec = GPTSpec(**sizes)
-    return {
-        "options": asdict(backend_options(Config(dtype=dtype), "mps")),
-        "spec": asdict(spec),
-        "batch_size": batch_size,
-        "gradient_accumulation_steps": 1,
-        "resident": True,
-    }
+    return Task(backend_options(Config(dtype=dtype), "mps"), GPTSpec(**sizes), batch_size)
 
 
 def check(config: CoverageConfig) -> Page:

@@ -53,22 +53,22 @@ def _compiled(config: CoverageConfig) -> Page:
     from nanogpt_mac.compile_report import check as compiled
 
     made = compiled.check(config.model, config.dtype, config.batch_size)
-    training = made["iterations"].get("training", {})
-    rows = [row for iteration in made["iterations"].values() for row in iteration["aten"] or []]
-    left = sorted({row["name"] for row in rows if row["kind"] is not None and row["kind"] not in RUNS})
-    unclear = sorted({row["name"] for row in rows if row["kind"] is None or row["kind"] == Kind.UNKNOWN})
-    launches = training.get("launches")
+    rows = [row for iteration in made.iterations.values() for row in iteration.aten or []]
+    left = sorted({row.name for row in rows if row.kind is not None and row.kind not in RUNS})
+    unclear = sorted({row.name for row in rows if row.kind is None or row.kind == Kind.UNKNOWN})
+    training = made.iterations.get("training")
+    launches = training.launches if training else None
     if left:
         code, verdict = LOST, f"generated code calls operators that MPS does not have: {some(left)}"
     elif launches is None:
-        code, verdict = CANNOT_TELL, f"cannot tell what was launched: {'; '.join(made['unknown'])}"
+        code, verdict = CANNOT_TELL, f"cannot tell what was launched: {'; '.join(made.unknown)}"
     elif unclear:
         code, verdict = CANNOT_TELL, f"cannot tell where generated code runs {some(unclear)}"
     else:
         code, verdict = OK, f"a compiled iteration stays on the GPU, in {launches} Metal launches"
-    title = f"This model compiled for MPS, torch {made['torch']}"
+    title = f"This model compiled for MPS, torch {made.torch}"
     sections = [section(*table) for table in compiled.sections(made)]
-    return Page(title, compiled.lines(made), sections, code, verdict, made | {"scope": "compiled"})
+    return Page(title, compiled.lines(made), sections, code, verdict, made.document() | {"scope": "compiled"})
 
 
 def _static(config: CoverageConfig) -> Page:

@@ -207,11 +207,11 @@ def _detected(config: CoverageConfig) -> dict[str, int]:
 def _compiled(config: CoverageConfig) -> dict[str, dict[str, int | None]]:
     report = compiled.check(config.model, config.dtype, config.batch_size, warm=False)
     made: dict[str, dict[str, int | None]] = {}
-    for name, iteration in report["iterations"].items():
-        made[name] = {key: iteration[key] for key in _LAUNCHES}
-        made[name]["ATen operators"] = None if iteration["aten"] is None else sum(r["count"] for r in iteration["aten"])
-    breaks = report["graph_breaks"]
-    made["graphs"] = {"graphs": report["dynamo_graphs"], "breaks": None if breaks is None else len(breaks)}
+    for name, iteration in report.iterations.items():
+        made[name] = {key: getattr(iteration, key) for key in _LAUNCHES}
+        made[name]["ATen operators"] = None if iteration.aten is None else sum(row.count for row in iteration.aten)
+    breaks = report.graph_breaks
+    made["graphs"] = {"graphs": report.dynamo_graphs, "breaks": None if breaks is None else len(breaks)}
     return made
 
 

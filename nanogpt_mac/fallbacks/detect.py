@@ -11,9 +11,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,7 +21,7 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS, vocab_size
 from nanogpt_mac.fallbacks.findings import findings_of
-from nanogpt_mac.fallbacks.observed import Call, Observed, Sign, Warned
+from nanogpt_mac.fallbacks.observed import Call, Observed, Sign, Task, Warned
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.records.fallbacks import Fallbacks, Meant, Passes, ProfilerPass, WarningPass
 
@@ -40,22 +39,19 @@ def check(config: Config, spec: GPTSpec | None = None, resident: bool = True) ->
     return check_task(task_of(config, spec, resident))
 
 
-def task_of(config: Config, spec: GPTSpec | None = None, resident: bool = True) -> dict[str, Any]:
-    """What `check` has the child do, as JSON takes it; for `check_task`."""
+def task_of(config: Config, spec: GPTSpec | None = None, resident: bool = True) -> Task:
+    """What `check` has the child do; for `check_task`."""
     if spec is None:
         vocabulary = config.model.vocab_size or vocab_size(config.data) or TINY_SHAKESPEARE_SYMBOLS
         spec = GPTSpec(**asdict(config.model) | {"vocab_size": vocabulary})
-    return {
-        "options": asdict(backend_options(config, "mps", kinds.resolve_compile(config.compile, "mps"))),
-        "spec": asdict(spec),
-        "batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "resident": resident,
-    }
+    options = backend_options(config, "mps", kinds.resolve_compile(config.compile, "mps"))
+    if not resident:
+        options = replace(options, resident_tokens=0)
+    return Task(options, spec, config.batch_size, config.gradient_accumulation_steps)
 
 
 def check_task(
-    task: dict[str, Any],
+    task: Task,
     python: str = sys.executable,
     env: Mapping[str, str] | None = None,
     timeout_s: float = TIMEOUT_S,
@@ -74,7 +70,7 @@ def check_task(
         try:
             answer = child.ask(
                 "nanogpt_mac.fallbacks.watch",
-                task | {"scratch": folder},
+                asdict(task) | {"scratch": folder},
                 python=python,
                 environment=environment,
                 timeout_s=timeout_s,
@@ -86,16 +82,16 @@ def check_task(
             return document(task, failure=f"the detector's answer is damaged: {error.errors()[0]['msg']}")
 
 
-def document(task: dict[str, Any], seen: Observed | None = None, failure: str = "") -> Fallbacks:
+def document(task: Task, seen: Observed | None = None, failure: str = "") -> Fallbacks:
     """The document of what a child saw, or of its `failure`."""
     findings, why = ([], [failure]) if seen is None else findings_of(seen)
     made = Fallbacks(
-        backend=task["options"]["name"],
-        compile=task["options"]["compile"],
-        dtype=task["options"]["dtype"],
-        model=task["spec"],
-        batch_size=task["batch_size"],
-        gradient_accumulation_steps=task["gradient_accumulation_steps"],
+        backend=task.options.name,
+        compile=task.options.compile,
+        dtype=task.options.dtype,
+        model=asdict(task.spec),
+        batch_size=task.batch_size,
+        gradient_accumulation_steps=task.gradient_accumulation_steps,
         complete=not why,
         why_incomplete=tuple(why),
         findings=tuple(findings),

@@ -1,4 +1,4 @@
-"""What the detector's child saw, as it is sent to its parent.
+"""What the detector's child is asked, and what it saw, as it is sent to its parent.
 
 Plain dataclasses: the child runs where only torch and numpy are installed. The parent validates them (detect.py).
 """
@@ -7,9 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
+from nanogpt_mac.backends.base import BackendOptions
+from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.operators.dispatch import Dispatch
+from nanogpt_mac.records.compiled import CompileReport
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run whose phases are looked at."""
+
+    options: BackendOptions
+    spec: GPTSpec
+    batch_size: int
+    gradient_accumulation_steps: int = 1
 
 
 class Sign(StrEnum):
@@ -104,4 +116,4 @@ class Observed:
     python: str | None = None
     device: str | None = None
     seconds: float | None = None
-    compile_report: dict[str, Any] | None = None
+    compile_report: CompileReport | None = None

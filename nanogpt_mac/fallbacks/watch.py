@@ -29,8 +29,10 @@ import torch
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base, kinds
 from nanogpt_mac.backends.base import PHASES, BackendOptions, Tokens
+from nanogpt_mac.compile_report.describe import describe
+from nanogpt_mac.compile_report.seen import watch as compiling
 from nanogpt_mac.fallbacks import profiled, signs
-from nanogpt_mac.fallbacks.observed import Observed, Profiled, Refused, Warned, Warnings
+from nanogpt_mac.fallbacks.observed import Observed, Profiled, Refused, Task, Warned, Warnings
 from nanogpt_mac.fallbacks.phases import Phased
 from nanogpt_mac.fallbacks.refusals import Lines, Locator, located_in_profile
 from nanogpt_mac.fallbacks.signs import ADMITS, COMPILED_PHASES, CONTROL, FALLS_BACK, Frame, short
@@ -111,18 +113,14 @@ def _generated() -> str:
 class Session:
     """The back end of a run, made once, and the units of work that hold its phases."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
-        self.task, self.phases = task, Phases()
-        options = BackendOptions(**task["options"])
-        if not task["resident"]:
-            options = replace(options, resident_tokens=0)
-        spec = GPTSpec(**task["spec"])
+    def __init__(self, task: Task) -> None:
+        self.phases, self.options, spec = Phases(), task.options, task.spec
         text = (np.arange(20 * (spec.block_size + 1)) % spec.vocab_size).astype(np.uint16)
         tokens = Tokens({"train": text, "val": text}, spec.block_size)
-        backend: Any = kinds.create(spec, options, tokens)
+        backend: Any = kinds.create(spec, task.options, tokens)
         backend.load(spec.init_weights(0))
-        self.backend, self.compiled = backend, options.compile
-        shape = (task["gradient_accumulation_steps"], task["batch_size"])
+        self.backend, self.compiled = backend, task.options.compile
+        shape = (task.gradient_accumulation_steps, task.batch_size)
         self.starts = np.arange(math.prod(shape)).reshape(shape) % (10 * spec.block_size)
         self.prompt = text[: min(_PROMPT, spec.block_size)], text[:1]
         self.long_enough = spec.block_size > _PROMPT
@@ -171,7 +169,7 @@ class Session:
 
     def warm_up(self) -> None:
         """Compiles, and makes what later iterations find. Under float16 until the loss scale fits."""
-        for _ in range(_OVERFLOWS if self.task["options"]["dtype"] == "float16" else 1):
+        for _ in range(_OVERFLOWS if self.options.dtype == "float16" else 1):
             if "train" in self.run() or math.isfinite(self.norm):
                 break
 
@@ -290,12 +288,12 @@ def _look_at(session: Session, units: list[str], phases: list[str], mode: Locato
         session.phases.around = {}
 
 
-def watch(task: dict[str, Any]) -> Observed:
+def watch(task: Task) -> Observed:
     """Everything that the child sees of a task."""
     begin = time.perf_counter()
     session = Session(task)
-    compiler = _compile_report() if session.compiled else nullcontext()
-    with compiler as compiled:
+    compiler = compiling() if session.compiled else nullcontext()
+    with compiler as compiled:  # entered before the first compilation
         session.warm_up()
         if compiled is not None:
             with compiled.iteration():
@@ -307,22 +305,9 @@ def watch(task: dict[str, Any]) -> Observed:
         torch=torch.__version__,
         python=sys.version.partition(" ")[0],
         device=session.backend.device_name,
-        compile_report=_described(compiled) if compiled is not None else None,
+        compile_report=describe(compiled) if compiled is not None else None,
         seconds=time.perf_counter() - begin,
     )
-
-
-def _compile_report() -> Any:
-    """What watches the compiler. It enters before the first compilation."""
-    from nanogpt_mac.compile_report.seen import watch
-
-    return watch()
-
-
-def _described(seen: Any) -> dict[str, Any]:
-    from nanogpt_mac.compile_report.describe import describe
-
-    return describe(seen)
 
 
 def _end_with_parent(scratch: str) -> None:
@@ -342,10 +327,11 @@ def main() -> None:
     """The child process: stdout holds the document and nothing else."""
     document = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever torch or its libraries print goes to stderr
-    task = json.load(sys.stdin)
-    _end_with_parent(task["scratch"])
+    given = json.load(sys.stdin)
+    _end_with_parent(given.pop("scratch"))
+    given |= {"options": BackendOptions(**given["options"]), "spec": GPTSpec(**given["spec"])}
     simulator.install_if_asked()
-    json.dump(asdict(watch(task)), document)
+    json.dump(asdict(watch(Task(**given))), document)
     document.flush()
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
 
 from nanogpt_mac.records.base import Amount, Count, Document, Record
+from nanogpt_mac.records.compiled import CompileReport
 from nanogpt_mac.records.run import FallbackCounts
 
 
@@ -87,7 +87,7 @@ class Fallbacks(Document):
     findings: tuple[Finding, ...] = ()
     passes: Passes = Passes()
     seconds: Amount | None = None
-    compile_report: dict[str, Any] | None = None
+    compile_report: CompileReport | None = None
 
     def counts(self) -> FallbackCounts:
         return FallbackCounts(findings=len(self.findings), why_incomplete=len(self.why_incomplete))

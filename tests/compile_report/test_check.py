@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 from fakes.support import ROOT
+from pydantic import TypeAdapter
 
 from nanogpt_mac import simulator
 from nanogpt_mac.compile_report import check as compiled
 from nanogpt_mac.compile_report import suspects
+from nanogpt_mac.compile_report.checked import CheckedReport
 from nanogpt_mac.compile_report.recorders import Call, What
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
+from nanogpt_mac.records.compiled import CacheCounts
+from nanogpt_mac.records.fallbacks import Fallbacks
 
 pytestmark = pytest.mark.xdist_group("compiled")  # what its fixtures make is expensive: one worker makes it
 
@@ -48,10 +52,22 @@ def cases(tmp_path_factory):
     return child(tmp_path_factory.mktemp("inductor"))
 
 
+def read(document: dict) -> CheckedReport:
+    """A report as `check` has it, of one that a child printed."""
+    about = {"label": "live", "model": asdict(SMALL), "dtype": "float32", "batch_size": 2}
+    return TypeAdapter(CheckedReport).validate_python(about | document)
+
+
 @pytest.fixture(scope="session")
-def small():
+def report():
     """This model, one layer of it."""
     return compiled.check(SMALL, "float32", 2, warm=False)
+
+
+@pytest.fixture(scope="session")
+def small(report):
+    """The same as it is written."""
+    return report.document()
 
 
 def of_launches(report):
@@ -157,10 +173,10 @@ def test_what_a_torch_does_not_tell_is_null_and_named(cases, case, doubt, lost):
     assert any(line.startswith(f"{doubt}: ") for line in report["unknown"])
     assert [key for key in lost if report[key] is not None] == []
     assert report["iterations"]["training"]["launches"] == 1
-    shown = compiled.lines(report)
+    shown = compiled.lines(read(report))
     assert any("unknown" in line for line in shown)
     assert any(line.startswith(f"not known: {doubt}") for line in shown)
-    assert compiled.sections(report)
+    assert compiled.sections(read(report))
     attention = next(row for row in report["suspects"] if row["name"] == "attention as plain math")
     assert attention["status"] == ("unknown" if doubt == "graphs" else "absent")
 
@@ -225,15 +241,26 @@ def test_suspects_of_this_model(small):
 
 
 @on_linux
-def test_the_report_reads_as_tables(small):
-    titles = [title for title, _, _ in compiled.sections(small)]
+def test_the_report_reads_as_tables(report):
+    titles = [title for title, _, _ in compiled.sections(report)]
     assert titles[0] == "What may make it slow"
-    for title, headings, rows in compiled.sections(small):
+    for title, headings, rows in compiled.sections(report):
         assert rows, title
         assert {len(row) for row in rows} == {len(headings)}, title
         assert all(isinstance(cell, str) for row in rows for cell in row), title
-    assert "1 layers, 2 heads, 64 channels" in compiled.lines(small)[0]
-    assert json.loads(json.dumps(small)) == small
+    assert "1 layers, 2 heads, 64 channels" in compiled.lines(report)[0]
+
+
+@on_linux
+def test_the_report_is_read_back_as_it_was_written(report, small):
+    written = json.loads(json.dumps(small))
+    assert written == small
+    assert read(written) == report
+    assert [key for key in ("label", "model", "warm") if key not in written] == []
+    fallbacks = {"backend": "mps", "compile": True, "dtype": "float32", "batch_size": 2, "complete": True}
+    kept = Fallbacks.parse(fallbacks | {"gradient_accumulation_steps": 1, "compile_report": written}, "fallbacks.json")
+    assert kept.compile_report.iterations["training"].launches == small["iterations"]["training"]["launches"]
+    assert set(small) - set(kept.document()["compile_report"]) == {"label", "model", "dtype", "batch_size", "warm"}
 
 
 def test_what_cannot_be_compiled_is_one_line(monkeypatch):
@@ -255,12 +282,12 @@ def metal(threads, group=None, code=SUM, size=1 << 20, name="k", shapes=((4, 4),
 
 def judged(calls, live=False, ms_each=None, ms=10.0):
     times = suspects.Times(ms, ms_each or {}, live)
-    return {row["name"]: row for row in suspects.judge(calls, times, lambda *_: True)}
+    return {row.name: asdict(row) for row in suspects.judge(calls, times, lambda *_: True)}
 
 
 def test_what_this_torch_does_not_show_is_unknown():
     rows = suspects.judge([metal((64, 65), (1, 65))], suspects.Times(), lambda *needs: "launches" not in needs)
-    status = {row["name"]: row["status"] for row in rows}
+    status = {row.name: row.status for row in rows}
     assert status["odd reduction groups"] == "unknown"
     assert status["buffers from Python"] == "absent"
 
@@ -350,7 +377,7 @@ def test_full_size(name):
     if not torch.__version__.startswith("2.13."):
         pytest.skip("the figures are torch 2.13's")
     model, batch_size, (launches, pointwise, reduction), products, gigabytes = KNOWN[name]
-    report = compiled.check(model, "float32", batch_size, warm=False)
+    report = compiled.check(model, "float32", batch_size, warm=False).document()
     training = report["iterations"]["training"]
     assert report["unknown"] == []
     assert (training["launches"], training["pointwise"]) == (launches + 1 - 3, pointwise + 1 - 3)
@@ -402,7 +429,7 @@ def test_what_a_mac_does_runs_here_too(tmp_path, small):
     for part in ("kernels", "externs"):
         assert [row | {"ms_each": None} for row in training[part]] == dry[part]
     assert {row["status"] for row in report["suspects"]} <= {"suspect", "absent"}
-    for _, headings, rows in compiled.sections(report):
+    for _, headings, rows in compiled.sections(read(report)):
         assert {len(row) for row in rows} == {len(headings)}
 
 
@@ -410,10 +437,10 @@ def test_what_a_mac_does_runs_here_too(tmp_path, small):
 @pytest.mark.slow
 def test_a_second_process_finds_the_cache():
     report = compiled.check(SMALL, "bfloat16", 2)
-    assert report["warm"]["cache"]["fx_graph"] == {"hits": 3, "misses": 0, "bypasses": 0}
-    assert 0 < report["warm"]["compile"]["seconds"] < report["compile"]["seconds"]
+    assert report.warm.cache["fx_graph"] == CacheCounts(hits=3, misses=0, bypasses=0)
+    assert 0 < report.warm.compile.seconds < report.compile.seconds
     assert "a second process, from the cache" in "".join(compiled.lines(report))
-    assert "bfloat16" in str(report["iterations"]["training"]["externs"])
+    assert "bfloat16" in str(report.iterations["training"].externs)
 
 
 @on_linux

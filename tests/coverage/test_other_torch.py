@@ -195,7 +195,7 @@ def test_both_run_the_same_task_and_only_one_the_new_python(monkeypatch, uv):
     page = other_torch.check(CoverageConfig(torch="2.15.0", run=True, model=ModelConfig(n_layer=1)))
     (task, here, *rest), (again, there, *more) = seen
     assert task == again
-    assert task["spec"]["n_layer"] == 1
+    assert task.spec.n_layer == 1
     assert (here, rest, more) == (sys.executable, ["1", False], ["1", False])
     assert there.startswith(str(other_torch.folder()))
     assert (page.data["against"], page.data["torch"]) == ("2.13.0", "2.15.0+cu132")

@@ -9,6 +9,7 @@ import json
 import sys
 import warnings
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -51,7 +52,7 @@ def compiled_clean(execute: bool) -> dict[str, Any]:
         if execute:
             with simulator.plan(us_per_kernel=700), seen.timing():
                 function(x, w).backward()
-    made = {"report": describe(seen), "launches": launches}
+    made = {"report": asdict(describe(seen)), "launches": launches}
     if execute:
         x.grad = None
         value = function(x, w)  # after the watch: as before
@@ -78,7 +79,7 @@ def one(function: Any, *calls: tuple[Any, ...], marked: int = -1, **options: Any
                     f(*args)
             else:
                 f(*args)
-    return describe(seen)
+    return asdict(describe(seen))
 
 
 def broken(x: torch.Tensor) -> torch.Tensor:

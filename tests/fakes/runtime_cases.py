@@ -16,7 +16,7 @@ import os
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from nanogpt_mac import simulator
@@ -28,6 +28,8 @@ import torch  # noqa: E402
 from nanogpt_mac.config import Config, backend_options  # noqa: E402
 from nanogpt_mac.fallbacks import detect as runtime  # noqa: E402
 from nanogpt_mac.fallbacks import watch  # noqa: E402
+from nanogpt_mac.fallbacks.observed import Task  # noqa: E402
+from nanogpt_mac.gpt.spec import GPTSpec  # noqa: E402
 from nanogpt_mac.records.fallbacks import Fallbacks, FindingKind  # noqa: E402
 
 KINDS = {
@@ -97,7 +99,7 @@ QUICK = {
 }
 
 
-def task(compiled: bool, layers: int, **changes: object) -> dict:
+def task(compiled: bool, layers: int, **changes: object) -> Task:
     spec = {
         "n_layer": layers,
         "n_head": 2,
@@ -107,9 +109,8 @@ def task(compiled: bool, layers: int, **changes: object) -> dict:
         "dropout": 0.2,
         "bias": True,
     }
-    options = asdict(backend_options(Config(dtype=changes.pop("dtype", "float32")), "mps", compiled))
-    shape = {"batch_size": 4, "gradient_accumulation_steps": 1, "resident": True}
-    return {"options": options, "spec": {**spec, "gelu": "exact", **changes}, **shape}
+    options = backend_options(Config(dtype=changes.pop("dtype", "float32")), "mps", compiled)
+    return Task(options, GPTSpec(**{**spec, "gelu": "exact", **changes}), 4)
 
 
 # -- syncs that a phase's own code makes ------------------------------------------------------------------------------
@@ -322,9 +323,14 @@ def compiled_child() -> None:
     """What the child does of a compiled run, with the fastest of torch's compilers; and of a corpus on the host."""
     compile_ = torch.compile
     torch.compile = lambda function, dynamic, mode: compile_(function, dynamic=dynamic, backend="aot_eager")
-    made = task(True, 1, dropout=0.0, dtype="float16") | {"resident": False}
+    made = task(True, 1, dropout=0.0, dtype="float16")
+    made = replace(made, options=replace(made.options, resident_tokens=0))
     document = runtime.document(made, watch.watch(made))
-    print(json.dumps({**told("compiled child", document), "compile_report": sorted(document.compile_report)}))
+    print(
+        json.dumps(
+            {**told("compiled child", document), "compile_report": sorted(document.document()["compile_report"])}
+        )
+    )
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ from nanogpt_mac import cli
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import PHASES
 from nanogpt_mac.backends.torch_backend import MEANT
-from nanogpt_mac.config import Config
+from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks import detect as runtime
 from nanogpt_mac.fallbacks import report
 from nanogpt_mac.fallbacks.findings import findings_of
-from nanogpt_mac.fallbacks.observed import Observed
+from nanogpt_mac.fallbacks.observed import Observed, Task
 from nanogpt_mac.fallbacks.signs import place, relative
+from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.records.fallbacks import Fallbacks, FindingKind
 from nanogpt_mac.records.run import Denominators
 from nanogpt_mac.train import session as train_run
@@ -119,7 +121,7 @@ def test_a_fault_of_torchs_own(command, monkeypatch, mode):
 
 RENAMED = """
 import json
-from nanogpt_mac.config import Config
+from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.fallbacks import detect
 config = Config(dtype="float16", batch_size=2)
 config.backend.fused_adamw = False
@@ -277,12 +279,7 @@ def test_places():
 
 # -- the child --------------------------------------------------------------------------------------------------------
 
-TASK = {
-    "options": {"name": "mps", "compile": False, "dtype": "float32"},
-    "spec": {"n_layer": 1},
-    "batch_size": 4,
-    "gradient_accumulation_steps": 1,
-}
+TASK = Task(backend_options(Config(), "mps"), GPTSpec(1, 2, 32, 16, 65), 4)
 CHILDREN = {
     "echo first >&2; echo 'InputError: no device' >&2; exit 7": "process failed: InputError: no device",
     "exit 1": "process failed: exit code 1",
@@ -322,7 +319,7 @@ def test_the_childs_environment(tmp_path):
     assert not Path(child["TORCHINDUCTOR_CACHE_DIR"]).exists()
     task = json.loads((tmp_path / "task").read_text())
     assert Path(task.pop("scratch")).name == Path(child["TORCHINDUCTOR_CACHE_DIR"]).name  # which the child removes
-    assert task == TASK
+    assert task == asdict(TASK)
     assert env["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
 
 
@@ -343,9 +340,12 @@ def test_the_child_needs_torch_and_numpy_alone():
 def test_the_task_is_the_runs_own():
     config = cli.compose(["experiment=quick", "backend=mps", "compile=true", "dtype=bfloat16", "grad_clip=0"])
     task = runtime.task_of(config, resident=False)
-    assert task["options"] | {"name": "mps", "compile": True, "dtype": "bfloat16", "grad_clip": 0} == task["options"]
-    assert (task["spec"]["vocab_size"], task["batch_size"], task["resident"]) == (65, config.batch_size, False)
-    assert runtime.task_of(cli.compose(["data=shakespeare"]))["spec"]["vocab_size"] == 50304
+    named = {"name": "mps", "compile": True, "dtype": "bfloat16", "grad_clip": 0, "resident_tokens": 0}
+    assert replace(task.options, **named) == task.options
+    assert (task.spec.vocab_size, task.batch_size) == (65, config.batch_size)
+    other = runtime.task_of(cli.compose(["data=shakespeare"]))
+    assert other.spec.vocab_size == 50304
+    assert other.options.resident_tokens > 0
 
 
 @pytest.mark.slow
