@@ -1,4 +1,4 @@
-"""Every child process of the project: asked a question, or supervised while it works, or attended in this terminal.
+"""Every child process of the project: asked a question, or attended in this terminal; supervise.py runs trainings.
 
 None outlives the wait for it: each has a session of its own, and whatever it has started there is killed with it.
 Programs of others (a compiler, pip) are run where they are needed.
@@ -22,19 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.records.run import RunState
 
 ROOT = Path(__file__).resolve().parents[1]
-POLL_S = 0.1  # seldom enough to leave the cores alone
 ANSWER_POLL_S = 0.05
-GRACE_S = 60.0  # for a run that was asked to end to finish its iteration
 ROOM = 64 * 1024  # bytes; less is a full disk
-FEWEST_PILOT = 4  # iterations, before a pilot run is asked to end
 
-OOM = re.compile(r"out of memory|MemoryError|bad_alloc|annot allocate memory", re.IGNORECASE)  # of any program
 RAISED = re.compile(r"^(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Fault)\w*\b")
 
 
@@ -185,7 +178,7 @@ class _Asked:
 
     def _end(self) -> None:
         if self.process is not None:
-            _end(self.process.pid)
+            end(self.process.pid)
             self.process.wait()
 
     def fresh(self) -> list[Any]:
@@ -203,7 +196,7 @@ class _Asked:
         text = self._text(self.output)
         found = next((v for line in reversed(text.splitlines()) if (v := _json(line)) is not None), None)
         if found is None:
-            raise ChildError(f"its answer cannot be read: {_shortened(text, 100)!r}", 0)
+            raise ChildError(f"its answer cannot be read: {shortened(text, 100)!r}", 0)
         return found
 
     def check(self) -> None:
@@ -213,7 +206,7 @@ class _Asked:
         assert self.process is not None
         code = self.process.returncode
         if code < 0:
-            name = _signal(-code)
+            name = signal_name(-code)
             raise ChildError(f"killed by {name}" + (": out of memory?" if name == "SIGKILL" else ""), code)
         if code:
             raise ChildError(_last_words(self._text(self.errors)) or f"exit code {code}", code)
@@ -254,11 +247,28 @@ def _last_words(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     traces = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     raised = [line for line in lines[traces[-1] :] if RAISED.match(line)] if traces else []
-    return _shortened((raised or lines[-1:] or [""])[0], 300)
+    return shortened((raised or lines[-1:] or [""])[0], 300)
 
 
-def _signal(number: int) -> str:
+def signal_name(number: int) -> str:
     return signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
+
+
+def end(pid: int) -> None:
+    """End the process and all of its session: a compiler's workers, whatever it started."""
+    with suppress(ProcessLookupError, PermissionError):  # a Mac answers EPERM for a group of zombies
+        os.killpg(pid, signal.SIGKILL)
+
+
+def shortened(line: str, most: int = 240) -> str:
+    line = re.sub(r"^(train\.py): ", "", " ".join(line.split()))
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def require_room(folder: Path) -> None:
+    """After a failure: OSError where the disk is full, which is nobody's fault and would fail everything to come."""
+    if shutil.disk_usage(folder).free < ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 # -- in this terminal -------------------------------------------------------------------------------------------------
@@ -280,159 +290,3 @@ def attend(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[int, in
         for signum, handler in previous.items():
             signal.signal(signum, handler)
     return code, received[0] if received else None
-
-
-# -- a supervised run -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds. What is exceeded ends the run."""
-
-    first: float  # without any sign of life until the first iteration is recorded, which compiles
-    stall: float  # without one after that
-    total: float
-    enough: float | None = None  # a pilot run: of iterations, after which it is asked to end
-
-
-@dataclass(frozen=True)
-class Ending:
-    state: RunState  # done, failed, timeout, oom or missing_op
-    code: int | None
-    reason: str | None  # one line
-    seconds: float
-
-
-def supervise(
-    argv: Sequence[str],
-    folder: Path,
-    environment: Mapping[str, str],
-    limits: Limits,
-    signs: Mapping[str, re.Pattern[str]] | None = None,
-) -> Ending:
-    """Run `argv`, which writes a run into `folder`; its output goes to log.txt there. Never leaves a process behind.
-
-    `signs` are the states, by name, that a line of the log means in the words of the program that runs.
-    """
-    begun = time.monotonic()
-    with (folder / "log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is ours to pass on, and helpers of the run end with it
-        )
-    overdue, asked = None, False
-    try:
-        _note(process.pid, argv, folder)
-        overdue, asked = _watch(process, folder, limits, begun)
-    finally:
-        _end(process.pid)
-        process.wait()
-        (folder / "process.json").unlink(missing_ok=True)
-    seconds = time.monotonic() - begun
-    code = process.returncode
-    if overdue:
-        return Ending(RunState.TIMEOUT, code, overdue, seconds)
-    well = (0, 128 + signal.SIGTERM, -signal.SIGTERM) if asked else (0,)  # the last: asked when it was done anyway
-    if code in well and (folder / "summary.json").exists():
-        return Ending(RunState.DONE, code, None, seconds)
-    state, reason = _why(code, (folder / "log.txt").read_text(errors="replace"), signs or {})
-    return Ending(state, code, reason, seconds)
-
-
-def clear(folder: Path) -> None:
-    """Remove what a run that was cut off left behind, its process included, where that outlived us."""
-    with suppress(OSError, ValueError, KeyError, TypeError, psutil.Error):
-        noted = json.loads((folder / "process.json").read_text())
-        # Not one that got its number. By its arguments, which name this folder: its age changes when the clock is set.
-        if noted["arguments"] and psutil.Process(noted["pid"]).cmdline()[1:] == noted["arguments"]:
-            _end(noted["pid"])
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits, begun: float) -> tuple[str | None, bool]:
-    """Wait for the end of the process; (why it must be ended, whether it was asked to end, having done enough)."""
-    signs, alive = (0, 0), begun
-    iterations, iterating, asked = 0, None, None
-    while process.poll() is None:
-        time.sleep(POLL_S)
-        now = time.monotonic()
-        seen = (_size(folder / "metrics.jsonl"), _size(folder / "log.txt"))
-        if seen != signs:
-            signs, alive, iterations = seen, now, _iterations(folder)
-        if iterations and iterating is None:
-            iterating = now
-        patience = limits.stall if iterations else limits.first
-        if asked is not None:
-            patience = max(patience, GRACE_S)
-        if now - alive > patience:
-            return f"no sign of life for {now - alive:.0f} s, {_after(iterations)}: ended as hung", False
-        if now - begun > limits.total:
-            return f"not done within {now - begun:.0f} s, {_after(iterations)}: ended", False
-        done = limits.enough is not None and iterating is not None and now - iterating > limits.enough
-        if done and asked is None and iterations >= FEWEST_PILOT:
-            asked = now
-            process.send_signal(signal.SIGTERM)
-    return None, asked is not None
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _iterations(folder: Path) -> int:
-    """How many iterations a run has recorded: it writes them every two seconds."""
-    try:
-        return (folder / "metrics.jsonl").read_text(errors="replace").count('"kind": "iteration"')
-    except OSError:
-        return 0
-
-
-def _after(iterations: int) -> str:
-    return f"after {iterations} recorded iterations" if iterations else "before the first iteration was recorded"
-
-
-def _note(pid: int, argv: Sequence[str], folder: Path) -> None:
-    """Who is running, for the next comparison, should this one be killed."""
-    (folder / "process.json").write_text(json.dumps({"pid": pid, "arguments": list(argv[1:])}))
-
-
-def _end(pid: int) -> None:
-    """End the process and all of its session: a compiler's workers, whatever it started."""
-    with suppress(ProcessLookupError, PermissionError):  # a Mac answers EPERM for a group of zombies
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _why(code: int, log: str, signs: Mapping[str, re.Pattern[str]]) -> tuple[RunState, str]:
-    """State and one-line reason of a run that ended by itself with `code`, from the log that it left."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for state, pattern in ((RunState.OOM, OOM), *signs.items()):
-        found = [line for line in lines if pattern.search(line)]
-        if found and code != 2:
-            return RunState(state), _shortened(found[-1])
-    if code < 0:
-        name = _signal(-code)
-        if -code == signal.SIGKILL:
-            return RunState.OOM, f"killed by {name}, probably out of memory"
-        return RunState.FAILED, f"crashed ({name})" + (f": {_shortened(lines[-1])}" if lines else "")
-    diverged = [line for line in lines if "training has diverged" in line]
-    raised = [line for line in lines if RAISED.match(line)]
-    words = _shortened((diverged or raised or lines or ["it printed nothing"])[-1])
-    return RunState.FAILED, words if code else f"left no summary: {words}"
-
-
-def _shortened(line: str, most: int = 240) -> str:
-    line = re.sub(r"^(train\.py): ", "", " ".join(line.split()))
-    return line if len(line) <= most else line[: most - 3] + "..."
-
-
-def require_room(folder: Path) -> None:
-    """After a failure: OSError where the disk is full, which is nobody's fault and would fail everything to come."""
-    if shutil.disk_usage(folder).free < ROOM:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))

@@ -19,70 +19,15 @@ from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.comparison import (
     Comparison,
     FailedRun,
-    Figures,
-    Machine,
     PlanFacts,
     VariantResult,
-    VariantState,
     Work,
 )
 from nanogpt_mac.records.plan import Parity, ParityResult, ParityState, Plan, Recipe, Variant
-from nanogpt_mac.records.run import Environment, Outcome, RunState
+from nanogpt_mac.records.run import Outcome, RunState
 from nanogpt_mac.report.words import text
 
-_ROUND = re.compile(r"(\d+|pilot)-(.+)")
-
-
-@dataclass(frozen=True)
-class SingleRun:
-    """One run folder as a variant: what a leaderboard ranks beside the variants of comparisons."""
-
-    variant: VariantResult
-    work: Work
-    machine: Machine
-    environment: Environment | None
-    created: str | None
-    problems: list[str]  # what could not be read
-
-
-def load_run(folder: Path) -> SingleRun:
-    """One run folder of any schema and state: ok (it finished), partial (it did not, but was timed), failed.
-
-    InputError for a folder that is not a run at all.
-    """
-    run = runs.read(folder)
-    done = run.state is RunState.DONE
-    found = figures.of_variant({0: run}, recipe=run.config, planned=1)
-    # One process: its iterations are all there is to go by.
-    interval = run.summary.times.ci95 if run.summary else None
-    times = found.times and found.times.model_copy(update={"ci95": interval})
-    checked = _own_parity(folder)
-    wrong = checked.state is ParityState.FAIL
-    timed = VariantState.PARTIAL if len(run.kept) else VariantState.FAILED
-    variant = VariantResult(
-        **dict(found) | {"times": times},
-        name=folder.name,
-        label=f"{run.facts.backend.upper()} {'compiled' if run.facts.compile else 'eager'}"
-        if run.facts
-        else folder.name,
-        state=VariantState.WRONG if wrong else VariantState.OK if done else timed,
-        reason=f"failed parity: {checked.reason}" if wrong else None if done else run.reason,
-        parity=checked.state,
-        runs=int(done),
-        failed_runs=() if done else (FailedRun(round=0, state=run.state, reason=run.reason),),
-        fallbacks=runs.free(folder / "fallbacks.json", run.problems),
-    )
-    created = run.outcome.started if run.outcome else None
-    return SingleRun(variant, run.work, figures.machine(run.env, [run.capabilities]), run.env, created, run.problems)
-
-
-def _own_parity(folder: Path) -> ParityResult:
-    """What the gate said of a run that is a comparison's: rounds/2-mps. Not run for any other."""
-    place = folder.resolve()
-    matched = _ROUND.fullmatch(place.name) if place.parent.name == "rounds" else None
-    parity = runs.load(Parity, place.parent.parent / "parity.json", []) if matched else None
-    found = parity.variants.get(matched[2]) if parity and matched else None
-    return found or ParityResult(state=ParityState.NOT_RUN)
+ROUND = re.compile(r"(\d+|pilot)-(.+)")  # a run's folder: its round and its variant
 
 
 def read(folder: Path) -> Comparison:
@@ -109,14 +54,13 @@ def read(folder: Path) -> Comparison:
 def collect(folder: Path) -> Comparison:
     """What a comparison's folder says, which may still be at work. InputError for any other folder."""
     files = _Files.read(Path(folder))
-    candidates = [_Candidate.of(variant, files) for variant in files.planned]
-    ranking = verdict.rank([candidate.contestant for candidate in candidates])
-    variants = [_result(candidate, files, ranking) for candidate in candidates]
-    said = verdict.verdict(variants, ranking, files.complete)
+    ranking = verdict.rank([_variant(variant, files) for variant in files.planned])
+    variants = ranking.variants
+    said = verdict.verdict(ranking, files.complete)
     if files.work.stand_in:
         more = "The corpus is the stand-in: losses say nothing about Shakespeare."
         said = said.model_copy(update={"sentence": f"{said.sentence} {more}"})
-    finished = [run for _, run in files.finished]
+    finished = files.finished()
     environments = [run.env for run in finished if run.env]
     heats = [run.outcome.heat for run in finished if run.outcome]
     plan = files.plan
@@ -136,7 +80,7 @@ def collect(folder: Path) -> Comparison:
         parity=files.parity,
         levers=verdict.lever_table(variants) if any(variant.lever for variant in variants) else None,
         published=published.beside(files.work),
-        variants=tuple(variants),
+        variants=variants,
     )
 
 
@@ -162,7 +106,7 @@ class _Files:
         found: dict[str, dict[int, Run]] = {}
         pilots: dict[str, Run] = {}
         for path in sorted((folder / "rounds").glob("*-*")):
-            matched = _ROUND.fullmatch(path.name)
+            matched = ROUND.fullmatch(path.name)
             if not matched or not runs.is_run(path):  # made, but nothing written yet
                 continue
             if matched[1] == "pilot":
@@ -172,7 +116,8 @@ class _Files:
         if not plan and not found and not pilots:
             what = "; ".join(problems) if folder.is_dir() else "is not a folder"
             raise InputError(f"{folder}: {what}; use a folder that compare.py wrote, with plan.json and rounds/")
-        return cls(folder, plan, parity, found, pilots, problems)
+        by_round = {name: dict(sorted(rounds.items())) for name, rounds in found.items()}
+        return cls(folder, plan, parity, by_round, pilots, problems)
 
     @cached_property
     def planned(self) -> tuple[Variant, ...]:
@@ -195,20 +140,19 @@ class _Files:
         order = self.plan.order if self.plan else None
         return len({r for r, _ in order}) if order else self.plan.rounds if self.plan else None
 
-    @cached_property
-    def finished(self) -> list[tuple[str, Run]]:
-        """(variant, run) of all that ended well, by round, the pilots last."""
+    def finished(self) -> list[Run]:
+        """All that ended well, by round, the pilots last."""
         by_round = sorted((r, name) for name, some in self.runs.items() for r in some)
-        ordered = [(name, self.runs[name][r]) for r, name in by_round] + sorted(self.pilots.items())
-        return [(name, run) for name, run in ordered if run.state is RunState.DONE]
+        ordered = [self.runs[name][r] for r, name in by_round] + [run for _, run in sorted(self.pilots.items())]
+        return [run for run in ordered if run.state is RunState.DONE]
 
     @cached_property
     def work(self) -> Work:
         """The work that most of the variants' runs did; the first planned decides where as many did one as another."""
         works: list[Work] = []
         for variant in [v for v in self.planned if not v.lever] or self.planned:
-            runs_ = [self.runs.get(variant.name, {})[r] for r in sorted(self.runs.get(variant.name, {}))]
-            some = [run.work for run in runs_ if run.state is RunState.DONE]
+            rounds = self.runs.get(variant.name, {}).values()
+            some = [run.work for run in rounds if run.state is RunState.DONE]
             works += some or ([self.pilots[variant.name].work] if variant.name in self.pilots else [])
         if not works:
             return Work()
@@ -234,12 +178,11 @@ class _Files:
         from nanogpt_mac import cli
 
         try:
-            config = cli.compose([f"experiment={self.plan.experiment}"] if self.plan.experiment else [])
+            return Recipe.model_validate(
+                cli.compose([f"experiment={self.plan.experiment}"] if self.plan.experiment else [])
+            )
         except InputError:  # this version has no such experiment
             return None
-        return Recipe(
-            max_iters=config.max_iters, eval_interval=config.eval_interval, eval_iters=config.eval_iters
-        )  # fmt: skip
 
     def plan_facts(self) -> PlanFacts:
         plan = self.plan
@@ -248,13 +191,8 @@ class _Files:
         spans = [span for outcome in every if outcome and (span := _span(outcome))]
         start = min(s for s, _ in spans).isoformat(timespec="seconds") if spans else plan.created if plan else None
         end = max(e for _, e in spans).isoformat(timespec="seconds") if spans and self.complete else None
-        return PlanFacts(
-            rounds=plan.rounds if plan else None,
-            iters=plan.iters if plan else None,
-            budget_minutes=plan.budget_minutes if plan else None,
-            started=start,
-            finished=end,
-        )
+        shared = {"rounds": plan.rounds, "iters": plan.iters, "budget_minutes": plan.budget_minutes} if plan else {}
+        return PlanFacts.model_validate(shared | {"started": start, "finished": end})
 
 
 def _span(outcome: Outcome) -> tuple[datetime, datetime] | None:
@@ -268,79 +206,22 @@ def _span(outcome: Outcome) -> tuple[datetime, datetime] | None:
 # -- one variant ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A variant's runs, sorted into those that count and those that do not."""
-
-    variant: Variant
-    done: Mapping[int, Run]  # ended well, timed, and all of the same work
-    failed: tuple[FailedRun, ...]
-    checked: ParityResult
-    figures: Figures
-    work: Work | None  # its own
-    same_work: bool
-
-    @classmethod
-    def of(cls, variant: Variant, files: _Files) -> _Candidate:
-        some, pilot = files.runs.get(variant.name, {}), files.pilots.get(variant.name)
-        ended = {r: run for r, run in some.items() if run.state is RunState.DONE}
-        timed = {r: run for r, run in ended.items() if len(run.kept)}
-        keys = {r: run.work.key() for r, run in timed.items()}
-        wanted = files.work.key()
-        own = wanted if wanted in keys.values() else next(iter(keys.values()), None)
-        done = {r: run for r, run in timed.items() if keys[r] == own}
-        one = next(iter(done.values()), pilot)
-        over = (RunState.DONE, RunState.UNFINISHED)
-        failed: list[tuple[int | None, RunState, str]] = []
-        if pilot and pilot.state not in over:
-            failed.append((None, pilot.state, pilot.reason))
-        failed += [(r, run.state, run.reason) for r, run in sorted(some.items()) if run.state not in over]
-        failed += [
-            (r, RunState.UNREADABLE, "; ".join(ended[r].problems) or "no timed iteration")
-            for r in sorted(ended.keys() - timed)
-        ]
-        failed += [
-            (r, RunState.OTHER_WORK, (one and timed[r].work.difference(one.work)) or "not fully recorded")
-            for r in sorted(timed.keys() - done)
-        ]
-        return cls(
-            variant,
-            done,
-            tuple(FailedRun(round=r, state=state, reason=reason) for r, state, reason in failed),
-            files.checked(variant.name),
-            figures.of_variant(done, pilot, files.recipe, files.rounds),
-            one.work if one else None,
-            one is not None and one.work.key() == wanted,
-        )
-
-    @cached_property
-    def ranked(self) -> bool:
-        """A lever is an ablation, ranked only where it is also a variant of its own: compiled or not."""
-        return self.same_work and (self.variant.lever is None or self.variant.lever.key == "compile")
-
-    @property
-    def contestant(self) -> verdict.Contestant:
-        found = self.figures
-        return verdict.Contestant(
-            self.variant.name, found.medians, found.median, self.ranked, found.simulated, self.checked.state
-        )
-
-
-def _result(candidate: _Candidate, files: _Files, ranking: verdict.Ranking) -> VariantResult:
-    """The variant, whole."""
-    variant, checked, name = candidate.variant, candidate.checked, candidate.variant.name
-    failed = [(run.state, run.reason or "") for run in candidate.failed]
-    state, reason = doubts.state_of(checked.state, checked.reason, len(candidate.done), failed, files.complete)
-    warnings = candidate.figures.warnings
-    if candidate.done and not candidate.same_work and not variant.lever and candidate.work:
-        other = doubts.Doubt.OTHER_WORK.say(difference=candidate.work.difference(files.work))
-        warnings = (*warnings, other)
-    best = ranking.names[0] if ranking.names else None
-    comparable = best and name != best and candidate.same_work and not candidate.figures.simulated
+def _variant(variant: Variant, files: _Files) -> VariantResult:
+    """Everything about one variant but its ratio to the fastest."""
+    name, checked, pilot = variant.name, files.checked(variant.name), files.pilots.get(variant.name)
+    done, failed = _sorted(files.runs.get(name, {}), pilot, files.work)
+    found = figures.of_variant(done, pilot, files.recipe, files.rounds)
+    one = next(iter(done.values()), pilot)
+    same_work = one is not None and one.work.key() == files.work.key()
+    said = [(run.state, run.reason or "") for run in failed]
+    state, reason = doubts.state_of(checked.state, checked.reason, len(done), said, files.complete)
+    warnings = found.warnings
+    if one and done and not same_work and not variant.lever:
+        warnings = (*warnings, doubts.Doubt.OTHER_WORK.say(difference=one.work.difference(files.work)))
     fallbacks = runs.free(files.folder / "fallbacks" / f"{name}.json", files.problems)
     compiled = (fallbacks or {}).get("compile_report")
     return VariantResult(
-        **dict(candidate.figures) | {"warnings": warnings},
+        **dict(found) | {"warnings": warnings},
         name=name,
         label=text(variant.label, 80),
         note=text(variant.note, 80) if variant.note else "",
@@ -349,11 +230,35 @@ def _result(candidate: _Candidate, files: _Files, ranking: verdict.Ranking) -> V
         state=state,
         reason=reason,
         parity=checked.state,
-        runs=len(candidate.done),
-        failed_runs=candidate.failed,
-        same_work=candidate.same_work,
-        ranked=candidate.ranked,
-        ratio=ranking.ratio(name, best) if comparable and best else None,
+        runs=len(done),
+        failed_runs=failed,
+        same_work=same_work,
+        # A lever is an ablation, ranked only where it is also a variant of its own: compiled or not.
+        ranked=same_work and (variant.lever is None or variant.lever.key == "compile"),
         fallbacks=fallbacks,
         compile_report=compiled if isinstance(compiled, dict) else None,
     )
+
+
+def _sorted(some: Mapping[int, Run], pilot: Run | None, wanted: Work) -> tuple[dict[int, Run], tuple[FailedRun, ...]]:
+    """A variant's runs that count, all of the same work (the `wanted` one if there is one), and those that do not."""
+    ended = {r: run for r, run in some.items() if run.state is RunState.DONE}
+    timed = {r: run for r, run in ended.items() if len(run.kept)}
+    keys = {r: run.work.key() for r, run in timed.items()}
+    own = wanted.key() if wanted.key() in keys.values() else next(iter(keys.values()), None)
+    done = {r: run for r, run in timed.items() if keys[r] == own}
+    one = next(iter(done.values()), pilot)
+    every: list[tuple[int | None, Run]] = [(None, pilot)] if pilot else []
+    failed = [
+        (r, run.state, run.reason)
+        for r, run in [*every, *some.items()]
+        if run.state not in (RunState.DONE, RunState.UNFINISHED)
+    ]
+    for r, run in ended.items():
+        if r not in timed:
+            failed.append((r, RunState.UNREADABLE, "; ".join(run.problems) or "no timed iteration"))
+    for r, run in timed.items():
+        if r not in done:
+            other = (one and run.work.difference(one.work)) or "not fully recorded"
+            failed.append((r, RunState.OTHER_WORK, other))
+    return done, tuple(FailedRun(round=r, state=state, reason=reason) for r, state, reason in failed)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 
 from nanogpt_mac.compare import doubts, evidence
 from nanogpt_mac.compare.doubts import label
-from nanogpt_mac.files import write_aside, write_json
 from nanogpt_mac.records.comparison import Comparison, LeverRow, Machine, VariantResult, VariantState, Work
-from nanogpt_mac.records.plan import ParityState
-from nanogpt_mac.report import page, show
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import (
     DASH,
@@ -39,21 +36,6 @@ _MARKS = {
     VariantState.PARTIAL: Mark.PARTIAL,
     VariantState.WAITING: Mark.QUIET,
 }
-PARITY = {ParityState.FAIL: "WRONG", ParityState.ERROR: "could not be checked"}
-
-
-def publish(folder: Path, comparison: Comparison) -> None:
-    """Write comparison.json, report.md and report.html into `folder`."""
-    write_json(folder / "comparison.json", comparison.document())
-    write_aside(folder / "report.md", show.markdown(report(comparison)))
-    write_aside(folder / "report.html", html(comparison))
-
-
-def html(comparison: Comparison) -> str:
-    """One self-contained page that opens offline."""
-    from nanogpt_mac.compare import charts  # matplotlib
-
-    return page.html(report(comparison), charts.draw(comparison))
 
 
 def report(comparison: Comparison) -> Report:
@@ -198,13 +180,13 @@ def _variants(comparison: Comparison) -> Section:
     table = _table("Variants, the fastest first", comparison, variants, {
         "ms an iteration [95 %]": median,
         f"time relative to fastest [{sure}]": lambda v: relative(v, comparison),
-        "tokens/s": lambda v: count(v.tokens_per_s),
-        "MFU: chip": lambda v: percent(v.mfu),
-        "MFU: measured": lambda v: percent(v.mfu_measured),
-        "peak memory": lambda v: size(v.peak_memory),
-        "full recipe": lambda v: seconds(v.recipe.seconds if v.recipe else None),
+        "tokens/s": _of("tokens_per_s", count),
+        "MFU: chip": _of("mfu", percent),
+        "MFU: measured": _of("mfu_measured", percent),
+        "peak memory": _of("peak_memory", size),
+        "full recipe": _of("recipe.seconds", seconds),
         "rounds": lambda v: count(v.runs) + (f", {len(v.failed_runs)} failed" if v.failed_runs else ""),
-        "parity": lambda v: PARITY.get(v.parity, v.parity),
+        "parity": lambda v: doubts.PARITY.get(v.parity, v.parity),
     })  # fmt: skip
     work = work_facts(comparison.work)
     other = [label(variant) for variant in variants if not variant.same_work and not variant.lever and variant.median]
@@ -225,42 +207,50 @@ def median(variant: VariantResult) -> str:
     return beside(ms(variant.median), interval(variant.times.ci95)) if variant.times else DASH
 
 
+def _of(path: str, words: Callable[[object], str] = text) -> Cell:
+    """The cell of a variant's figure, by its place in the record: "roofline.floor_ms"."""
+
+    def cell(variant: VariantResult) -> str:
+        found: object = variant
+        for name in path.split("."):
+            found = None if found is None else getattr(found, name)
+        return words(found)
+
+    return cell
+
+
+def _signed(value: object) -> str:
+    return DASH if (known := number(value)) is None else f"{known:+.1f} %"
+
+
 def _times(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
-    def part(key: str) -> Cell:
-        return lambda v: ms(getattr(v.times, key))
-
-    def drift(key: str) -> Cell:
-        return lambda v: DASH if v.drift is None or (d := getattr(v.drift, key)) is None else f"{d:+.1f} %"
-
-    def of_round(r: int) -> Cell:
-        return lambda v: ms(v.medians.get(r))
-
+    drift = _of("drift.within_percent", _signed)
     spread = _table("Milliseconds an iteration over all rounds; outliers are counted and kept", comparison, timed, {
-        **{key: part(key) for key in ("median", "mean", "p10", "p90", "min", "max")},
-        "iterations": lambda v: count(v.times and v.times.count),
+        **{key: _of(f"times.{key}", ms) for key in ("median", "mean", "p10", "p90", "min", "max")},
+        "iterations": _of("times.count", count),
         "outliers": lambda v: f"{v.outliers.count} ({percent(v.outliers.share, 2)})" if v.outliers else DASH,
-        "drift in a round": lambda v: drift("within_percent")(v) + (" throttled" * bool(v.drift and v.drift.throttled)),
-        "between": drift("between_percent"),
+        "drift in a round": lambda v: drift(v) + (" throttled" * bool(v.drift and v.drift.throttled)),
+        "between": _of("drift.between_percent", _signed),
     })  # fmt: skip
     rounds = sorted({r for variant in timed for r in variant.medians})
-    by_round = _table(
-        "Median milliseconds by round, in the order in which they ran", comparison, timed if rounds else [],
-        {f"round {r}": of_round(r) for r in rounds},
-    )  # fmt: skip
+    by_round = Table(
+        "Median milliseconds by round, in the order in which they ran",
+        ["variant", *(f"round {r}" for r in rounds)],
+        [Row([label(v), *(ms(v.medians.get(r)) for r in rounds)], mark(v, comparison)) for v in timed if rounds],
+    )
     return Section("times", "Iteration times", [], [spread, by_round], "No iteration was timed.", folded=True)
 
 
 def _losses(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
-    def last(v: VariantResult, key: str) -> object:
-        return getattr(v.evaluations[-1], key) if v.evaluations else None
+    def last(key: str, words: Callable[[object], str]) -> Cell:
+        return lambda v: words(getattr(v.evaluations[-1], key) if v.evaluations else None)
+
+    def best(v: VariantResult) -> str:
+        return loss(min((x for e in v.evaluations if (x := number(e.val_loss)) is not None), default=None))
 
     table = _table("Losses at the last evaluation", comparison, timed, {
-        "iteration": lambda v: count(last(v, "iter")),
-        "training": lambda v: loss(last(v, "train_loss")),
-        "validation": lambda v: loss(last(v, "val_loss")),
-        "best validation": lambda v: loss(
-            min((x for e in v.evaluations if (x := number(e.val_loss)) is not None), default=None)
-        ),
+        "iteration": last("iter", count), "training": last("train_loss", loss), "validation": last("val_loss", loss),
+        "best validation": best,
     })  # fmt: skip
     note = (
         "Every variant starts from the same weights and sees the same batches. Without dropout the curves lie "
@@ -274,35 +264,25 @@ _PEAKS = {"mfu": "this chip's peak", "mfu_measured": "best matmul measured here"
 
 
 def _utilisation(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
-    def share(key: str) -> Cell:
-        return lambda v: percent(getattr(v, key), 2 if key == "mfu_a100" else 1)
-
-    def peak(key: str) -> Cell:
-        return lambda v: rate(getattr(v.mfu_denominators, key), "FLOP/s")
-
     columns: dict[str, Cell] = {}
     for key, name in _PEAKS.items():
-        columns |= {f"share of {name}": share(key), f"{name}": peak(key)}
+        columns[f"share of {name}"] = _of(key, partial(percent, digits=2 if key == "mfu_a100" else 1))
+        columns[name] = _of(f"mfu_denominators.{key}", partial(rate, unit="FLOP/s"))
     shares = _table("Model FLOPs utilisation, each against its named peak", comparison, timed, columns)
     roofs = [variant for variant in timed if variant.roofline]
-
-    def roof(key: str, words: Callable[[object], str]) -> Cell:
-        return lambda v: words(getattr(v.roofline, key))
-
-    roofline = _table(
-        "The floor of an iteration: the larger of matmul FLOPs over peak and bytes over bandwidth", comparison, roofs, {
-            "measured ms": lambda v: ms(v.median),
-            "floor ms": roof("floor_ms", ms),
-            "floor of measured": roof("share", percent),
-            "bound by": roof("bound", text),
-            "compute ms": roof("compute_ms", ms),
-            "memory ms": roof("memory_ms", ms),
-            "peak": roof("peak", lambda value: rate(value, "FLOP/s")),
-            "source of the peak": roof("peak_source", text),
-            "bandwidth": roof("bandwidth", lambda value: rate(value, "B/s")),
-            "source of the bandwidth": roof("bandwidth_source", text),
-        },
-    )  # fmt: skip
+    floor = "The floor of an iteration: the larger of matmul FLOPs over peak and bytes over bandwidth"
+    roofline = _table(floor, comparison, roofs, {
+        "measured ms": _of("median", ms),
+        "floor ms": _of("roofline.floor_ms", ms),
+        "floor of measured": _of("roofline.share", percent),
+        "bound by": _of("roofline.bound"),
+        "compute ms": _of("roofline.compute_ms", ms),
+        "memory ms": _of("roofline.memory_ms", ms),
+        "peak": _of("roofline.peak", partial(rate, unit="FLOP/s")),
+        "source of the peak": _of("roofline.peak_source"),
+        "bandwidth": _of("roofline.bandwidth", partial(rate, unit="B/s")),
+        "source of the bandwidth": _of("roofline.bandwidth_source"),
+    })  # fmt: skip
     notes = ["The floor is arithmetic, not a measurement."] if roofs else []
     if timed and not roofs:
         notes = ["No roofline: neither this chip's peak and bandwidth nor measured ones are known."]
@@ -312,42 +292,37 @@ def _utilisation(comparison: Comparison, timed: Sequence[VariantResult]) -> Sect
 
 def _phases(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
     table = _table("First iteration, compiling and evaluation apart from training", comparison, timed, {
-        "first iteration": lambda v: seconds(v.first_iter_s),
+        "first iteration": _of("first_iter_s", seconds),
         # An estimate that noise has put below 0 is 0.
-        "of it compiling": lambda v: DASH if v.compile_s is None else seconds(v.compile_s) if v.compile_s > 0 else "0 s",
-        "one evaluation": lambda v: seconds(v.eval_s),
-        "full recipe": lambda v: seconds(v.recipe.seconds if v.recipe else None),
+        "of it compiling": lambda v: seconds(v.compile_s) if v.compile_s is None or v.compile_s > 0 else "0 s",
+        "one evaluation": _of("eval_s", seconds),
+        "full recipe": _of("recipe.seconds", seconds),
     })  # fmt: skip
     note = (
         "Compiling is an estimate: the first iteration less the median. Neither the iteration times nor the full "
         "recipe's contain it."
     )
-    return Section(
-        "phases", "Phases: compile, train, evaluate", [note], [table], "No iteration was timed.", folded=True
-    )  # fmt: skip
+    title, empty = "Phases: compile, train, evaluate", "No iteration was timed."
+    return Section("phases", title, [note], [table], empty, folded=True)
 
 
 def _memory(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
-    known = [variant for variant in timed if variant.peak_memory is not None]
-    table = _table("Peak memory", comparison, known, {
-        "peak": lambda v: size(v.peak_memory),
-        "device": lambda v: text(v.device),
-        "what is counted": lambda v: text(v.capabilities.memory) if v.capabilities else DASH,
-    })  # fmt: skip
+    columns = {
+        "peak": _of("peak_memory", size),
+        "device": _of("device"),
+        "what is counted": _of("capabilities.memory"),
+    }
+    table = _table("Peak memory", comparison, [v for v in timed if v.peak_memory is not None], columns)
     notes = ["Back ends count different things, so compare like with like."]
     return Section("memory", "Memory", notes, [table], "No variant recorded its memory.", folded=True)
 
 
 def _energy(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
-    def figure(key: str) -> Cell:
-        return lambda v: text(getattr(v.energy, key))
-
+    columns = {"J per 1000 tokens": "joules_per_1000_tokens", "W": "watts", "source": "source"}
     known = [variant for variant in timed if variant.energy and variant.energy.joules_per_1000_tokens is not None]
-    table = _table("Energy of training", comparison, known, {
-        "J per 1000 tokens": figure("joules_per_1000_tokens"), "W": figure("watts"), "source": figure("source"),
-    })  # fmt: skip
+    cells = {title: _of(f"energy.{key}") for title, key in columns.items()}
     empty = "No energy figures: Apple silicon gives them through zeus-apple-silicon, NVIDIA through NVML."
-    return Section("energy", "Energy", [], [table], empty, folded=True)
+    return Section("energy", "Energy", [], [_table("Energy of training", comparison, known, cells)], empty, folded=True)
 
 
 def _levers(comparison: Comparison) -> Section:

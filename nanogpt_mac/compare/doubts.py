@@ -19,6 +19,8 @@ MARKS = {
     VariantState.WAITING: "not timed yet",
 }
 """What follows a variant's label everywhere."""
+PARITY = {ParityState.FAIL: "WRONG", ParityState.ERROR: "could not be checked"}
+"""How a state of the gate is worded where not by its own name."""
 
 UNSTABLE = 0.02  # log standard deviation of round medians
 SHORT_SECONDS, FEW_ITERATIONS, FEW_ROUNDS = 0.5, 10, 5
@@ -44,7 +46,8 @@ class Doubt(Enum):
         "Raise timing_warmup=.",
     )
     OUTLIERS = (
-        "outliers: {percent:.0f} % of the iterations are far above their round's median, the slowest took {worst:.4g} ms",
+        "outliers: {percent:.0f} % of the iterations are far above their round's median, the slowest took "
+        "{worst:.4g} ms",
         "Something else was running: close other programs.",
     )
     SLEPT = "slept: the machine slept during {iterations}, which are left out", "Keep it awake and plugged in."
@@ -62,7 +65,7 @@ class Doubt(Enum):
     )
     BELOW_FLOOR = (
         "faster than its roofline: the peak or bandwidth is wrong, or the model fits in a cache",
-        "Hold the rates under MFU and roofline against the chip's data sheet.",
+        "Check the rates under MFU and roofline against the chip's data sheet.",
     )
     OTHER_WORK = "not ranked: it does other work ({difference})", ""
 
@@ -78,7 +81,7 @@ class Doubt(Enum):
         "throttled: {labels} slowed down by more than {percent:g} % during the runs",
         "Let the machine cool or raise cooldown_seconds=.",
     )
-    MIXED = "the runs come from different {what}", "Start a new comparison to have them all alike."
+    MIXED = "the runs come from different {what}", "Start a new comparison so that they match."
     NEWER = (
         "{file} has schema {schema}, newer than this program's {known}: something may be missing",
         "Update nanogpt-mac.",
@@ -189,7 +192,8 @@ def reservations(variants: Sequence[VariantResult]) -> list[str]:
         lines.append(f"{listed(simulated)} ran on a simulated device: times mean nothing there.")
     lines += [f"{v.label} is WRONG: {_cause(v)}." for v in variants if v.parity is ParityState.FAIL]
     if unchecked := [v.label for v in variants if v.parity is ParityState.ERROR]:
-        lines.append(f"{listed(unchecked)} {_is(unchecked)} not ranked: the parity check itself failed.")
+        are = "is" if len(unchecked) == 1 else "are"
+        lines.append(f"{listed(unchecked)} {are} not ranked: the parity check itself failed.")
     waiting = [v.label for v in variants if v.state is VariantState.WAITING]
     if waiting and len(waiting) < len(variants):
         lines.append(f"{listed(waiting)} {'has' if len(waiting) == 1 else 'have'} not been timed yet.")
@@ -219,7 +223,8 @@ def problems(comparison: Comparison, variants: Sequence[VariantResult]) -> list[
     lines += [text(line) for line in comparison.warnings]
     for variant in variants:
         lines += [
-            f"{label(variant)}: {f'round {run.round}' if run.round is not None else 'pilot'} {run.state}: {text(run.reason)}"
+            f"{label(variant)}: {'pilot' if run.round is None else f'round {run.round}'} {run.state}: "
+            f"{text(run.reason)}"
             for run in variant.failed_runs
             if variant.state is not VariantState.FAILED
         ]
@@ -243,7 +248,3 @@ def alarms(comparison: Comparison, variants: Sequence[VariantResult]) -> list[st
 
 def _cause(variant: VariantResult) -> str:
     return (variant.reason or "no reason recorded").rstrip(".")
-
-
-def _is(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"

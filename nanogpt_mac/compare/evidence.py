@@ -6,32 +6,16 @@ from collections.abc import Sequence
 
 from pydantic import JsonValue
 
-from nanogpt_mac.compare.doubts import label
+from nanogpt_mac.compare.doubts import PARITY, label
 from nanogpt_mac.records.comparison import Comparison, Published, VariantResult
 from nanogpt_mac.records.plan import Check, Parity, ParityResult, ParityState
 from nanogpt_mac.report.table import Mark, Row, Section, Table
 from nanogpt_mac.report.words import DASH, ms, number, percent, size, text, when
 
 _MOST_ROWS = 60  # of a document that another part of the project wrote
-_FINDING = (
-    "op",
-    "kind",
-    "phase",
-    "calls_per_iteration",
-    "ms",
-    "bytes",
-    "dtypes",
-    "shapes",
-    "where",
-    "evidence",
-    "advice",
-)
-_RESULT = {
-    ParityState.PASS: ("pass", Mark.NONE),
-    ParityState.FAIL: ("WRONG", Mark.WRONG),
-    ParityState.ERROR: ("could not be checked", Mark.PARTIAL),
-    ParityState.NOT_RUN: ("not run", Mark.PARTIAL),
-}
+_FINDING = ("op", "kind", "phase", "calls_per_iteration", "ms", "bytes", "dtypes", "shapes", "where", "evidence",
+            "advice")  # fmt: skip
+_MARKS = {ParityState.PASS: Mark.NONE, ParityState.FAIL: Mark.WRONG}
 
 Records = list[dict[str, JsonValue]]
 
@@ -72,10 +56,10 @@ def parity(document: Parity | None, variants: Sequence[VariantResult]) -> Sectio
 
 def _checked(name: str, entry: ParityResult, quantities: Sequence[str]) -> Row:
     checks = {check.quantity: check for check in entry.checks}
-    result, mark = _RESULT[entry.state]
     differences = [_difference(checks[quantity]) if quantity in checks else DASH for quantity in quantities]
     reason = text(entry.reason) if entry.reason else _nearest(entry.checks)
-    return Row([name, result, *differences, reason, text(entry.device)], mark)
+    result = PARITY.get(entry.state, entry.state)
+    return Row([name, result, *differences, reason, text(entry.device)], _MARKS.get(entry.state, Mark.PARTIAL))
 
 
 def _nearest(checks: Sequence[Check]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from nanogpt_mac.compare import doubts, roofline
 from nanogpt_mac.compare.doubts import Doubt
-from nanogpt_mac.compare.runs import Run, RunConfig, counts
+from nanogpt_mac.compare.runs import Run, counts
 from nanogpt_mac.machine import chips
 from nanogpt_mac.measure import stats, times
 from nanogpt_mac.records import comparison as record
@@ -19,14 +19,13 @@ from nanogpt_mac.records.plan import Recipe
 from nanogpt_mac.records.run import Denominators, Environment, LeftOut
 
 MOST_POINTS = 400  # of one round's series
-BINS = 40
 MFUS = ("mfu", "mfu_measured", "mfu_a100")
 
 
 def of_variant(
     runs: Mapping[int, Run],
     pilot: Run | None = None,
-    recipe: Recipe | RunConfig | None = None,
+    recipe: Recipe | None = None,
     planned: int | None = None,
 ) -> record.Figures:
     """What a variant's finished runs (round -> run) say.
@@ -39,7 +38,8 @@ def of_variant(
     everything = ([pilot] if pilot else []) + list(rounds.values())
     first = next(iter(rounds.values()), pilot)
     facts, work = (first.facts, first.work) if first else (None, record.Work())
-    summary = _times(kept)
+    spans = list(kept.values())
+    summary = times.summary(np.concatenate(spans), stats.median_interval(spans)) if spans else None
     median = summary.median if summary else None
     tokens = work.tokens_per_iter
     left_out = sum((run.left_out() for run in rounds.values()), Counter[LeftOut]())
@@ -56,16 +56,16 @@ def of_variant(
     return record.Figures(
         backend=facts.backend if facts else None,
         device=facts.device if facts else None,
-        capabilities=first.capabilities if first else None,
         compile=facts.compile if facts else None,
         dtype=facts.dtype if facts else None,
         sync=facts.sync if facts else None,
         details=facts.details if facts else {},
+        capabilities=first.capabilities if first else None,
         times=summary,
         rounds=tuple(_round(r, run) for r, run in rounds.items()),
         left_out=dict(left_out),
         drift=stats.drift(kept),
-        outliers=stats.outliers(list(kept.values())),
+        outliers=stats.outliers(spans),
         warnings=tuple(dict.fromkeys(warnings)),
         **_first_iterations(rounds, pilot, median),
         eval_s=eval_s,
@@ -80,7 +80,6 @@ def of_variant(
         roofline=roof,
         series=tuple(_series(r, run) for r, run in rounds.items() if len(run.kept)),
         evaluations=_evaluations(rounds, pilot),
-        histogram=_histogram(kept),
     )
 
 
@@ -102,7 +101,7 @@ def machine(env: Environment | None, of_variants: Sequence[Capabilities | None])
 
 
 def projected(
-    recipe: Recipe | RunConfig | None, median_ms: float | None, eval_s: float | None, eval_iters: int | None
+    recipe: Recipe | None, median_ms: float | None, eval_s: float | None, eval_iters: int | None
 ) -> record.Projection | None:
     """Time of the whole recipe from the measured median and evaluation; None where a part of it is not known.
 
@@ -122,13 +121,6 @@ def projected(
         formula += f" + {count} evaluations x time of 2 x {batches} batches{scaled}"
     formula += "; without start-up, compilation and checkpoints"
     return record.Projection(iters=iters, evaluations=count, seconds=seconds, formula=formula)
-
-
-def _times(kept: Mapping[int, np.ndarray]) -> times.Times | None:
-    """Over all iterations of all rounds; the interval is made from rounds."""
-    if not kept:
-        return None
-    return times.summary(np.concatenate(list(kept.values())), stats.median_interval(list(kept.values())))
 
 
 def _round(number: int, run: Run) -> record.RoundFigures:
@@ -177,13 +169,7 @@ def _evaluations(rounds: Mapping[int, Run], pilot: Run | None) -> tuple[record.E
     some: list[tuple[int | None, Run]] = [(r, run) for r, run in rounds.items() if run.evaluations]
     if not some and pilot:
         some = [(None, pilot)]
-    return tuple(
-        record.Evaluated(
-            round=r, iter=row.iter, train_loss=row.train_loss, val_loss=row.val_loss, seconds=row.seconds
-        )
-        for r, run in some
-        for row in run.evaluations
-    )  # fmt: skip
+    return tuple(record.Evaluated(round=r, **dict(row)) for r, run in some for row in run.evaluations)
 
 
 def _peaks(runs: Sequence[Run]) -> Denominators:
@@ -246,16 +232,3 @@ def _series(round_number: int, run: Run) -> record.Series:
 
 def _digits(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def _histogram(kept: Mapping[int, np.ndarray]) -> record.Histogram | None:
-    """Bins from the fastest iteration to the 99th percentile; `above` counts those beyond, which would flatten it."""
-    if not kept:
-        return None
-    pooled = np.concatenate(list(kept.values()))
-    found, edges = np.histogram(pooled, BINS, (float(pooled.min()), float(np.percentile(pooled, 99))))
-    return record.Histogram(
-        edges=tuple(_digits(float(e)) for e in edges),
-        counts=tuple(int(c) for c in found),
-        above=len(pooled) - int(found.sum()),
-    )

@@ -7,22 +7,22 @@ intervals: entries whose intervals overlap share one.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import nanogpt_mac
-from nanogpt_mac.compare import contents
-from nanogpt_mac.compare.collect import load_run, read
+from nanogpt_mac.compare import contents, doubts, figures, runs
+from nanogpt_mac.compare.collect import ROUND, read
 from nanogpt_mac.compare.config import ReportConfig
 from nanogpt_mac.compare.contents import median, plain, where, work_facts
 from nanogpt_mac.compare.doubts import label
 from nanogpt_mac.compare.runs import is_run
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.files import run_folder, write_aside
-from nanogpt_mac.records.comparison import Machine, VariantResult, VariantState, Work
-from nanogpt_mac.records.plan import ParityState
-from nanogpt_mac.records.run import Environment
+from nanogpt_mac.records.comparison import FailedRun, Machine, VariantResult, VariantState, Work
+from nanogpt_mac.records.plan import Parity, ParityResult, ParityState
+from nanogpt_mac.records.run import Environment, RunState
 from nanogpt_mac.report import page, show
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import DASH, count, listed, ms, percent, plural, ratio, size, text, when
@@ -90,7 +90,9 @@ def run(config: ReportConfig) -> int:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
     own = str(folders[0]) if single else None
     output = config.output or own or "runs/{date}/{time}-report"
-    report, html = (contents.report(single), contents.html(single)) if single else (board.report(), board.html())
+    from nanogpt_mac.compare import page as comparison_page  # matplotlib
+
+    report, html = (contents.report(single), comparison_page.html(single)) if single else (board.report(), board.html())
     try:
         folder = run_folder(output, "report") if output != own else folders[0]
         write_aside(folder / "report.md", show.markdown(report))
@@ -127,11 +129,57 @@ def _folders(paths: list[str]) -> list[Path]:
 def entries(folder: Path) -> list[Entry]:
     """What a folder brings to a leaderboard: a comparison's variants without ablations, or the one run."""
     if not _is_comparison(folder):
-        one = load_run(folder)
-        return [Entry(one.variant, one.work, one.machine, one.environment, folder, one.created, one.problems)]
+        return [load_run(folder)]
     found = read(folder)
     facts = found.work, found.machine, found.environment, folder, found.created
     return [Entry(variant, *facts) for variant in plain(found)]
+
+
+def load_run(folder: Path) -> Entry:
+    """One run folder of any schema and state: ok (it finished), partial (it did not, but was timed), failed.
+
+    InputError for a folder that is not a run at all.
+    """
+    run = runs.read(folder)
+    found, facts, done = (
+        figures.of_variant({0: run}, recipe=run.config, planned=1),
+        run.facts,
+        run.state is RunState.DONE,
+    )
+    checked = _own_parity(folder)
+    reason: str | None = run.reason
+    if checked.state is ParityState.FAIL:
+        state, reason = VariantState.WRONG, f"failed parity: {checked.reason}"
+    elif done:
+        state, reason = VariantState.OK, None
+    else:
+        state = VariantState.PARTIAL if len(run.kept) else VariantState.FAILED
+    # One process: its iterations are all there is to go by.
+    interval = run.summary.times.ci95 if run.summary else None
+    variant = VariantResult(
+        **dict(found) | {"times": found.times and found.times.model_copy(update={"ci95": interval})},
+        name=folder.name,
+        label=f"{facts.backend.upper()} {'compiled' if facts.compile else 'eager'}" if facts else folder.name,
+        state=state,
+        reason=reason,
+        parity=checked.state,
+        runs=int(done),
+        failed_runs=() if done else (FailedRun(round=0, state=run.state, reason=run.reason),),
+        fallbacks=runs.free(folder / "fallbacks.json", run.problems),
+    )
+    created = run.outcome.started if run.outcome else None
+    return Entry(
+        variant, run.work, figures.machine(run.env, [run.capabilities]), run.env, folder, created, run.problems
+    )
+
+
+def _own_parity(folder: Path) -> ParityResult:
+    """What the gate said of a run that is a comparison's: rounds/2-mps. Not run for any other."""
+    place = folder.resolve()
+    matched = ROUND.fullmatch(place.name) if place.parent.name == "rounds" else None
+    parity = runs.load(Parity, place.parent.parent / "parity.json", []) if matched else None
+    found = parity.variants.get(matched[2]) if parity and matched else None
+    return found or ParityResult(state=ParityState.NOT_RUN)
 
 
 # -- the board --------------------------------------------------------------------------------------------------------
@@ -202,25 +250,32 @@ def _on(entry: Entry) -> str:
 
 def _ranked(number: int, group: Sequence[Entry]) -> Section:
     given, best = ranks(group), group[0].median
+    columns: dict[str, Callable[[Entry], str]] = {
+        "machine": lambda e: text(e.machine.name),
+        "ms an iteration [95 %]": lambda e: median(e.variant) if e.bounds else ms(e.median),
+        "time relative to fastest": lambda e: ratio(e.median / best),
+        "tokens/s": lambda e: count(e.variant.tokens_per_s),
+        "MFU: chip": lambda e: percent(e.variant.mfu),
+        "MFU: measured": lambda e: percent(e.variant.mfu_measured),
+        "peak memory": lambda e: size(e.variant.peak_memory),
+        "J per 1000 tokens": lambda e: text(e.variant.energy and e.variant.energy.joules_per_1000_tokens),
+        "parity": lambda e: doubts.PARITY.get(e.variant.parity, e.variant.parity),
+        "runs": lambda e: count(e.variant.runs),
+        "GPU cores": lambda e: count(e.machine.gpu_cores),
+        "memory": lambda e: size(e.machine.memory_bytes),
+        "system": lambda e: text(e.machine.os),
+        "framework": _framework,
+        "power": lambda e: text(e.environment and e.environment.power_source),
+        "note": lambda e: text(e.variant.note),
+    }
     rows = []
     for entry, rank in zip(group, given, strict=True):
-        variant, energy = entry.variant, entry.variant.energy
-        shared = "=" if given.count(rank) > 1 else ""
-        bounded = median(variant) if entry.bounds else ms(entry.median)
-        cells = [
-            label(variant), DASH if rank is None else f"{rank}{shared}", text(entry.machine.name), bounded,
-            ratio(entry.median / best), count(variant.tokens_per_s), percent(variant.mfu), percent(variant.mfu_measured),
-            size(variant.peak_memory), text(energy and energy.joules_per_1000_tokens), contents.PARITY.get(variant.parity,
-            variant.parity), count(variant.runs), count(entry.machine.gpu_cores), size(entry.machine.memory_bytes),
-            text(entry.machine.os), _framework(entry), text(entry.environment and entry.environment.power_source),
-            text(variant.note),
-        ]  # fmt: skip
-        partial = Mark.PARTIAL if variant.state is VariantState.PARTIAL else Mark.NONE
+        place = DASH if rank is None else f"{rank}{'=' if given.count(rank) > 1 else ''}"
+        partial = Mark.PARTIAL if entry.variant.state is VariantState.PARTIAL else Mark.NONE
+        cells = [label(entry.variant), place, *(cell(entry) for cell in columns.values())]
         rows.append(Row(cells, Mark.BEST if rank == 1 and None not in given else partial))
-    columns = ["variant", "rank", "machine", "ms an iteration [95 %]", "time relative to fastest", "tokens/s", "MFU: chip",
-               "MFU: measured", "peak memory", "J per 1000 tokens", "parity", "runs", "GPU cores", "memory", "system",
-               "framework", "power", "note"]  # fmt: skip
-    board = Table("Ranked by median; entries whose intervals overlap share a rank (=)", columns, rows)
+    caption = "Ranked by median; entries whose intervals overlap share a rank (=)"
+    board = Table(caption, ["variant", "rank", *columns], rows)
     places = list(dict.fromkeys(entry.place for entry in group))
     work = group[0].work
     title = (

@@ -59,7 +59,7 @@ def make(config: CompareConfig) -> tuple[Plan, dict[str, Config]]:
         overrides=tuple(common),
         experiment=experiment,
         quick_by_default=experiment == "quick" and not any(key_of(o) == "experiment" for o in config.given),
-        recipe=Recipe(max_iters=work.max_iters, eval_interval=work.eval_interval, eval_iters=work.eval_iters),
+        recipe=Recipe.model_validate(work),
         seed=config.seed,
         budget_minutes=config.budget_minutes or BUDGET_MINUTES + extra,
         levers=config.levers,

@@ -73,13 +73,13 @@ def run(config: CompareConfig) -> int:
 
 
 def _compare(folder: Path, plan: Plan, configs: dict[str, Config]) -> int:
-    from nanogpt_mac.compare import collect, contents
+    from nanogpt_mac.compare import collect, contents, page  # matplotlib: not before the rounds are done
     from nanogpt_mac.report.show import show
 
     _announce(folder, plan, next(iter(configs.values())))
     ComparisonRunner(folder, plan, configs).carry_out()
     comparison = collect.collect(folder)
-    contents.publish(folder, comparison)
+    page.publish(folder, comparison)
     show(contents.report(comparison))
     say(f"everything: python report.py {folder} details=true")
     say(f"report: {folder / 'report.html'}")
@@ -128,7 +128,9 @@ def _read(folder: Path) -> Plan:
             "nanogpt-mac that wrote it"
         )
     if not Path(plan.cwd).is_dir():
-        raise InputError(f"run={folder}: was started in {plan.cwd}, which is gone; make that folder, or start anew")
+        raise InputError(
+            f"run={folder}: was started in {plan.cwd}, which is gone; make that folder again or start a new comparison"
+        )
     return plan
 
 
@@ -145,7 +147,7 @@ def _again(folder: Path) -> str:
 
 
 def _alone(folder: Path) -> contextlib.AbstractContextManager[None]:
-    return lock(folder / LOCK, refuse=f"run={folder}: another process is at work there; wait for its end")
+    return lock(folder / LOCK, refuse=f"run={folder}: another process is using it; wait until it ends")
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.compare import doubts
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
-from nanogpt_mac.records.base import Count, DamagedError, Document, Record
+from nanogpt_mac.records.base import DamagedError, Document
 from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.comparison import Work
+from nanogpt_mac.records.plan import Recipe
 from nanogpt_mac.records.run import (
     Environment,
     EvaluationRow,
@@ -43,14 +44,6 @@ _FREE: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
 D = TypeVar("D", bound=Document)
 
 
-class RunConfig(Record):
-    """What of .hydra/config.yaml the records do not repeat."""
-
-    max_iters: Count | None = None
-    eval_interval: Count | None = None
-    eval_iters: Count | None = None
-
-
 @dataclass(frozen=True)
 class Run:
     """What a run folder holds; `problems` has a line for each file that is missing or damaged."""
@@ -59,7 +52,7 @@ class Run:
     summary: RunSummary | None = None
     env: Environment | None = None
     outcome: Outcome | None = None
-    config: RunConfig = field(default_factory=RunConfig)
+    config: Recipe = field(default_factory=Recipe)
     rows: tuple[Row, ...] = ()
     problems: list[str] = field(default_factory=list)
 
@@ -90,7 +83,10 @@ class Run:
         if known is None and self.summary and self.summary.exit_state is ExitState.DIVERGED:
             known = "diverged: the loss is not a number"
         return (
-            known or (self.summary and self.summary.exit_state) or "; ".join(self.problems) or "stopped without a word"
+            known
+            or (self.summary and self.summary.exit_state)
+            or "; ".join(self.problems)
+            or "stopped and left no message"
         )
 
     @cached_property
@@ -128,14 +124,8 @@ class Run:
             return Work()
         tokens = facts.batch_size * facts.gradient_accumulation_steps * facts.model.block_size
         return Work(
-            model=facts.model,
-            parameters=facts.parameters,
-            batch_size=facts.batch_size,
-            gradient_accumulation_steps=facts.gradient_accumulation_steps,
+            **{key: getattr(facts, key) for key in Work.model_fields.keys() & RunFacts.model_fields},
             block_size=facts.model.block_size,
-            dtype=facts.dtype,
-            matmul_precision=facts.matmul_precision,
-            corpus=facts.corpus,
             corpus_sha256=facts.corpus_facts.sha256,
             stand_in=facts.corpus_facts.stand_in,
             tokens_per_iter=tokens,
@@ -219,19 +209,19 @@ def _rows(path: Path, problems: list[str]) -> tuple[Row, ...]:
     return ()
 
 
-def _config(path: Path, problems: list[str]) -> RunConfig:
+def _config(path: Path, problems: list[str]) -> Recipe:
     try:
         if not path.is_file():
             raise FileNotFoundError
         text = path.read_text(encoding="utf-8")
         if len(text) > _MOST_YAML:
             raise ValueError("too long for a config of this project")
-        return RunConfig.model_validate(yaml.load(text, Loader=_SAFE_YAML))
+        return Recipe.model_validate(yaml.load(text, Loader=_SAFE_YAML))
     except FileNotFoundError:
         problems.append("config.yaml is missing")
     except (OSError, ValueError, RecursionError, yaml.YAMLError, ValidationError):
         problems.append("config.yaml cannot be read")
-    return RunConfig()
+    return Recipe()
 
 
 def _flops(facts: RunFacts, tokens: int) -> float | None:

@@ -73,7 +73,7 @@ def parse(text: str, machine: Machine) -> Variant:
     if first in spelt:  # every variant can be written in full: cpu-eager is cpu, mlx-compile is mlx
         first = spelt[first].get(first.endswith("-compile"), first)
     if first not in KNOWN:
-        raise InputError(f"variants=[{text}]: {first} is no variant; use one of {', '.join(allowed)}")
+        raise InputError(f"variants=[{text}]: unknown variant {first}; use one of {', '.join(allowed)}")
     backend, compiled, _ = KNOWN[first]
     for extra in extras:
         if "=" not in extra or key_of(extra).split(".")[0] in NOT_A_SETTING:

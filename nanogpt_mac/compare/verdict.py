@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanogpt_mac.compare import doubts
@@ -18,49 +18,41 @@ HARMLESS = (ParityState.PASS, ParityState.NOT_RUN)  # not known to compute somet
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """What of a variant decides its rank."""
-
-    name: str
-    medians: Mapping[int, float]  # round -> median ms of its kept iterations
-    median: float | None  # over all of them
-    ranked: bool  # in the comparison's work, and not an ablation
-    simulated: bool
-    parity: ParityState
-
-    @property
-    def counts(self) -> bool:
-        """Timed, in the ranked work, on a device whose times mean something."""
-        return bool(self.medians) and self.ranked and not self.simulated
-
-
-@dataclass(frozen=True)
 class Ranking:
-    """Names of those that may win, the fastest first, and the confidence of each interval between them."""
+    """`variants`, those that may win with their ratio to the fastest; `ranked`: these, the fastest first."""
 
-    names: tuple[str, ...]
-    sure: float
-    medians: Mapping[str, Mapping[int, float]]
-
-    def ratio(self, name: str, base: str) -> RatioTo | None:
-        return ratio_to(base, self.medians[name], self.medians[base], self.sure)
+    variants: tuple[VariantResult, ...]
+    ranked: tuple[VariantResult, ...]
+    sure: float  # confidence of each ratio's interval
 
 
-def rank(contestants: Sequence[Contestant]) -> Ranking:
-    """By their medians, unless the pairs of a round clearly say otherwise."""
-    sure = stats.confidence_for(sum(c.counts for c in contestants))
-    timed = sorted((c for c in contestants if c.counts and c.parity in HARMLESS), key=lambda c: c.median or math.inf)
-    for one in timed[1:]:
-        found = stats.paired_ratio(one.medians, timed[0].medians, sure)
+def rank(variants: Sequence[VariantResult]) -> Ranking:
+    """By their medians, unless the pairs of a round clearly say otherwise.
+
+    Counted are those timed in the comparison's work, no ablations, on a device whose times mean something.
+    """
+    counted = [v for v in variants if v.medians and v.ranked and not v.simulated]
+    sure = stats.confidence_for(len(counted))
+    order = sorted((v for v in counted if v.parity in HARMLESS), key=lambda v: v.median or math.inf)
+    for one in order[1:]:
+        found = stats.paired_ratio(one.medians, order[0].medians, sure)
         if found and found.tie is False and found.value < 1:  # medians of other rounds, or of a machine's moods
-            timed.remove(one)
-            timed.insert(0, one)
-    return Ranking(tuple(c.name for c in timed), sure, {c.name: c.medians for c in contestants})
+            order.remove(one)
+            order.insert(0, one)
+    best = order[0] if order else None
+
+    def held(variant: VariantResult) -> VariantResult:
+        if best is None or variant is best or not variant.same_work or variant.simulated:
+            return variant
+        return variant.model_copy(update={"ratio": ratio_to(best, variant, sure)})
+
+    with_ratio = {variant.name: held(variant) for variant in variants}
+    return Ranking(tuple(with_ratio.values()), tuple(with_ratio[v.name] for v in order), sure)
 
 
-def ratio_to(base: str, times: Mapping[int, float], of_base: Mapping[int, float], sure: float) -> RatioTo | None:
-    found = stats.paired_ratio(times, of_base, sure)
-    return RatioTo(to=base, **dict(found)) if found else None
+def ratio_to(base: VariantResult, variant: VariantResult, sure: float) -> RatioTo | None:
+    found = stats.paired_ratio(variant.medians, base.medians, sure)
+    return RatioTo(to=base.name, **dict(found)) if found else None
 
 
 def lever_table(variants: Sequence[VariantResult]) -> tuple[LeverRow, ...]:
@@ -71,7 +63,7 @@ def lever_table(variants: Sequence[VariantResult]) -> tuple[LeverRow, ...]:
     table = []
     for variant, lever in pulled:
         base = by_name.get(lever.base)
-        found = ratio_to(base.name, variant.medians, base.medians, sure) if base else None
+        found = ratio_to(base, variant, sure) if base else None
         worth = 100 * (1 - found.value) if found else None
         table.append(LeverRow(name=variant.name, **dict(lever), ratio=found, worth_percent=worth))
 
@@ -81,17 +73,15 @@ def lever_table(variants: Sequence[VariantResult]) -> tuple[LeverRow, ...]:
     return tuple(sorted(table, key=effect))
 
 
-def verdict(variants: Sequence[VariantResult], ranking: Ranking, complete: bool) -> Verdict:
-    """The variants have their `ratio` to the first of the ranking."""
-    by_name = {variant.name: variant for variant in variants}
-    ranked = [by_name[name] for name in ranking.names]
+def verdict(ranking: Ranking, complete: bool) -> Verdict:
+    variants, ranked = ranking.variants, ranking.ranked
     sentences = [] if complete else ["The comparison is not complete; so far:"]
     ties = [variant for variant in ranked[1:] if variant.ratio and variant.ratio.tie]
     if ranked:
         sentences.append(_winner(ranked, ties))
         behind = [variant for variant in ranked[1:] if variant not in ties]
         for one, other in itertools.pairwise(behind):
-            found = ranking.ratio(other.name, one.name)
+            found = ratio_to(one, other, ranking.sure)
             sentences += [f"{one.label} and {other.label} tie."] if found and found.tie else []
         sentences += _better_levers(variants, ranked[0])
     else:

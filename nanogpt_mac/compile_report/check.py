@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from nanogpt_mac import simulator
+from nanogpt_mac import child, simulator
 from nanogpt_mac.compile_report.describe import describe
 from nanogpt_mac.compile_report.seen import Seen, watch
 from nanogpt_mac.compile_report.text import lines, sections
@@ -56,8 +56,6 @@ def _spec(m: ModelConfig) -> GPTSpec:
 
 
 def _run_child(task: dict[str, Any], cache: str) -> dict[str, Any]:
-    from nanogpt_mac import child  # psutil and pydantic, which the detector's child may not have
-
     environment = simulator.environment(False, *_DROPPED, TORCHINDUCTOR_CACHE_DIR=cache, PYTHONWARNINGS="ignore")
     name = "nanogpt_mac.compile_report.check"
     try:
@@ -136,6 +134,4 @@ def _iteration_ms(backend: Any, starts: Any) -> float:
 
 
 if __name__ == "__main__":
-    from nanogpt_mac import child
-
     child.answer(_child)

@@ -52,7 +52,8 @@ def schedule(
     A comparison is as sure as it has rounds, because a process shares its fate among its iterations: so twelve rounds
     of three seconds of iterations are taken before longer ones, then fewer, then shorter ones. With much time, rounds
     get long first and then many. A slow variant takes part in fewer rounds, three at least, so that it costs no more
-    than twice the time of the cheapest. Where nothing fits, the smallest plan is made, and takes longer than the budget.
+    than twice the time of the cheapest. Where nothing fits, the smallest plan is made, which takes longer than the
+    budget.
     """
 
     def plan(count: int, seconds: float) -> Schedule:

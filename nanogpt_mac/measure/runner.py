@@ -24,7 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from nanogpt_mac import child
+from nanogpt_mac import child, supervise
 from nanogpt_mac.files import write_json
 from nanogpt_mac.measure.rounds import MANY, Cost, Schedule, drawn_order, schedule
 from nanogpt_mac.records.base import DamagedError
@@ -135,7 +135,7 @@ class Runner:
                 self.outcomes[key] = outcome
             except (DamagedError, FileNotFoundError) as error:
                 self.say(f"{path.parent.relative_to(self.folder)}: {_words(error)}; it is run again")
-                child.clear(path.parent)
+                supervise.clear(path.parent)
 
     # -- pilot runs ---------------------------------------------------------------------------------------------------
 
@@ -155,9 +155,9 @@ class Runner:
 
     def _pilot(self, name: str) -> Outcome:
         """Twice where nothing could be counted: the machine slept, or its clock was set."""
-        iters = max(child.FEWEST_PILOT, min(PILOT_ITERS, self.plan.asked.iters or PILOT_ITERS))
+        iters = max(supervise.FEWEST_PILOT, min(PILOT_ITERS, self.plan.asked.iters or PILOT_ITERS))
         patience = self.plan.stall_seconds
-        limits = child.Limits(patience, patience, PILOT_PATIENCE * patience, PILOT_S)
+        limits = supervise.Limits(patience, patience, PILOT_PATIENCE * patience, PILOT_S)
         for _ in range(2):
             outcome = self._run((PILOT, name), iters, 1, limits)
             if outcome.state != RunState.DONE or self.results[PILOT, name].median:
@@ -259,14 +259,14 @@ class Runner:
         seconds = sum(outcome.seconds + self.plan.cooldown_seconds for outcome in ended)
         return seconds / len({outcome.round for outcome in ended}) if ended else 0.0
 
-    def _limits(self, name: str) -> child.Limits:
+    def _limits(self, name: str) -> supervise.Limits:
         cost, shown = self._cost(name), self.results[PILOT, name]
         assert shown.median is not None  # or it would not have been planned
         stall = STALL_S + STALL_ITERATIONS * shown.median
         pilot_s = self.outcomes[PILOT, name].seconds
         first = max(min(self.plan.stall_seconds, FIRST_S + FIRST_PILOTS * pilot_s), stall)
         work = self._size(name)[0] * shown.median + cost.evaluation_s
-        return child.Limits(first, first, first + stall + WORK_TIMES * work)
+        return supervise.Limits(first, first, first + stall + WORK_TIMES * work)
 
     def _cool_down(self, most_s: float) -> Heat:
         """Pause, and on a hot machine wait until it is not, within bounds; what was found, for the record."""
@@ -300,11 +300,11 @@ class Runner:
 
     # -- one run ------------------------------------------------------------------------------------------------------
 
-    def _run(self, key: Key, iters: int, warmup: int, limits: child.Limits, heat: Heat | None = None) -> Outcome:
+    def _run(self, key: Key, iters: int, warmup: int, limits: supervise.Limits, heat: Heat | None = None) -> Outcome:
         number, name = key
         task = Task(self._emptied(key), self.folder / "cache" / name, number, iters, warmup)
         job, started = self.jobs[name], _now()
-        ending = child.supervise(job.command(task), task.folder, job.environment(task), limits, job.signs())
+        ending = supervise.supervise(job.command(task), task.folder, job.environment(task), limits, job.signs())
         if ending.state != RunState.DONE:
             child.require_room(task.folder)
         else:
@@ -325,7 +325,7 @@ class Runner:
 
     def _emptied(self, key: Key) -> Path:
         folder = self._run_folder(key)
-        child.clear(folder)
+        supervise.clear(folder)
         folder.mkdir(parents=True)
         return folder
 

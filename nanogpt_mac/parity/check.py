@@ -1,6 +1,6 @@
 """The child processes of the parity gate: one computes the reference, each other holds one variant against it.
 
-python -m nanogpt_mac.parity.check < task.json    (tasks.py says what a task is)
+python -m nanogpt_mac.parity.check < task.json    (a `Task`; the answer is a `Made` or a `Checked`)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from nanogpt_mac.corpus import Corpus, prepare, starts
 from nanogpt_mac.files import plain, write_json
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.parity import tolerances
-from nanogpt_mac.parity.tasks import Checked, Figures, Made, Role, Task
+from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.plan import CaseShape, Check
 from nanogpt_mac.train.source import open_source
 
@@ -33,6 +33,36 @@ FULL_TOKENS, FULL_FLOPS = 2048, 4e9  # what a step of case `full` is at most, un
 ODD_BATCH, ODD_LENGTH = 9, 11  # above 8 and no multiple of anything, where kernels have their special cases
 NO_DROPOUT = 1e-12  # takes the code path of dropout and drops nothing: 1 - p is 1 in float32
 LOSS_SCALE = 1024.0  # of float16: GradScaler's own first one may overflow, which skips the step by design
+
+
+class Task(Record):
+    """What a child is asked: to make the reference in `folder`, or to hold a variant against the one there."""
+
+    role: Literal["reference", "variant"]
+    config: Config
+    folder: Path
+
+
+class Made(Record):
+    """What the reference computed: the shape of each case."""
+
+    shape: dict[str, CaseShape]
+
+
+class Checked(Record):
+    """How a variant compares with the reference: the worst of all cases, one check for each quantity."""
+
+    device: str
+    checks: tuple[Check, ...]
+
+
+class Figures(Record):
+    """What the reference knows of one case besides arrays; losses and norms (before clipping) of each step."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    grad_clip: float  # 0: not clipped
+    val_loss: float
 
 
 @dataclass(frozen=True)
@@ -307,7 +337,7 @@ def _difference(ours: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
 def answer(document: Any) -> Any:
     """What this process is asked for, a `Task`."""
     task = Task.model_validate(document)
-    made = (make_reference if task.role == Role.REFERENCE else check_variant)(task.config, task.folder)
+    made = (make_reference if task.role == "reference" else check_variant)(task.config, task.folder)
     return plain(made.model_dump(by_alias=True))
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from nanogpt_mac.child import Answer, Question, ask_side_by_side, require_room
 from nanogpt_mac.config import Config
-from nanogpt_mac.files import write_json
+from nanogpt_mac.files import plain, write_json
 from nanogpt_mac.parity import tolerances
-from nanogpt_mac.parity.tasks import Checked, Made, Role, Task
+from nanogpt_mac.parity.check import Checked, Made
 from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.plan import Check, Parity, ParityResult, ParityState
 
@@ -54,14 +54,14 @@ def check(
             if key not in references:
                 place = Path(work) / str(len(references))
                 place.mkdir()
-                task = Task(role=Role.REFERENCE, config=config, folder=place).plain()
+                task = plain({"role": "reference", "config": document, "folder": str(place)})
                 question = Question(child, task, timeout_s=timeout_s, log=folder / "parity-reference.log")
                 references[key] = place, ask_side_by_side([[question]])[0][0]
             place, answer = references[key]
             if answer.error:
                 results[name] = ParityResult(state=ParityState.ERROR, reason=f"no reference: {answer.error}")
                 continue
-            task = Task(role=Role.VARIANT, config=config, folder=place).plain()
+            task = plain({"role": "variant", "config": document, "folder": str(place)})
             # Nothing is timed here and much of it is compiling, so back ends are checked side by side: three take as
             # much memory as the reference did. Not variants of one back end, which may write the same compiled kernel.
             queue = config.backend.name if (os.cpu_count() or 1) >= MANY_CORES else ""

@@ -100,14 +100,6 @@ class Evaluated(Record):
     seconds: Amount | None = None
 
 
-class Histogram(Record):
-    """Iteration times from the fastest to the 99th percentile, ms; `above` counts those beyond."""
-
-    edges: tuple[float, ...]
-    counts: tuple[Count, ...]
-    above: Count = 0
-
-
 class Projection(Record):
     """What the full recipe would take, and how that is computed."""
 
@@ -185,7 +177,6 @@ class Figures(Mfu):
     roofline: Roofline | None = None
     series: tuple[Series, ...] = ()
     evaluations: tuple[Evaluated, ...] = ()
-    histogram: Histogram | None = None
 
     @property
     def medians(self) -> dict[int, float]:

@@ -36,11 +36,13 @@ class Asked(Record):
 
 
 class Recipe(Record):
-    """How long the full recipe trains and evaluates."""
+    """How long a run, or the full recipe, trains and evaluates. None: not recorded."""
 
-    max_iters: Count
-    eval_interval: Count
-    eval_iters: Count
+    model_config = ConfigDict(from_attributes=True)
+
+    max_iters: Count | None = None
+    eval_interval: Count | None = None
+    eval_iters: Count | None = None
 
 
 class GateOptions(Record):

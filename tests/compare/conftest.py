@@ -14,7 +14,7 @@ FAKE = Path(__file__).parents[1] / "fakes" / "fake_train.py"
 
 @pytest.fixture
 def plan(tmp_path):
-    """A plan of fake variants, written to a comparison's folder: plan(works="works", crash="segfault") -> its runner."""
+    """A plan of fake variants, written to a folder: plan(works="works", crash="segfault") -> its runner."""
 
     def make(rounds=2, iters=12, parity=False, time_wrong=False, stall=60.0, **behaviours):
         variants = []

@@ -9,6 +9,7 @@ from fakes.browser import Browser, programs
 from fakes.pages import EVIL, alone, collected, edited, empty, many, sparse, with_levers
 
 from nanogpt_mac.compare import contents
+from nanogpt_mac.compare import page as compare_page
 from nanogpt_mac.compare.leaderboard import Board, Entry
 from nanogpt_mac.report import page, show
 from nanogpt_mac.report.table import Report
@@ -36,7 +37,7 @@ def pages(comparison):
         "sparse": sparse(comparison),
         "nothing": empty(),
     }
-    return {name: contents.html(document) for name, document in made.items()} | {
+    return {name: compare_page.html(document) for name, document in made.items()} | {
         "leaderboard": board(comparison).html()
     }
 
@@ -102,7 +103,7 @@ def trees(pages):
 def test_small_and_always_the_same(pages, comparison):
     assert {name: len(html.encode()) for name, html in pages.items() if len(html.encode()) >= LARGEST} == {}
     assert len(pages["twelve variants"].encode()) < LARGEST / 2
-    assert contents.html(alone(comparison)) == pages["one run"]
+    assert compare_page.html(alone(comparison)) == pages["one run"]
 
 
 def test_every_section_is_present_or_says_why_not(trees):
@@ -142,7 +143,7 @@ def test_published_figures_lead_to_their_source(trees, comparison):
     assert f"| <{links[0]}> |" in show.markdown(contents.report(comparison))
     for url in ("javascript:alert(1)", 'https://x"><script>|`'):
         odd = edited(comparison, lambda document, _, url=url: document["published"][0].update({"url": url}))
-        html = contents.html(odd)
+        html = compare_page.html(odd)
         assert "<script" not in html + show.markdown(contents.report(odd))
         assert 'href="javascript' not in html
 

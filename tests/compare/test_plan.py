@@ -59,7 +59,7 @@ def names(made):
     return [variant.name for variant in made[0].variants]
 
 
-# -- variants -------------------------------------------------------------------------------------------------------------
+# -- variants ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_variant_of_a_machine(make):
@@ -119,7 +119,7 @@ def test_names_are_unique_whatever_is_written():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["variants=[gpu]"], r"variants=\[gpu\]: gpu is no variant; use one of mlx, mlx-eager, cpu, cpu-compile"),
+        (["variants=[gpu]"], r"variants=\[gpu\]: unknown variant gpu; use one of mlx, mlx-eager, cpu, cpu-compile"),
         (["variants=[mps]"], r"variants=\[mps\]: not available here: no MPS\. Available: mlx"),
         (["backend=cuda"], "backend=cuda: not available here: no CUDA"),
         (['variants=["cpu compile"]'], "compile: use settings of train.py after cpu, as key=value"),

@@ -6,6 +6,7 @@ import pytest
 from fakes.pages import EVIL, alone, collected, edited, empty, many, sparse, with_levers
 
 from nanogpt_mac.compare import charts, contents, doubts, evidence
+from nanogpt_mac.compare import page as compare_page
 from nanogpt_mac.records.comparison import Comparison
 from nanogpt_mac.report import show, svg, words
 
@@ -116,7 +117,7 @@ def test_what_is_missing_is_a_dash_or_a_sentence(comparison, made, capsys):
     show.show(report, details=True)
     assert "The parity gate was not run" in capsys.readouterr().out
     assert "The parity gate was not run" in show.markdown(report)
-    assert "</html>" in contents.html(sparse_one)
+    assert "</html>" in compare_page.html(sparse_one)
     if made is None:
         row = cells(section(sparse_one, "variants"), "mlx")
         assert row["ms an iteration [95 %]"] == words.ms(comparison.named("mlx").median)
@@ -169,7 +170,8 @@ FINDING = {"op": "foo", "phase": "backward", "calls_per_iteration": 2, "bytes": 
 
 @pytest.mark.parametrize(("document", "said"), [
     ({"complete": True, "phases": ["forward", "backward"], "findings": []}, "none in forward, backward"),
-    ({"complete": False, "why_incomplete": ["no profiler"], "findings": []}, "0 found, and there may be more: no profiler"),
+    ({"complete": False, "why_incomplete": ["no profiler"], "findings": []},
+     "0 found, and there may be more: no profiler"),
     ({}, "is not recorded"),
     ({"complete": True, "findings": [FINDING]}, "MPS eager: 1 found"),
 ])  # fmt: skip
@@ -276,8 +278,8 @@ def test_evil_words_are_text(comparison):
 
 def test_one_run_alone_is_a_report(comparison):
     made = alone(comparison)
-    assert "Time relative" not in contents.html(made)
-    assert "chart-series" in contents.html(made)
+    assert "Time relative" not in compare_page.html(made)
+    assert "chart-series" in compare_page.html(made)
 
 
 def test_every_warning_says_what_to_do():

@@ -15,7 +15,7 @@ import pytest
 from fakes.comparisons import outcomes, started
 from fakes.support import ROOT
 
-from nanogpt_mac import child
+from nanogpt_mac import supervise
 from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.compare import run as command
 from nanogpt_mac.compare.config import CompareConfig
@@ -84,7 +84,7 @@ def test_a_killed_comparison_goes_on_and_its_orphan_is_ended(in_a_process, plan)
     before = started(runner)
     assert running.is_running()  # nobody was left to end it
     again = plan.again(runner.folder)
-    again._limits = lambda name: child.Limits(60, 60, 60)
+    again._limits = lambda name: supervise.Limits(60, 60, 60)
     again.carry_out()
     assert not running.is_running() or running.status() == psutil.STATUS_ZOMBIE
     assert set(outcomes(runner).values()) == {("done", None)}
@@ -97,7 +97,7 @@ def test_a_killed_comparison_goes_on_and_its_orphan_is_ended(in_a_process, plan)
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_comparison_says_how_to_go_on(in_a_process, signum):
     runner, made, running = in_a_process
-    with pytest.raises(InputError, match="another process is at work there"), command._alone(runner.folder):
+    with pytest.raises(InputError, match="another process is using it"), command._alone(runner.folder):
         pass
     made.send_signal(signum)
     _, errors = made.communicate(timeout=30)
@@ -112,17 +112,17 @@ def test_an_orphans_number_that_another_process_has_is_left_alone(tmp_path):
     folder = tmp_path / "0-a"
     folder.mkdir()
     (folder / "process.json").write_text(json.dumps({"pid": os.getpid(), "arguments": ["train.py"]}))
-    child.clear(folder)  # would have ended this test
+    supervise.clear(folder)  # would have ended this test
     assert not folder.exists()
 
 
 def test_an_orphan_is_ended_though_the_clock_has_been_set(tmp_path, monkeypatch):
     argv = [sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path)]
     with subprocess.Popen(argv, start_new_session=True) as orphan:
-        child._note(orphan.pid, argv, tmp_path)
+        supervise._note(orphan.pid, argv, tmp_path)
         created = psutil.Process.create_time
         monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 3600)
-        child.clear(tmp_path)
+        supervise.clear(tmp_path)
         assert orphan.wait(5) == -signal.SIGKILL
 
 
@@ -189,7 +189,7 @@ def test_only_a_comparison_that_can_be_read_goes_on(plan, tmp_path):
         ("[1]", "plan.json: not a JSON object"),
         (json.dumps(whole | {"schema": 99}), "plan.json has schema 99, this program's is 2; use the newer nanogpt-mac"),
         (json.dumps({k: v for k, v in whole.items() if k != "variants"}), "plan.json: has no variants"),
-        (json.dumps(whole | {"cwd": str(tmp_path / "gone")}), "gone, which is gone; make that folder, or start anew"),
+        (json.dumps(whole | {"cwd": str(tmp_path / "gone")}), "gone, which is gone; make that folder again"),
         (json.dumps(whole | {"cwd": 5}), "plan.json: cwd=5: "),
         (json.dumps(whole | {"variants": []}), "plan.json: variants must have names of their own"),
         (json.dumps(whole | {"variants": whole["variants"] * 2}), "plan.json: variants must have names of their own"),
@@ -231,7 +231,7 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(plan, monkeypatch, capsy
 
 def test_a_run_that_a_full_disk_has_failed_is_none_of_the_variants_failures(plan, monkeypatch):
     runner = plan(rounds=1, a="raises")
-    monkeypatch.setattr(child, "ROOM", sys.maxsize)
+    monkeypatch.setattr("nanogpt_mac.child.ROOM", sys.maxsize)
     with pytest.raises(OSError, match="No space left on device"):
         runner.carry_out()
     assert outcomes(runner) == {}

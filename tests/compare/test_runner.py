@@ -8,7 +8,7 @@ import psutil
 import pytest
 from fakes.comparisons import outcomes, started
 
-from nanogpt_mac import child
+from nanogpt_mac import supervise
 from nanogpt_mac.measure.rounds import drawn_order
 from nanogpt_mac.measure.runner import Runner
 from nanogpt_mac.records.plan import Asked
@@ -94,7 +94,11 @@ def test_a_pilot_that_hangs_is_ended(plan):
 
 def test_a_round_that_hangs_or_never_ends_is_ended_with_all_that_it_started(plan, monkeypatch):
     runner = plan(rounds=1, still="later-hangs-later", endless="later-endless", fine="works")
-    limits = {"still": child.Limits(60, 0.6, 60), "endless": child.Limits(60, 60, 4), "fine": child.Limits(60, 60, 60)}
+    limits = {
+        "still": supervise.Limits(60, 0.6, 60),
+        "endless": supervise.Limits(60, 60, 4),
+        "fine": supervise.Limits(60, 60, 60),
+    }
     monkeypatch.setattr(Runner, "_limits", lambda self, name: limits[name])
     runner.carry_out()
     found = outcomes(runner)
@@ -120,7 +124,7 @@ def test_a_slow_pilot_is_asked_to_end_once_it_has_shown_enough(plan, monkeypatch
     monkeypatch.setattr("nanogpt_mac.measure.runner.PILOT_S", 0.2)
     runner.carry_out()
     rows = (runner.folder / "rounds/pilot-a/metrics.jsonl").read_text().splitlines()
-    assert child.FEWEST_PILOT <= len(rows) < 10
+    assert supervise.FEWEST_PILOT <= len(rows) < 10
     assert json.loads((runner.folder / "rounds/pilot-a/outcome.json").read_text())["code"] == 143
     assert outcomes(runner)["pilot-a"] == ("done", None)
     assert len((runner.folder / "rounds/0-a/metrics.jsonl").read_text().splitlines()) == 10  # rounds run to their end

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from fakes.comparisons import LINUX, write_comparison
 
-from nanogpt_mac.compare.collect import load_run
+from nanogpt_mac.compare.leaderboard import load_run
 from nanogpt_mac.compare.runs import read
 from nanogpt_mac.errors import InputError
 

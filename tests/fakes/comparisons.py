@@ -77,7 +77,7 @@ def write_comparison(
 
     `noise`: log standard deviation of a round's level; iterations have 1 % of their own and a heavy tail.
     Options: machine (env.json, MAC), experiment (None), corpus ("shakespeare_char"), stand_in (False), gate (True),
-    pilot (True), evaluations (2 a run), levers (any variant has one), stop_after (runs written; the rest is unfinished),
+    pilot (True), evaluations (2 a run), levers (any variant has one), stop_after (runs written),
     recipe (plan.json's, or None), measured_peak (FLOP/s or None), config and model (changes for all variants).
     """
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""The runner measures any program that iterates; tests/compare/test_runner.py has its failures, with train.py's stand-in."""
+"""The runner measures any program that iterates; its failures are in tests/compare/test_runner.py."""
 
 import json
 import os

@@ -8,7 +8,7 @@ from scipy import stats as scipy_stats
 
 from nanogpt_mac.compare import verdict
 from nanogpt_mac.measure import stats
-from nanogpt_mac.records.plan import ParityState
+from nanogpt_mac.records.comparison import VariantResult
 
 
 def noisy(rng, rounds, iters=40, noise=0.01, level=100.0):
@@ -128,7 +128,7 @@ def test_detectable_agrees_with_power():
     assert stats.detectable(0.0, 8) == 0
 
 
-# -- A/A, and a variant slowed by 3 % -------------------------------------------------------------------------------------
+# -- A/A, and a variant slowed by 3 % ----------------------------------------------------------------------------------
 
 
 def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
@@ -150,13 +150,13 @@ def simulate(rng, factors, rounds, noise, bad=0.0, iters=40):
 
 
 def contestant(name, medians):
-    return verdict.Contestant(name, medians, float(np.median(list(medians.values()))), True, False, ParityState.PASS)
+    rounds = [{"round": r, "median": ms} for r, ms in medians.items()]
+    times = {"median": float(np.median(list(medians.values())))}
+    return VariantResult(name=name, label=name, state="ok", parity="pass", rounds=rounds, times=times)
 
 
 def called_slower(variants):
-    ranking = verdict.rank(variants)
-    first, *others = ranking.names
-    return {name for name in others if ranking.ratio(name, first).tie is False}
+    return {variant.name for variant in verdict.rank(variants).ranked[1:] if variant.ratio.tie is False}
 
 
 def test_twenty_comparisons_of_a_variant_with_itself():
@@ -191,7 +191,8 @@ def test_power_and_false_alarms_under_realistic_noise(variants, rounds, noise, b
     record_property("false alarms", alarms)
     record_property("3 % found", found)
     print(
-        f"{variants} variants, {rounds} rounds, noise {noise}, disturbed {bad}: alarms {alarms:.3f}, 3 % found {found:.3f}"
+        f"{variants} variants, {rounds} rounds, noise {noise}, disturbed {bad}: "
+        f"alarms {alarms:.3f}, 3 % found {found:.3f}"
     )
     assert alarms <= (0.03 if variants == 2 else 0.09)  # 1 % and 5 %, and three standard errors
     if not bad:
@@ -274,4 +275,4 @@ def test_pairs_decide_where_medians_mislead():
     fast = contestant("fast", dict(enumerate(base)))
     slow = contestant("slow", {r: 1.02 * ms for r, ms in enumerate(base[:6])})
     assert slow.median < fast.median
-    assert verdict.rank([slow, fast]).names == ("fast", "slow")
+    assert [variant.name for variant in verdict.rank([slow, fast]).ranked] == ["fast", "slow"]

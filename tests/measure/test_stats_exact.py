@@ -20,7 +20,7 @@ def rising(percent, count=40, start=100.0):
 @pytest.mark.parametrize("rounds", [5, 9, 20])
 @pytest.mark.parametrize("confidence", [0.95, 0.99])
 def test_percentiles_are_widened_as_hesterberg_says(rounds, confidence, monkeypatch):
-    """The tail is that of a t interval of standard error sqrt(n / (n - 1)) times the bootstrap's, in normal quantiles."""
+    """The tail: a t interval of standard error sqrt(n / (n - 1)) times the bootstrap's, in normal quantiles."""
     asked = []
     quantile = np.quantile
     monkeypatch.setattr(np, "quantile", lambda values, q: asked.append(q) or quantile(values, q))

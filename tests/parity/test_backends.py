@@ -1,4 +1,4 @@
-"""The one test that every variant of computing the model must pass: the same numbers from the same weights and batches."""
+"""The one test that every back end must pass: the same numbers from the same weights and batches."""
 
 import math
 

@@ -333,7 +333,7 @@ def test_gradients_are_read_from_the_first_moments_and_queries_keys_values_apart
 
 
 def test_every_reading_of_every_case(config, folder):
-    """What is read and of what, in its order: three losses, one norm of the first step, a rule for each tensor a step."""
+    """What is read, in order: three losses, one norm of the first step, a rule for each tensor a step."""
     corpus = prepare(config.data)
     spec = GPTSpec(**json.loads((folder / "spec.json").read_text()))
     names = list(spec.shapes())

@@ -1,4 +1,4 @@
-"""The parity gate: its reference against transformers and torch.optim, clean variants pass, planted faults are caught."""
+"""The parity gate: its reference against transformers and torch.optim, and planted faults are caught."""
 
 import dataclasses
 import json
@@ -15,12 +15,12 @@ from fakes.support import FRAMEWORKS
 
 from nanogpt_mac import child
 from nanogpt_mac.cli import compose
+from nanogpt_mac.files import plain
 from nanogpt_mac.gpt.pretrained import TRANSPOSED
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.parity import gate as parity
 from nanogpt_mac.parity import reference, tolerances
-from nanogpt_mac.parity.check import LOSS_SCALE, check_variant, drawn_weights, make_reference
-from nanogpt_mac.parity.tasks import Task
+from nanogpt_mac.parity.check import LOSS_SCALE, Task, check_variant, drawn_weights, make_reference
 from nanogpt_mac.records.plan import Parity
 from nanogpt_mac.simulator import VARIABLE
 
@@ -154,7 +154,8 @@ def test_back_ends_are_checked_side_by_side_where_there_are_cores(variant, tmp_p
 
 
 def test_a_hang_ends_and_a_reference_that_cannot_be_made_says_why(variant, tmp_path):
-    program = "import json, sys, time; time.sleep(600 * (json.load(sys.stdin)['role'] == 'variant')); print('{\"shape\": {}}')"
+    waits = "time.sleep(600 * (json.load(sys.stdin)['role'] == 'variant'))"
+    program = f"import json, sys, time; {waits}; print('{{\"shape\": {{}}}}')"
     hung = parity.check({"cpu": variant("backend=cpu")}, tmp_path, 3.0, child=(sys.executable, "-c", program))
     assert hung.variants["cpu"].reason == "no answer within 3 s"
     missing = dataclasses.replace(variant("backend=cpu"), init_from=str(tmp_path / "no.pt"))
@@ -166,7 +167,7 @@ def test_a_hang_ends_and_a_reference_that_cannot_be_made_says_why(variant, tmp_p
 
 
 def task(config, folder, role="variant"):
-    return Task(role=role, config=config, folder=folder).plain()
+    return plain({"role": role, "config": dataclasses.asdict(config), "folder": str(folder)})
 
 
 def mutants(config, folder, names, **environment):
@@ -220,8 +221,9 @@ def test_the_shortest_windows_pass(variant, tmp_path, block_size):
 
 
 def test_a_task_survives_the_way_to_a_child(variant, tmp_path):
-    asked = Task(role="variant", config=variant("model.bias=true", "data.val_fraction=0.2"), folder=tmp_path)
-    assert Task.model_validate(json.loads(json.dumps(asked.plain()))) == asked
+    config = variant("model.bias=true", "data.val_fraction=0.2")
+    asked = Task(role="variant", config=config, folder=tmp_path)
+    assert Task.model_validate(json.loads(json.dumps(task(config, tmp_path)))) == asked
 
 
 def test_every_precision_has_every_limit():

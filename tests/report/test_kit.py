@@ -18,7 +18,8 @@ def report():
     links = Table("Links", ["source", "where"], [Row(["paper", "https://a.example/b"], link="https://a.example/b")])
     return Report(
         "Test", "Test: a machine", "A is fastest: 1.5 ms. B is WRONG.", facts=["a machine", "today"],
-        figures=[("1.5 ms", "an iteration", "")], alarms=["look out"], version="1.2", symbol="✅", first_screen=("first",),
+        figures=[("1.5 ms", "an iteration", "")], alarms=["look out"], version="1.2", symbol="✅",
+        first_screen=("first",),
         sections=[
             Section("first", "First", ["a note"], [figures], "Nothing ran.", matters=True),
             Section("warn", "Warnings", items=["beware"], alarming=True),

@@ -1,6 +1,6 @@
 """A seeded sample of torch's operator database, and the operators of a GPT, against the CPU.
 
-The sweep is that of `mps_coverage.py scope=opinfo`, with narrower limits: the kernels are the same on both sides, so only
+The sweep is that of `mps_coverage.py scope=opinfo`, with narrower limits: the kernels are the same, so only
 what decomposes differently may differ, by rounding.
 """
 
