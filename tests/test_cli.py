@@ -112,7 +112,7 @@ VALUES = [
     (["model.dropout=1.5"], "model.dropout=1.5: use a number from 0"),
     (
         ["model.block_size=500"],
-        r"model.block_size=500: the shorter split of data=text has only 200 tokens; .* at most 199",
+        r"model.block_size=500: the shorter split of data=text has only 200 tokens; use at most 199",
     ),
     (["data.path=nowhere.txt"], "data.path=nowhere.txt: "),
     (["backend=cpu", "backend.fused_adamw=true", "model.n_layer=0"], "model.n_layer=0: use at least 1"),
