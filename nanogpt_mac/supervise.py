@@ -32,7 +32,8 @@ class Limits:
     first: float  # without any sign of life until the first iteration is recorded, which compiles
     stall: float  # without one after that
     total: float
-    enough: float | None = None  # a pilot run: of iterations, after which it is asked to end
+    enough: float | None = None  # of iterations, after which it is asked to end, and counts with those it has done
+    fewest: int = FEWEST_PILOT  # iterations, before it is asked
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Ending:
     code: int | None
     reason: str | None  # one line
     seconds: float
+    cut: bool = False  # it was asked to end, and had not done everything
 
 
 def supervise(
@@ -78,7 +80,7 @@ def supervise(
         return Ending(RunState.TIMEOUT, code, overdue, seconds)
     well = (0, 128 + signal.SIGTERM, -signal.SIGTERM) if asked else (0,)  # the last: asked when it was done anyway
     if code in well and (folder / "summary.json").exists():
-        return Ending(RunState.DONE, code, None, seconds)
+        return Ending(RunState.DONE, code, None, seconds, cut=code == 128 + signal.SIGTERM)
     state, reason = _why(code, (folder / "log.txt").read_text(errors="replace"), signs or {})
     return Ending(state, code, reason, seconds)
 
@@ -113,7 +115,7 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits, begun
         if now - begun > limits.total:
             return f"not done within {now - begun:.0f} s, {_after(iterations)}: ended", False
         done = limits.enough is not None and iterating is not None and now - iterating > limits.enough
-        if done and asked is None and iterations >= FEWEST_PILOT:
+        if done and asked is None and iterations >= limits.fewest:
             asked = now
             process.send_signal(signal.SIGTERM)
     return None, asked is not None
