@@ -42,7 +42,7 @@ class Ending:
     code: int | None
     reason: str | None  # one line
     seconds: float
-    cut: bool = False  # it was asked to end, and had not done everything
+    cut: bool = False  # it was asked to end, and did
 
 
 def supervise(
@@ -98,24 +98,24 @@ def clear(folder: Path) -> None:
 def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits, begun: float) -> tuple[str | None, bool]:
     """Wait for the end of the process; (why it must be ended, whether it was asked to end, having done enough)."""
     signs, alive = (0, 0), begun
-    iterations, iterating, asked = 0, None, None
+    count, iterating, asked = 0, None, None
     while process.poll() is None:
         time.sleep(POLL_S)
         now = time.monotonic()
         seen = (_size(folder / "metrics.jsonl"), _size(folder / "log.txt"))
         if seen != signs:
-            signs, alive, iterations = seen, now, _iterations(folder)
-        if iterations and iterating is None:
+            signs, alive, count = seen, now, iterations(folder)
+        if count and iterating is None:
             iterating = now
-        patience = limits.stall if iterations else limits.first
+        patience = limits.stall if count else limits.first
         if asked is not None:
             patience = max(patience, GRACE_S)
         if now - alive > patience:
-            return f"no sign of life for {now - alive:.0f} s, {_after(iterations)}: ended as hung", False
+            return f"no sign of life for {now - alive:.0f} s, {_after(count)}: ended as hung", False
         if now - begun > limits.total:
-            return f"not done within {now - begun:.0f} s, {_after(iterations)}: ended", False
+            return f"not done within {now - begun:.0f} s, {_after(count)}: ended", False
         done = limits.enough is not None and iterating is not None and now - iterating > limits.enough
-        if done and asked is None and iterations >= limits.fewest:
+        if done and asked is None and count >= limits.fewest:
             asked = now
             process.send_signal(signal.SIGTERM)
     return None, asked is not None
@@ -128,7 +128,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _iterations(folder: Path) -> int:
+def iterations(folder: Path) -> int:
     """How many iterations a run has recorded: it writes them every two seconds."""
     try:
         return (folder / "metrics.jsonl").read_text(errors="replace").count('"kind": "iteration"')

@@ -28,6 +28,7 @@ STANDARD_ERRORS = 4.0  # that chance may add to a window's mean
 DOUBLING, EARLY, LATER = 0.0014, 0.015, 0.025
 SMALL, MOST = 0.005, 0.08
 EVALUATION = 2.0  # windows' limits: its few batches are no mean over iterations
+EXACT = 1e-4  # a tolerance below which rounding is no noise to average out
 FLOOR = 0.25  # of the first loss: below that, a share of the loss says little
 
 
@@ -128,8 +129,9 @@ def differences(ours: Curve, theirs: Curve, number: int) -> Iterator[Difference]
     for start in range(0, max(whole - WINDOW, 0) + 1, WINDOW // 2) if whole else ():
         end = min(start + WINDOW, whole)
         x, y = a[start:end], b[start:end]
-        noise = _noise(x - y) / math.sqrt(len(x))
-        limit = allowed(end - 1, max(x.mean(), y.mean())) + STANDARD_ERRORS * noise
+        noisy = dropout or tolerance > EXACT
+        chance = STANDARD_ERRORS * _noise(x - y) / math.sqrt(len(x)) if noisy else 0.0
+        limit = allowed(end - 1, max(x.mean(), y.mean())) + chance
         where = f"the training loss at iterations {start} to {end - 1} {of}"
         yield Difference(start, where, float(x.mean()), float(y.mean()), limit)
     evaluated = {row.iter: row for row in theirs.run.evaluations}
@@ -145,9 +147,9 @@ def differences(ours: Curve, theirs: Curve, number: int) -> Iterator[Difference]
 
 
 def _noise(differences: np.ndarray) -> float:
-    """Standard deviation from one iteration to the next, which no drift enters."""
-    steps = np.abs(np.diff(differences))
-    return float(1.4826 * np.median(steps) / math.sqrt(2)) if len(steps) else 0.0
+    """Standard deviation from one iteration to the next, which neither an offset nor a slope enters."""
+    bends = np.abs(np.diff(differences, 2))
+    return float(1.4826 * np.median(bends) / math.sqrt(6)) if len(bends) else 0.0
 
 
 @dataclass(frozen=True)

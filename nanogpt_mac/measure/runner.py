@@ -223,8 +223,11 @@ class Runner:
             self.bar.run(self._title(position), position, len(self._order()), self._expected_s(name), rest_s)
             heat = self._cool_down(heat_left)
             heat_left -= heat.waited_s
-            limits = dataclasses.replace(self._limits(name), enough=self._enough_s(position), fewest=self._fewest(name))
-            outcome = self._run((number, name), *self._size(name), limits, heat)
+            iters, warmup = self._size(name)
+            limits, least = self._limits(name), fewest(self._cost(name), warmup)
+            if least < iters:
+                limits = dataclasses.replace(limits, enough=self._enough_s(position), fewest=least)
+            outcome = self._run((number, name), iters, warmup, limits, heat)
             failures[name] += _failed(outcome)
             self._tell(position, outcome)
 
@@ -293,10 +296,6 @@ class Runner:
         share = self._expected_s(name) * left / sum(map(self._expected_s, due))
         return max(0.0, min(far, share) - cost.start_s + (cost.evaluation_s if number == 0 else 0.0))
 
-    def _fewest(self, name: str) -> int:
-        iters, warmup = self._size(name)
-        return min(iters, fewest(self._cost(name), warmup))
-
     def _limits(self, name: str) -> supervise.Limits:
         cost, shown = self._cost(name), self.results[PILOT, name]
         assert shown.median is not None  # or it would not have been planned
@@ -346,10 +345,11 @@ class Runner:
                 self.results[key] = job.shown(task.folder)
             except (DamagedError, FileNotFoundError) as error:
                 ending = dataclasses.replace(ending, state=RunState.FAILED, reason=_words(error))
-        if heat is None:  # a pilot run, which is always asked to end once it has shown enough
-            ending = dataclasses.replace(ending, cut=False)
-        else:
+        if heat is not None:
             heat = heat.model_copy(update={"after": self.thermal_state()})
+        # A pilot run is always asked to end, and one that was asked may just have been done.
+        cut = ending.cut and number != PILOT and supervise.iterations(task.folder) < iters
+        ending = dataclasses.replace(ending, cut=cut)
         return self._record(
             Outcome(variant=name, round=number, started=started, heat=heat, **dataclasses.asdict(ending))
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fakes.comparisons import write_comparison
 from fakes.support import ROOT
 
@@ -20,6 +21,7 @@ from nanogpt_mac.compare import contents, losses
 from nanogpt_mac.compare.collect import collect
 from nanogpt_mac.compare.leaderboard import Entry
 from nanogpt_mac.compare.runs import Run, Settings
+from nanogpt_mac.config import Config
 from nanogpt_mac.records.comparison import Comparison, VariantResult
 from nanogpt_mac.records.run import Environment, EvaluationRow, IterationRow, Outcome, RunFacts
 from nanogpt_mac.report import show
@@ -192,7 +194,7 @@ def test_masks_may_add_four_standard_errors():
     base = np.full(20, 4.0)
     noise = rng.normal(0, 0.1, 20)
     noise -= noise.mean()
-    spread = 1.4826 * np.median(np.abs(np.diff(noise))) / math.sqrt(2)
+    spread = 1.4826 * np.median(np.abs(noise[2:] - 2 * noise[1:-1] + noise[:-2])) / math.sqrt(6)
     limit = 0.005 * 4.0 + 4 * spread / math.sqrt(20)
     for factor, state in ((0.95, "agree"), (1.05, "in doubt")):
         off = (base + noise + factor * limit).tolist()
@@ -374,3 +376,64 @@ def test_a_run_that_diverged_alone_is_wrong_not_failed(tmp_path):
     found = collect(folder)
     assert (found.named("cpu").state, found.named("mlx").state) == ("ok", "wrong")
     assert "the training loss at iteration 8 of round 0 is nan, of CPU eager 4." in found.named("mlx").reason
+
+
+# -- real runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_faults_planted_in_real_runs(tmp_path_factory, monkeypatch):
+    """A tiny model's 150 iterations at a constant rate, on a CPU in torch and, where it is there, in MLX."""
+    from nanogpt_mac.backends import kinds
+    from nanogpt_mac.backends.torch_backend import TorchBackend
+    from nanogpt_mac.compare import runs
+    from nanogpt_mac.gpt.torch_gpt import GPT
+    from nanogpt_mac.train import session
+
+    step, wait = TorchBackend.step, TorchBackend.wait
+    data = tmp_path_factory.mktemp("data")
+
+    def run(dropout, dtype, name="cpu"):
+        config = Config(max_iters=150, batch_size=4, eval_interval=150, eval_iters=5, decay_lr=False, dtype=dtype)
+        config.model.n_layer, config.model.n_head, config.model.n_embd, config.model.block_size = 2, 2, 32, 32
+        config.model.dropout, config.backend.name, config.compile, config.gemm_seconds = dropout, name, False, 0.0
+        config.data.name, config.data.dir, config.wandb.mode = "stand_in", str(data), "disabled"
+        config.checkpoint, config.sample_tokens = False, 0
+        config.run_dir = str(tmp_path_factory.mktemp("run") / "r")
+        assert session.run(config) == 0
+        return replace(runs.read(Path(config.run_dir)), outcome=Outcome(variant=name, round=0, state="done"))
+
+    def late_rate(self, starts, lr):  # from the 30th on
+        self.count = getattr(self, "count", 0) + 1
+        return step(self, starts, lr if self.count < 30 else 0.0)
+
+    faults = {
+        "a rate 10 % too high": (TorchBackend, "step", lambda self, starts, lr: step(self, starts, 1.1 * lr)),
+        "no update after 30": (TorchBackend, "step", late_rate),
+        "weights frozen": (TorchBackend, "step", lambda self, starts, lr: step(self, starts, 0.0)),
+        "loss 1 % too high": (TorchBackend, "wait", lambda self, h: (lambda loss, n: (1.01 * loss, n))(*wait(self, h))),
+        "evaluates in training mode": (GPT, "eval", lambda self: self.train()),
+        "no dropout": (GPT, "train", lambda self, mode=True: torch.nn.Module.train(self, False)),
+    }
+    shares = {}
+    for dropout, dtype in ((0.0, "float32"), (0.2, "float32"), (0.2, "bfloat16")):
+        clean = {name: run(dropout, dtype, name) for name in ("cpu", "mlx") if kinds.missing(name) is None}
+        if len(clean) == 2:
+            assert states(**clean) == {"cpu": "agree", "mlx": "agree"}
+        other = clean.get("mlx", clean["cpu"])
+        for what, (place, name, changed) in faults.items():
+            if dropout == 0 and place is GPT:  # where there is no dropout, its faults compute the same
+                continue
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, changed)
+                faulty = run(dropout, dtype)
+            shares[what, dropout, dtype] = losses.compared({0: faulty}, {0: other}).share
+    print("\n".join(f"{key}: {share:.3g} of the limit" for key, share in shares.items()))
+    missed = {key for key, share in shares.items() if share <= 1}
+    assert missed <= {  # a model so small learns so slowly that masks hide what the larger ones show
+        ("a rate 10 % too high", 0.2, "float32"),
+        ("a rate 10 % too high", 0.2, "bfloat16"),
+        ("no dropout", 0.2, "float32"),
+        ("no dropout", 0.2, "bfloat16"),
+        ("evaluates in training mode", 0.2, "bfloat16"),
+    }
