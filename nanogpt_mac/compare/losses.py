@@ -86,6 +86,7 @@ class Curve:
         work = self.run.work
         return tolerances.limits(work.dtype or "float32", work.matmul_precision or "highest")["loss"]
 
+    @cached_property
     def computes(self) -> tuple[object, ...] | None:
         """Equal for runs whose losses must agree: all that decides what is learnt, but rounding and the schedule,
         which every row has. None where it is not recorded.
@@ -93,6 +94,8 @@ class Curve:
         facts, config = self.run.facts, self.run.config
         recipe = config.weight_decay, config.beta1, config.beta2, config.grad_clip
         if facts is None or None in recipe or not len(self.losses) or self.run.iterations[0].iter:
+            return None
+        if tolerances.precision(facts.dtype, facts.matmul_precision) not in tolerances.PRECISIONS:  # another version's
             return None
         model = tuple(sorted(facts.model.model_dump().items()))
         batch = facts.batch_size, facts.gradient_accumulation_steps
@@ -140,6 +143,8 @@ def differences(ours: Curve, theirs: Curve, number: int) -> Iterator[Difference]
             continue
         for split in ("train", "val"):
             x, y = getattr(row, f"{split}_loss"), getattr(other, f"{split}_loss")
+            if not (math.isfinite(x) or math.isfinite(y)):
+                continue
             size = max(x, y) if math.isfinite(x) and math.isfinite(y) else scale
             limit = EVALUATION * allowed(row.iter - 1, size) if row.iter else tolerance * max(size, tolerance)
             when = f"after {row.iter} iterations" if row.iter else "before the first iteration"
@@ -165,23 +170,19 @@ class Pair:
         return d and Difference(d.iteration, d.where, d.theirs, d.ours, d.limit)
 
 
-def compared(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> Pair | None:
+def compared(ours: Mapping[int, Curve], theirs: Mapping[int, Curve]) -> Pair | None:
     """Round by round, of rounds that both have, or else the first of each; None where nothing can be held against
     each other.
     """
-    common = sorted(ours.keys() & theirs.keys())
-    pairs = [(r, ours[r], theirs[r]) for r in common]
+    common = [(r, ours[r], theirs[r]) for r in sorted(ours.keys() & theirs.keys())]
     if not common and ours and theirs:
-        pairs = [(min(ours), ours[min(ours)], theirs[min(theirs)])]
+        common = [(min(ours), ours[min(ours)], theirs[min(theirs)])]
     found: list[Difference] = []
     iterations = 0
-    for number, one, other in pairs:
-        a, b = Curve(one), Curve(other)
-        if a.computes() is None or a.computes() != b.computes():
-            continue
-        these = list(differences(a, b, number))
-        found += these
-        iterations = max(iterations, min(len(a.losses), len(b.losses)) if these else 0)
+    for number, a, b in common:
+        if a.computes is not None and a.computes == b.computes and (these := list(differences(a, b, number))):
+            found += these
+            iterations = max(iterations, min(len(a.losses), len(b.losses)))
     if not found:
         return None
     beyond = [difference for difference in found if not difference.share <= 1]
@@ -207,7 +208,7 @@ def hold(variants: Sequence[VariantResult], runs: Mapping[str, Mapping[int, Run]
     heard = {
         name
         for name, variant in by_name.items()
-        if variant.parity is not ParityState.FAIL and not any(_broken(run) for run in usable[name].values())
+        if variant.parity is not ParityState.FAIL and not any(_broken(curve.run) for curve in usable[name].values())
     }
 
     def strength(name: str) -> tuple[int, int]:
@@ -238,9 +239,9 @@ def hold(variants: Sequence[VariantResult], runs: Mapping[str, Mapping[int, Run]
     return [_with(variant, judged(variant.name)) for variant in variants]
 
 
-def _usable(rounds: Mapping[int, Run]) -> dict[int, Run]:
+def _usable(rounds: Mapping[int, Run]) -> dict[int, Curve]:
     """Runs of train.py that ended well, or in a loss that is no number."""
-    return {r: run for r, run in sorted(rounds.items()) if run.iterations and (run.timed or _broken(run))}
+    return {r: Curve(run) for r, run in sorted(rounds.items()) if run.iterations and (run.timed or _broken(run))}
 
 
 def _broken(run: Run) -> bool:

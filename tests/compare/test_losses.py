@@ -67,6 +67,10 @@ def held(parity=None, **rounds):
     return {variant.name: variant for variant in losses.hold(variants, runs)}
 
 
+def compared(ours, theirs):
+    return losses.compared({0: losses.Curve(ours)}, {0: losses.Curve(theirs)})
+
+
 def states(**rounds):
     return {name: variant.losses.state.value for name, variant in held(**rounds).items()}
 
@@ -98,7 +102,7 @@ def test_correct_variants_stay_within_the_limits(recorded):
     shares = {}
     for work, runs in recorded.items():
         for (a, ours), (b, theirs) in itertools.combinations(correct(runs).items(), 2):
-            pair = losses.compared({0: ours}, {0: theirs})
+            pair = compared(ours, theirs)
             assert pair.wrong is None, (work, a, b, pair.wrong)
             assert pair.iterations == 250
             shares[(*work, a, b)] = pair.share
@@ -123,7 +127,7 @@ def test_late_faults_are_found_in_every_size_and_dtype(recorded, fault, comparis
             dtype = name.split("_")[0]
             for other in (run for clean, run in correct(runs).items() if clean.startswith(dtype)):
                 count += 1
-                assert losses.compared({0: run}, {0: other}).wrong is not None, name
+                assert compared(run, other).wrong is not None, name
     assert count == comparisons
 
 
@@ -132,9 +136,7 @@ def test_the_smallest_faults_are_found_in_float32_without_dropout_alone(recorded
 
     def share(dropout, fault):
         runs = recorded["Q", dropout]
-        return losses.compared(
-            {0: runs[f"float32_{dropout}_cuda_False_{fault}"]}, {0: runs[f"float32_{dropout}_cpu_False_"]}
-        ).share
+        return compared(runs[f"float32_{dropout}_cuda_False_{fault}"], runs[f"float32_{dropout}_cpu_False_"]).share
 
     assert share("0.0", "lr1.01") > 5
     assert share("0.2", "lr1.01") < 1
@@ -252,7 +254,9 @@ def test_every_round_is_held_against_the_same_round_of_the_others():
     found = held(a=[made(GOOD)] * 3, b=[made(GOOD)] * 3, c=[made(GOOD), made(GOOD), made(BAD)])
     assert found["c"].losses.state == "wrong"
     assert " of round 2 is " in found["c"].losses.reason
-    alone = losses.compared({0: made(GOOD)}, {4: made(BAD)})  # a slow variant takes part in few
+    alone = losses.compared(
+        {0: losses.Curve(made(GOOD))}, {4: losses.Curve(made(BAD))}
+    )  # a slow variant takes part in few
     assert alone.wrong is not None
 
 
@@ -275,6 +279,7 @@ def test_a_run_that_was_cut_is_compared_as_far_as_it_goes():
         {"corpus_facts": {"name": "x", "label": "x", "sha256": "1" * 64}},
         {"config": CONFIG.model_copy(update={"beta2": 0.95})},
         {"config": Settings()},
+        {"dtype": "float8"},
         {"lr": rates(60, peak=2e-3)},
     ],
 )
@@ -427,7 +432,7 @@ def test_faults_planted_in_real_runs(tmp_path_factory, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(place, name, changed)
                 faulty = run(dropout, dtype)
-            shares[what, dropout, dtype] = losses.compared({0: faulty}, {0: other}).share
+            shares[what, dropout, dtype] = compared(faulty, other).share
     print("\n".join(f"{key}: {share:.3g} of the limit" for key, share in shares.items()))
     missed = {key for key, share in shares.items() if share <= 1}
     assert missed <= {  # a model so small learns so slowly that masks hide what the larger ones show
