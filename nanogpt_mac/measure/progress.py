@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
@@ -14,9 +15,10 @@ class Bar:
 
     def __init__(self) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), _Left()
+        console, off = Console(), not sys.stdout.isatty()
         # Once a second: the processes that are timed have the same cores.
-        self._progress = Progress(*columns, refresh_per_second=1, transient=True, disable=not sys.stdout.isatty())
-        self._task = self._progress.add_task("", ends=0.0, rest_s=0.0)
+        self._progress = Progress(*columns, console=console, refresh_per_second=1, transient=True, disable=off)
+        self._task = self._progress.add_task("", visible=False, ends=0.0, rest_s=0.0)
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -28,7 +30,8 @@ class Bar:
     def run(self, label: str, done: int, runs: int, run_s: float, rest_s: float) -> None:
         """The next of `runs` begins, after `done`; it is expected to take `run_s`, those after it `rest_s` seconds."""
         ends = time.monotonic() + run_s
-        self._progress.update(self._task, description=label, completed=done, total=runs, ends=ends, rest_s=rest_s)
+        self._progress.update(self._task, visible=True, description=label, completed=done, total=runs)
+        self._progress.update(self._task, ends=ends, rest_s=rest_s)
 
 
 class _Left(ProgressColumn):
