@@ -33,8 +33,8 @@ from nanogpt_mac.train import checkpoint
 
 # What a fit (gpt/fit.py) must be at least, where the text's own symbols are taken, by how far training has come: the
 # mean change of a norm's gain, 0.001 an iteration at nanoGPT's learning rate. Measured on tiny Shakespeare with models
-# of 16 channels: the text that they were trained on has 0.12, 0.45, 0.97 and 0.997 at 0.001, 0.003, 0.015 and 0.04; with
-# one letter in another's place 0.11, 0.38, 0.86 and 0.89; with capitals and small letters exchanged below 0.1.
+# of 16 channels: the text that they were trained on has 0.12, 0.45, 0.97 and 0.997 at 0.001, 0.003, 0.015 and 0.04;
+# with one letter in another's place 0.11, 0.38, 0.86 and 0.89; with capitals and small letters exchanged below 0.1.
 PROGRESS, FIT_OF_ITS_TEXT = (0.001, 0.005, 0.015, 0.03), (0.05, 0.4, 0.85, 0.975)
 FIT_OF_OTHERS = 0.6  # at most so much, where the symbols were given, and the text may be a new one
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from fakes.nanogpt_files import trained
 
+from nanogpt_mac.cli import Command
 from nanogpt_mac.config import Config, SampleConfig
 from nanogpt_mac.corpus import CharEncoder, DataConfig, TrainedBPEEncoder, prepare
 from nanogpt_mac.corpus.stand_in import generate
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig, TrainState
-from nanogpt_mac.train import checkpoint, sample
+from nanogpt_mac.train import checkpoint, sample, session
 from nanogpt_mac.train.source import corpus_of, open_model, open_source, same_tokens
 
 OTHER = str.maketrans("abcdefghijklmnopqrstuvwxyz", "zyxwvutsrqponmlkjihgfedcba")
@@ -215,6 +216,32 @@ def test_a_run_goes_on_with_its_prepared_text(house, run, tmp_path, capsys):
         corpus_of(dataclasses.replace(gone, given=[f"path={gone.data.path}"]))
     with pytest.raises(InputError, match=r"No such file.*; the prepared text is not in data\.dir=.*nowhere either"):
         corpus_of(dataclasses.replace(gone, data=dataclasses.replace(gone.data, dir=str(tmp_path / "nowhere"))))
+
+
+def train(*overrides):
+    quick = ["experiment=smoke", "backend=cpu", "model.n_layer=1", "gemm_seconds=0", "wandb.mode=disabled"]
+    quick = quick if overrides[0] != "init_from=resume" else []
+    return Command("config", ["train.py", *overrides, *quick]).run(session.run)
+
+
+def test_a_run_with_relative_paths_resumes_from_any_folder_and_without_its_text(tmp_path, monkeypatch, capsys):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("text.txt").write_text("Jack and Jill went up the hill.\n" * 200)
+    assert train("data=text", "path=text.txt", "run_dir=run", "max_iters=10") == 0
+    monkeypatch.chdir(tmp_path / "there")
+    for last, gone in ((12, False), (14, True)):
+        if gone:
+            (tmp_path / "here" / "text.txt").unlink()
+        capsys.readouterr()
+        assert train("init_from=resume", "run=../here/run", f"max_iters={last}", f"run_dir=to{last}") == 0
+        assert ("going on with the same text" in capsys.readouterr().err) is gone
+        assert checkpoint.read_meta(checkpoint.find(f"to{last}")).iteration == last
+    assert not Path("data").exists()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").replace(tmp_path / "moved")  # the project is now elsewhere
+    assert train("init_from=resume", "run=moved/run", "max_iters=12", "run_dir=again") == 0
 
 
 def test_a_text_that_was_changed_is_refused(house, run):
