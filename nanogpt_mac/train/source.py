@@ -88,7 +88,8 @@ def corpus_of(config: Config) -> Corpus:
 
 def _is_file_with(data: DataConfig, sha256: str | None) -> bool:
     """Whether the text's file, as it lies on the disk, has this checksum: until 0.1 that was a corpus's own."""
-    return data.path is not None and hashlib.sha256(Path(data.path).read_bytes()).hexdigest() == sha256
+    file = Path(data.path or "")
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256
 
 
 def open_source(config: Config, corpus: Corpus) -> Source:

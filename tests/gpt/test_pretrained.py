@@ -304,6 +304,13 @@ def test_metadata_of_any_kind_does_no_harm(tmp_path, sound, change):
     assert (loaded.state.iteration, loaded.best, loaded.trained) == (4, 2.5, True)
 
 
+def test_steps_may_be_whole_numbers(tmp_path, sound):
+    optimizer = copy.deepcopy(sound["optimizer"])
+    for entry in optimizer["state"].values():
+        entry["step"] = int(entry["step"])
+    assert read(tmp_path, sound | {"optimizer": optimizer}).state.optimizer_steps == 4
+
+
 def test_numpys_scalars_are_read_under_numpy_1s_name(tmp_path, sound):
     torch.save(sound | {"best_val_loss": np.float64(2.5)}, tmp_path / "new.pt", _use_new_zipfile_serialization=False)
     data = (tmp_path / "new.pt").read_bytes()

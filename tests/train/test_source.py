@@ -1,8 +1,10 @@
 """Where a model comes from, and that a corpus has its tokens: refused before a step is taken or a token drawn."""
 
 import dataclasses
+import hashlib
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from nanogpt_mac.cli import Command
 from nanogpt_mac.config import Config, SampleConfig
 from nanogpt_mac.corpus import CharEncoder, DataConfig, TrainedBPEEncoder, prepare
 from nanogpt_mac.corpus.stand_in import generate
+from nanogpt_mac.corpus.texts import folder_key
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig, TrainState
 from nanogpt_mac.train import checkpoint, sample, session
@@ -247,6 +250,22 @@ def test_a_run_with_relative_paths_resumes_from_any_folder_and_without_its_text(
 def test_a_text_that_was_changed_is_refused(house, run):
     with pytest.raises(InputError, match="was trained on other text"):
         opened(resuming(house, run, "other"))
+
+
+def test_a_run_that_was_trained_on_carriage_returns_goes_on_with_them(house, run, tmp_path, capsys):
+    """As all were until line ends were read as such: its checksum is the file's."""
+    file = tmp_path / "windows.txt"
+    file.write_bytes((house / "text.txt").read_bytes().replace(b"\n", b"\r\n"))
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    asked = resuming(house, run)
+    prepared = house / "data" / folder_key(asked.data, prepare(asked.data).sha256)
+    asked.data.path, asked.data.dir = str(file), str(tmp_path / "data")
+    kept = shutil.copytree(prepared, tmp_path / "data" / folder_key(asked.data, sha256))
+    meta = json.loads((kept / "meta.json").read_text())
+    (kept / "meta.json").write_text(json.dumps(meta | {"sha256": sha256}))
+    edit_state(run, sha256=sha256)
+    assert opened(asked).state.iteration == 5
+    assert "the run was trained on its line ends as they are: going on with the same text" in capsys.readouterr().err
 
 
 def edit_state(run, **corpus):
