@@ -372,6 +372,7 @@ def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key = {"logger": "wandb", "path": "data.path", "data_dir": "data.dir"}.get(key, key)
         OmegaConf.update(resumed, key, OmegaConf.select(cfg, key), merge=False)
     resumed.init_from, resumed.run, resumed.run_dir = "resume", cfg.run, cfg.run_dir
+    resumed.shared_machine = cfg.shared_machine  # of this run, not of the sweep that it may come from
     return resumed
 
 
