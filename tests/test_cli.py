@@ -225,6 +225,8 @@ def test_validate_does_not_take_one_for_true():
 
 
 def test_help_answers_in_under_a_second_and_loads_no_framework():
+    """Of a core: importing Hydra and numpy takes 0.45 s, all of it 0.75. A busy machine gets as many times longer."""
+
     def seconds(*arguments):
         """Of a core: a busy machine takes longer on the clock."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -232,12 +234,13 @@ def test_help_answers_in_under_a_second_and_loads_no_framework():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
-    rounds = [seconds(str(ROOT / "train.py"), "--help") for _ in range(3)]
-    told = rounds[0][1]
+    rounds = [(seconds(str(ROOT / "train.py"), "--help"), seconds("-c", "import hydra.utils, numpy")) for _ in range(3)]
+    (_, told), _ = rounds[0]
     assert "backend: auto, cpu, cuda, mlx, mps" in told
     assert "experiment: finetune_shakespeare, full, gpt2, quick, smoke" in told
     assert "max_iters: 5000" in told
-    assert min(taken for taken, _ in rounds) < 1.0
+    least, imports = (min(taken) for taken in zip(*((a, b) for (a, _), (b, _) in rounds), strict=True))
+    assert least < max(1.0, 2.2 * imports)
 
 
 @pytest.mark.parametrize("name", ["config", "compare", "report"])
