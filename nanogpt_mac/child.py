@@ -26,6 +26,7 @@ from nanogpt_mac.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER_POLL_S = 0.05
+ATTEND_POLL_S = 0.2
 ROOM = 64 * 1024  # bytes; less is a full disk
 
 RAISED = re.compile(r"^(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Fault)\w*\b")
@@ -274,19 +275,26 @@ def require_room(folder: Path) -> None:
 # -- in this terminal -------------------------------------------------------------------------------------------------
 
 
-def attend(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int | None]:
-    """Run `argv` in this terminal, handing SIGINT and SIGTERM on to it; its exit code, and the signal that came."""
-    received: list[int] = []
-    process = subprocess.Popen(argv, process_group=0, env=environment)
-
-    def forward(signum: int, _frame: Any) -> None:
-        received.append(signum)
-        process.send_signal(signum)
-
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+def attend(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    cwd: str,
+    asked: Callable[[], Sequence[int]],
+    begun: Callable[[int], object],
+) -> int:
+    """Run `argv` in this terminal; its exit code. `begun` gets its process, which is sent every signal that `asked`
+    has, in order and once each. Where waiting itself is ended, SIGTERM ends it first."""
+    process = subprocess.Popen(argv, process_group=0, env=environment, cwd=cwd)
+    sent = 0
     try:
-        code = process.wait()
+        begun(process.pid)
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(ATTEND_POLL_S)
+            for signum in asked()[sent:]:
+                process.send_signal(signum)
+                sent += 1
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-    return code, received[0] if received else None
+        if process.poll() is None:
+            process.terminate()
+            process.wait()

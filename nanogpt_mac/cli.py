@@ -1,7 +1,7 @@
 """The command line: everything that knows Hydra and OmegaConf.
 
 It turns overrides into a typed config, every kind of bad input into one line and exit code 2, and a multirun sweep
-into one fresh process a member (sweep.py).
+into one fresh process a member (sweep/).
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from string import Template
+from typing import Any, cast
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from nanogpt_mac import composed
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.overrides import key_of, quoted
-
-if TYPE_CHECKING:
-    from nanogpt_mac.sweep import Member
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that command's turn
@@ -43,6 +44,10 @@ SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that 
     "report": "nanogpt_mac.compare.config:ReportConfig",
 }
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
+EXTRAS = {"optuna": "sweep", "joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"}
+"""Hydra's plugins and the extra of this package that brings each."""
+
+_search_path: list[str] = []  # where the configs of the command under way lie, beside conf/
 
 
 class _Terminated(BaseException):
@@ -74,8 +79,8 @@ class Command:
         self.arguments = _tidied(self.typed, name)
         self.code = 0
         self.mistake: Exception | None = None
-        self.started = False  # whether a task, or a member of a sweep, has run: an OSError is then no longer the user's
-        self.members: list[Member] = []
+        self.traceback_wanted = False
+        self.started = False  # whether a task, or a sweep, has run: an OSError is then no longer the user's
         store = ConfigStore.instance()
         store.store(name=f"{name}_schema", node=_schema(name))
         for backend in ("auto", *KINDS):
@@ -84,18 +89,11 @@ class Command:
     def run(self, task: Callable[[Any], int]) -> int:
         """Run `task`, or a sweep over it; the exit code."""
 
-        @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.name)
-        def app(cfg: DictConfig) -> None:
+        def once(cfg: DictConfig) -> None:
             hydra_config = HydraConfig.get()
-            overrides = list(hydra_config.overrides.task)
-            if hydra_config.mode == RunMode.MULTIRUN:
-                from nanogpt_mac import sweep  # only now: `--help` answers at once
-
-                self.started = True
-                self.members.append(sweep.run_member(len(self.members), overrides, hydra_config.sweep.dir))
-                return
+            _search_path[:] = _beside_conf(hydra_config)
             try:
-                config = self._config(cfg, overrides)
+                config = self._config(cfg, list(hydra_config.overrides.task), groups=hydra_config.runtime.choices)
                 self.started = True
                 self.code = task(config)
             except (InputError, OmegaConfBaseException, BrokenPipeError) as error:  # Hydra would announce a crash
@@ -103,14 +101,20 @@ class Command:
 
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a text may hold what this terminal cannot show
-        traceback_wanted = os.environ.get("HYDRA_FULL_ERROR")
+        self.traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "") not in ("", "0")
         try:
             with _hydras_process([self.program, *self.arguments]):
-                app()
+                if composed.FLAG in self.typed:
+                    config, _search_path[:] = composed.read(self.typed[-1], _schema(self.name))
+                    self.started = True
+                    return task(config)
+                if not _helped(self.name, self.arguments):
+                    main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.name)
+                    self._through_hydra(main(_Job(self.name, str(Path(self.program).absolute()), Path.cwd(), once)))
             if self.mistake:
                 raise self.mistake
         except (InputError, HydraException, OmegaConfBaseException) as error:
-            if traceback_wanted:
+            if self.traceback_wanted:
                 raise
             return self._say(self._one_line(error), 2)
         except BrokenPipeError:  # `| head` has seen enough
@@ -124,28 +128,61 @@ class Command:
             return self._say("interrupted", 128 + signal.SIGINT)
         except _Terminated:
             return self._say("terminated", 128 + signal.SIGTERM)
-        if self.members:
-            from nanogpt_mac import sweep
-
-            return sweep.report(self.members)
         return self.code
+
+    def _through_hydra(self, app: Callable[[], None]) -> None:
+        """One run, or a sweep, which is summed up however it ended."""
+        failure: BaseException | None = None
+        try:
+            app()
+        except (Exception, KeyboardInterrupt) as error:
+            failure = error
+        from nanogpt_mac.sweep.plugin import Announced, say  # only now: it costs what `--help` has no time for
+
+        running, Announced.current = Announced.current, None
+        if running is None:
+            if isinstance(failure, ValueError) and not self.started:  # flags that exclude each other
+                raise InputError(str(failure)) from failure
+            if failure:
+                raise failure
+            return
+        self.started = True
+        sweep = running.close(complete=failure is None)
+        if failure and not sweep.members and running.signum is None:
+            running.board.remove()
+            raise failure
+        self.code = say(sweep, running.board.folder)
+        if running.signum is not None:
+            self.code = 128 + running.signum
+        elif failure is not None:
+            if self.traceback_wanted:
+                raise failure
+            self._say(f"hydra/sweeper={sweep.sweeper}: {' '.join(str(failure).split())}", 1)
+            self.code = self.code or 1
 
     def composed(self) -> Any:
         """The typed config; nothing is run. InputError as `compose`."""
         running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command's own, which comes back
         try:
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-                cfg = hydra.compose(self.name, overrides=self.arguments)
-            return self._config(cfg, self.typed, resume=False)
+                beside = ",".join(quoted("", place)[1:] for place in _search_path)
+                overrides = [*self.arguments, *([f"hydra.searchpath=[{beside}]"] if beside else [])]
+                cfg = hydra.compose(self.name, overrides=overrides, return_hydra_config=True)
+            groups = cfg.hydra.runtime.choices
+            with open_dict(cfg):
+                del cfg["hydra"]
+            return self._config(cfg, self.typed, resume=False, groups=groups)
         except (HydraException, OmegaConfBaseException) as error:
             raise InputError(self._one_line(error)) from error
         finally:
             GlobalHydra.instance().hydra = running
 
-    def _config(self, cfg: DictConfig, overrides: Sequence[str], resume: bool = True) -> Any:
+    def _config(
+        self, cfg: DictConfig, overrides: Sequence[str], resume: bool = True, groups: Collection[str] = ()
+    ) -> Any:
         if resume and self.name == "config" and cfg.get("init_from") == "resume":
             cfg = _resumed(cfg, overrides)
-        _refuse_new_keys(self.name, overrides)
+        _refuse_new_keys(self.name, overrides, groups)
         OmegaConf.resolve(cfg)
         config: Any = OmegaConf.to_object(cfg)
         if hasattr(config, "given"):
@@ -168,6 +205,8 @@ class Command:
         if isinstance(error, MissingConfigException):
             absent = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
             options = re.findall(r"^\t(\w+)$", text, re.MULTILINE)
+            if absent and absent[1] in ("hydra/launcher", "hydra/sweeper") and absent[2] in EXTRAS:
+                return f"{absent[1]}={absent[2]}: needs pip install 'nanogpt-mac[{EXTRAS[absent[2]]}]'"
             if absent:
                 return f"{absent[1]}={absent[2]}: use one of {', '.join(options)}"
         if isinstance(cause, MissingMandatoryValue):
@@ -180,6 +219,83 @@ class Command:
             return f"{cause.override}: not an override; use key=value, with quotes around anything unusual"
         words = " ".join(str(cause).split("\n    full_key")[0].split())
         return f"{given[key]}: {words}" if key in given else words
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What Hydra calls: `once` for a single run; for each member of a sweep, wherever a launcher runs it, its process.
+
+    It is pickled for a launcher's workers, without `once`, which is this process's own.
+    """
+
+    command: str
+    program: str
+    cwd: Path
+    once: Callable[[DictConfig], None] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Job, (self.command, self.program, self.cwd)
+
+    def __call__(self, cfg: DictConfig) -> float | None:
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode != RunMode.MULTIRUN:
+            assert self.once is not None
+            self.once(cfg)
+            return None
+        from nanogpt_mac.sweep import board, member, plugin
+
+        place, subdir = Path(self.cwd, hydra_config.sweep.dir), hydra_config.sweep.subdir
+        overrides = tuple(hydra_config.overrides.task)
+        if self.once is None:
+            member.ignore_interrupts()
+        job = member.Job(
+            number=hydra_config.job.num,
+            overrides=overrides,
+            folder=f"{hydra_config.sweep.dir}/{f'{hydra_config.job.num}-{{name}}' if subdir == '.' else subdir}",
+            program=self.program,
+            cwd=str(self.cwd),
+            search_path=tuple(_beside_conf(hydra_config)),
+            shared_machine=plugin.side_by_side(hydra_config.launcher),
+        )
+        command = Command(self.command, [self.program, *overrides])
+        try:
+            config = command._config(cfg, overrides, groups=hydra_config.runtime.choices)
+        except (InputError, OmegaConfBaseException) as error:
+            command._say(command._one_line(error), 2)
+            found = member.refused(job, board.Board(place))
+        else:
+            found = member.run(job, config, board.Board(place))
+        if subdir != ".":
+            with suppress(OSError):  # Hydra made it for a run that was refused
+                (place / subdir).rmdir()
+        return member.returned(found, basic=plugin.name_of(hydra_config.sweeper) == "basic")
+
+
+def _beside_conf(hydra_config: HydraConf) -> list[str]:
+    """The folders of configs that --config-dir and hydra.searchpath have added."""
+    sources = hydra_config.runtime.config_sources
+    named = (s for s in sources if s.provider == "command-line" or s.provider.startswith("hydra.searchpath"))
+    return [f"{source.schema}://{source.path}" for source in named]
+
+
+def _helped(command: str, arguments: Sequence[str]) -> bool:
+    """Print what Hydra prints for --help, in a third of its time: it copies all of its configs once a group.
+
+    False where Hydra must be asked: for other flags beside it, folders of other configs, a template with more in it.
+    """
+    overrides = [a for a in arguments if a not in ("--help", "-h")]
+    if len(overrides) == len(arguments) or any(a.startswith(("-", "hydra.")) for a in overrides):
+        return False
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = hydra.compose(command, overrides=overrides, return_hydra_config=True)
+    template = Template(cfg.hydra.help.template)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    groups = {d.name: {f.stem for f in d.glob("*.yaml")} for d in (ROOT / "conf").iterdir() if d.is_dir()}
+    groups["backend"] = {"auto", *KINDS}
+    lines = (f"{group}: {', '.join(sorted(options))}\n" for group, options in sorted(groups.items()))
+    print(template.substitute(APP_CONFIG_GROUPS="".join(lines), CONFIG=OmegaConf.to_yaml(cfg)))
+    return True
 
 
 @contextmanager
@@ -230,11 +346,11 @@ def _listed(arguments: Sequence[str]) -> list[str]:
     return [*(a for a in arguments if a not in paths), *([f"runs=[{listed}]"] if paths else [])]
 
 
-def _refuse_new_keys(command: str, overrides: Sequence[str]) -> None:
-    """Hydra lets `+key=value` add a key that nothing reads."""
+def _refuse_new_keys(command: str, overrides: Sequence[str], groups: Collection[str]) -> None:
+    """Hydra lets `+key=value` add a key that nothing reads; `groups` are those that were chosen from."""
     for override in overrides:
         key = override.lstrip("+").split("=")[0]
-        if override.startswith("+") and key not in _keys(command):
+        if override.startswith("+") and key not in groups and key not in _keys(command):
             raise InputError(f"{override.lstrip('+')}: there is no such key{_suggestion(key, command)}")
 
 
@@ -256,6 +372,7 @@ def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key = {"logger": "wandb", "path": "data.path", "data_dir": "data.dir"}.get(key, key)
         OmegaConf.update(resumed, key, OmegaConf.select(cfg, key), merge=False)
     resumed.init_from, resumed.run, resumed.run_dir = "resume", cfg.run, cfg.run_dir
+    resumed.shared_machine = cfg.shared_machine  # of this run, not of the sweep that it may come from
     return resumed
 
 

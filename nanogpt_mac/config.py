@@ -181,6 +181,11 @@ class Config:
     """Tokens of text drawn at the end; 0: none."""
     fallbacks: str = one_of("report", "error", "off")
     """MPS only: before training, look for operators that leave the GPU; error ends the run where there are any."""
+    objective: str = one_of("best_val_loss", "val_loss", "iter_ms", "tokens_per_s")
+    """Of a sweep (-m): the figure of each member that its sweeper is given."""
+    shared_machine: bool = False
+    """Other runs slow this one down: its speed is recorded, but never ranked. A sweep whose members run side by side
+    sets it."""
 
     @property
     def named(self) -> set[str]:

@@ -19,6 +19,7 @@ from nanogpt_mac.errors import InputError
 
 T = TypeVar("T")
 NAME = "nanogpt-mac"
+TELL = "NANOGPT_MAC_RUN_FOLDER_TO"  # in the environment: the file that the first run folder made is written into
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -107,6 +108,8 @@ def run_folder(pattern: str, name: str) -> Path:
             raise PermissionError(errno.EACCES, "not a folder that can be written", str(candidate))
     except OSError as error:
         raise InputError(f"run_dir={pattern}: cannot be made: {error.strerror}: {error.filename}") from error
+    if told := os.environ.pop(TELL, None):  # once: runs of this run are told nothing
+        write_aside(Path(told), str(candidate))
     return candidate
 
 

@@ -80,7 +80,9 @@ def collect(folder: Path) -> Comparison:
         verdict=said,
         warnings=tuple(warnings),
         parity=files.parity,
-        levers=verdict.lever_table(variants) if any(variant.lever for variant in variants) else None,
+        levers=verdict.lever_table([v for v in variants if not v.shared_machine])
+        if any(variant.lever for variant in variants)
+        else None,
         published=published.beside(files.work),
         variants=variants,
     )
@@ -236,7 +238,7 @@ def _variant(variant: Variant, files: _Files) -> VariantResult:
         failed_runs=failed,
         same_work=same_work,
         # A lever is an ablation, ranked only where it is also a variant of its own: compiled or not.
-        ranked=same_work and (variant.lever is None or variant.lever.key == "compile"),
+        ranked=same_work and not found.shared_machine and (variant.lever is None or variant.lever.key == "compile"),
         fallbacks=fallbacks,
         compile_report=compiled if isinstance(compiled, dict) else None,
     )

@@ -21,6 +21,7 @@ DECIDED = {
     "fallbacks": "it looks for them apart, before any timing",
     "wandb": "its runs are written to its folder alone",
     "logger": "its runs are written to its folder alone",
+    "objective": "it is of a sweep of train.py",
 }
 
 

@@ -72,6 +72,10 @@ class Doubt(Enum):
         "faster than its roofline: the peak or bandwidth is wrong, or the model fits in a cache",
         "Check the rates under MFU and roofline against the chip's data sheet.",
     )
+    SHARED_MACHINE = (
+        "not ranked: other runs used this machine at the same time (shared_machine=true)",
+        "Run it alone, in a sweep with hydra/launcher=basic.",
+    )
     OTHER_WORK = "not ranked: it does other work ({difference})", ""
 
     # of the comparison
@@ -145,6 +149,8 @@ def of_work(plan: Plan | None, work: Work, variants: Sequence[VariantResult]) ->
         lines.append(Doubt.FEWER.say(asked=plan.asked.iters, iters=iters))
     if any(variant.simulated for variant in variants):
         lines.append(Doubt.SIMULATED.say())
+    if any(variant.shared_machine for variant in variants):
+        lines.append(Doubt.SHARED_MACHINE.say())
     if work.stand_in:
         lines.append(Doubt.STAND_IN.say())
     if all(variant.parity is ParityState.NOT_RUN for variant in variants):

@@ -62,6 +62,7 @@ def of_variant(
         compile=facts.compile if facts else None,
         dtype=facts.dtype if facts else None,
         sync=facts.sync if facts else None,
+        shared_machine=any(run.facts.shared_machine for run in everything if run.facts),
         details=facts.details if facts else {},
         capabilities=first.capabilities if first else None,
         times=summary,

@@ -1,4 +1,4 @@
-"""`python report.py`: one comparison's report made anew, or a leaderboard over runs of several machines.
+"""`python report.py`: one comparison's or sweep's report made anew, or a leaderboard over runs of several machines.
 
 Only runs of the same work (model, batch, precision, corpus) are ranked together. Ranks come from the medians' 95 %
 intervals: entries whose intervals overlap share one.
@@ -20,12 +20,15 @@ from nanogpt_mac.compare.doubts import label
 from nanogpt_mac.compare.runs import is_run
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.files import run_folder, write_aside
+from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.comparison import FailedRun, Machine, VariantResult, VariantState, Work
 from nanogpt_mac.records.plan import Parity, ParityResult, ParityState
 from nanogpt_mac.records.run import Environment, RunState
+from nanogpt_mac.records.sweep import Sweep
 from nanogpt_mac.report import page, show
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import DASH, count, listed, ms, percent, plural, ratio, size, text, when
+from nanogpt_mac.sweep import report as sweep_report
 
 _WORK = ("batch_size", "gradient_accumulation_steps", "dtype", "matmul_precision", "corpus_sha256")  # what ranks need
 
@@ -67,6 +70,8 @@ class Entry:
             return f"in doubt: {text(reason)}"
         if not self.median:
             return text(reason or "nothing was timed")
+        if variant.shared_machine:
+            return doubts.Doubt.SHARED_MACHINE.words
         if reason.startswith("diverged"):
             return text(reason)
         if variant.parity is ParityState.ERROR:
@@ -85,18 +90,25 @@ def run(config: ReportConfig) -> int:
     if not config.runs:
         raise InputError("runs=[]: name the folders to report on (python report.py runs/a runs/b)")
     try:
-        folders = _folders(config.runs)
+        swept = _sweep(config.runs)
+        folders = [] if swept else _folders(config.runs)
         single = read(folders[0]) if len(folders) == 1 and _is_comparison(folders[0]) else None
-        board = Board([] if single else [entry for folder in folders for entry in entries(folder)])
+        board = Board([] if single or swept else [entry for folder in folders for entry in entries(folder)])
     except OSError as error:  # a folder that may not be looked into
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    own = str(folders[0]) if single else None
+    own = config.runs[0] if swept else str(folders[0]) if single else None
     output = config.output or own or "runs/{date}/{time}-report"
     from nanogpt_mac.compare import page as comparison_page  # matplotlib
 
-    report, html = (contents.report(single), comparison_page.html(single)) if single else (board.report(), board.html())
+    if swept:
+        report = sweep_report.report(swept)
+        html = page.html(report, sweep_report.charts(swept))
+    else:
+        report, html = (
+            (contents.report(single), comparison_page.html(single)) if single else (board.report(), board.html())
+        )
     try:
-        folder = run_folder(output, "report") if output != own else folders[0]
+        folder = run_folder(output, "report") if output != own else Path(own)
         write_aside(folder / "report.md", show.markdown(report))
         write_aside(folder / "report.html", html)
     except InputError as error:
@@ -108,6 +120,16 @@ def run(config: ReportConfig) -> int:
         print(text(f"everything: python report.py {shlex.join(config.runs)} details=true"))
     print(f"report: {folder / 'report.html'}")
     return 0
+
+
+def _sweep(paths: list[str]) -> Sweep | None:
+    """The sweep that is all there is to report on. One among others is a folder of runs like any."""
+    try:
+        return Sweep.load(Path(paths[0]) / "sweep.json") if len(paths) == 1 else None
+    except FileNotFoundError:
+        return None
+    except DamagedError as error:
+        raise InputError(f"{paths[0]}: {error}; name the folders in it instead") from error
 
 
 def _is_comparison(folder: Path) -> bool:

@@ -9,6 +9,8 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 import nanogpt_mac
 from nanogpt_mac import cli
 from nanogpt_mac.backends import kinds
@@ -54,7 +56,7 @@ def make(config: CompareConfig) -> tuple[Plan, dict[str, Config]]:
     plan = Plan(
         version=nanogpt_mac.__version__,
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
-        variants=tuple(variants),
+        variants=tuple(v.model_copy(update={"config": dataclasses.asdict(configs[v.name])}) for v in variants),
         asked=Asked(rounds=config.rounds, iters=config.iters),
         overrides=tuple(common),
         experiment=experiment,
@@ -74,8 +76,11 @@ def make(config: CompareConfig) -> tuple[Plan, dict[str, Config]]:
 
 
 def configs_of(plan: Plan) -> dict[str, Config]:
-    """Every variant's config, of a plan read back."""
-    return {variant.name: _checked(variant, plan.overrides) for variant in plan.variants}
+    """Every variant's config, of a plan read back: as it was composed then, wherever its text came from."""
+    return {
+        v.name: TypeAdapter(Config).validate_python(v.config) if v.config else _checked(v, plan.overrides)
+        for v in plan.variants
+    }
 
 
 # -- the variants -----------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from nanogpt_mac import composed
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Kind
 from nanogpt_mac.config import Config
@@ -38,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Training:
-    """One variant as a job (`measure.runner.Job`): every run is a train.py with the plan's and its own overrides."""
+    """One variant as a job (`measure.runner.Job`): every run is a train.py, which is given its config composed."""
 
     variant: Variant
     config: Config
@@ -58,16 +60,30 @@ class Training:
         return self.config.timing_warmup
 
     def command(self, task: Task) -> list[str]:
-        sizes = [f"max_iters={task.iters}", f"timing_warmup={task.warmup}"]
+        sizes: dict[str, Any] = {
+            "max_iters": task.iters,
+            "timing_warmup": task.warmup,
+            "eval_interval": 0,
+            "gemm_seconds": 0,
+        }
         if task.round == PILOT:
-            sizes += ["eval_interval=0", f"gemm_seconds={self._gemm_s()}"]
+            sizes["gemm_seconds"] = self._gemm_s()
         elif task.round == 0:
-            sizes += [f"eval_interval={task.iters}", f"eval_iters={EVAL_ITERS}", "gemm_seconds=0"]
-        else:
-            sizes += ["eval_interval=0", "gemm_seconds=0"]
+            sizes |= {"eval_interval": task.iters, "eval_iters": EVAL_ITERS}
+        spelt = [f"{key}={value}" for key, value in sizes.items()]
         fixed = [*KEEP_NOTHING, quoted("run_dir", str(task.folder))]
+        config = replace(
+            self.config,
+            **sizes,
+            checkpoint=False,
+            sample_tokens=0,
+            wandb=replace(self.config.wandb, mode="disabled"),
+            fallbacks="off",
+            run_dir=str(task.folder),
+            given=merged(self.common, self.variant.overrides, spelt, fixed),
+        )
         script = self.variant.script or str(ROOT / "train.py")
-        return [sys.executable, script, *merged(self.common, self.variant.overrides, sizes, fixed)]
+        return [sys.executable, script, *composed.write(task.folder / "composed.json", config)]
 
     def environment(self, task: Task) -> dict[str, str]:
         """Compilers' caches belong to the variant: its pilot run compiles from cold, its rounds do not."""

@@ -93,7 +93,7 @@ def verdict(ranking: Ranking, complete: bool) -> Verdict:
 
 def _nobody(variants: Sequence[VariantResult]) -> str:
     timed = [variant for variant in variants if variant.medians]
-    if timed and all(variant.simulated for variant in timed):
+    if timed and all(variant.simulated or variant.shared_machine for variant in timed):
         return "No configuration can be called fastest."
     if timed:
         return "No configuration can be called fastest: none that was timed is known to compute the right thing."

@@ -156,6 +156,7 @@ class Figures(Mfu):
     compile: bool | None = None
     dtype: str | None = None
     sync: str | None = None
+    shared_machine: bool = False  # other runs slowed it down: never ranked by speed
     details: dict[str, JsonValue] = {}
     times: Times | None = None  # over all rounds, ms; `iter_ms` in schema 1
     rounds: tuple[RoundFigures, ...] = ()

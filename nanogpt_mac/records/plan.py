@@ -26,6 +26,7 @@ class Variant(Record):
     label: str  # short, for tables: "MLX compiled"
     note: str = ""  # the rest of it, for a page: "CPU, torch's BLAS"
     overrides: tuple[str, ...] = ()
+    config: dict[str, Any] | None = None  # what they and the plan's were composed to; None: an older plan
     lever: Lever | None = None
     script: str | None = None  # in train.py's place: a peer's
 

@@ -170,6 +170,7 @@ class RunFacts(Record):
     corpus: str
     corpus_facts: CorpusFacts
     init_from: str
+    shared_machine: bool = False  # other runs slowed it down: its speed is never ranked
 
 
 class Denominators(Record):

@@ -232,6 +232,7 @@ def _facts(config: Config, corpus: Corpus, source: Source, backend: Backend) -> 
         corpus=corpus.label,
         corpus_facts=CorpusFacts(name=corpus.name, label=corpus.label, sha256=corpus.sha256, stand_in=corpus.stand_in),
         init_from=source.description,
+        shared_machine=config.shared_machine,
     )
 
 

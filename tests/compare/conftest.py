@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt_mac.compare.runner import ComparisonRunner
-from nanogpt_mac.config import Config
+from nanogpt_mac.config import BackendConfig, Config
 from nanogpt_mac.files import write_json
 from nanogpt_mac.records.plan import Plan, Variant
 
@@ -40,7 +40,9 @@ def plan(tmp_path):
 
     def runner(folder):
         document, said = Plan.load(folder / "plan.json"), []
-        made = ComparisonRunner(folder, document, {v.name: Config() for v in document.variants}, said.append)
+        made = ComparisonRunner(
+            folder, document, {v.name: Config(backend=BackendConfig("cpu")) for v in document.variants}, said.append
+        )
         made.said = said
         return made
 

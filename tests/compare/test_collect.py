@@ -521,3 +521,17 @@ def test_a_round_of_other_work_is_not_pooled(compared):
 def test_the_machine_is_of_any_run_that_tells(compared):
     found, _ = compared([CPU], rounds=2, iters=14, damage=lambda folder: (folder / "rounds/0-cpu/env.json").unlink())
     assert found["machine"]["name"] == "Apple M4 Pro"
+
+
+def test_variants_that_shared_their_machine_are_not_ranked(compared):
+    """Of a sweep over compare.py whose launcher ran several side by side."""
+
+    def shared(folder):
+        for path in folder.glob("rounds/*/summary.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"shared_machine": True}))
+
+    found, variants = compared([CPU, MLX], damage=shared)
+    assert not any(variant["ranked"] for variant in variants.values())
+    assert found["verdict"]["fastest"] is None
+    assert found["verdict"]["sentence"].startswith("No configuration can be called fastest.")
+    assert any("other runs used this machine" in line for line in found["warnings"])

@@ -179,6 +179,18 @@ def test_single_runs_join_in(folders, tmp_path):
     assert (row["variant"], row["parity"], row["runs"]) == ("MLX compiled", "not run", "1")
 
 
+def test_a_run_that_shared_its_machine_takes_no_rank(folders, tmp_path):
+    """As a member of a sweep whose launcher ran others beside it."""
+    one = tmp_path / "one"
+    shutil.copytree(next(iter(sorted((folders[1] / "rounds").glob("0-mlx")))), one)
+    summary = json.loads((one / "summary.json").read_text())
+    (one / "summary.json").write_text(json.dumps(summary | {"shared_machine": True}))
+    (found,) = leaderboard.entries(one)
+    assert found.median > 0
+    assert "other runs used this machine at the same time" in found.unranked()
+    assert Board([found]).sentence() == "Nothing here can be ranked."
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 

@@ -42,17 +42,23 @@ def test_what_a_run_is_told(plan, tmp_path, monkeypatch):
     runner = plan(rounds=2, a="works")
     script = tmp_path / "a.py"
     script.write_text(
-        "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n" + script.read_text()
+        "import json, os, sys\nprint(json.dumps([json.load(open(sys.argv[2])), dict(os.environ)]))\n"
+        + script.read_text()
     )
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     runner.carry_out()
     told = {name: overrides_of(runner.folder / "rounds" / name) for name in ("pilot-a", "0-a", "1-a")}
-    pilot, first, second = (set(overrides) for overrides, _ in told.values())
-    assert {"gemm_seconds=1.0", "eval_interval=0", "max_iters=12"} <= pilot
-    assert {"gemm_seconds=0", "eval_interval=12", "eval_iters=5", "max_iters=12", "timing_warmup=5"} <= first
-    assert {"gemm_seconds=0", "eval_interval=0", "max_iters=12"} <= second
-    for some in (pilot, first, second):
-        assert {"checkpoint=false", "sample_tokens=0", "wandb.mode=disabled", "backend=cpu"} <= some
+    pilot, first, second = (document["config"] for document, _ in told.values())
+    for some, expected in (
+        (pilot, {"gemm_seconds": 1.0, "eval_interval": 0, "max_iters": 12}),
+        (first, {"gemm_seconds": 0, "eval_interval": 12, "eval_iters": 5, "max_iters": 12, "timing_warmup": 5}),
+        (second, {"gemm_seconds": 0, "eval_interval": 0, "max_iters": 12}),
+    ):
+        expected |= {"checkpoint": False, "sample_tokens": 0, "fallbacks": "off"}
+        assert {key: some[key] for key in expected} == expected
+        assert (some["wandb"]["mode"], some["backend"]["name"]) == ("disabled", "cpu")
+        spelt = {"checkpoint=false", "sample_tokens=0", "wandb.mode=disabled", "backend=cpu", "max_iters=12"}
+        assert spelt <= set(some["given"])  # as .hydra/overrides.yaml has them
     environments = [environment for _, environment in told.values()]
     caches = {environment["TORCHINDUCTOR_CACHE_DIR"] for environment in environments}
     assert caches == {str(runner.folder / "cache" / "a" / "inductor")}

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 BEHAVIOUR = "works"
-given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-folder, iters = Path(given["run_dir"].strip("'")), int(given["max_iters"])
+given = json.loads(Path(sys.argv[sys.argv.index("--composed") + 1]).read_text())["config"]
+folder, iters = Path(given["run_dir"]), given["max_iters"]
 with (Path(__file__).parent / "starts.txt").open("a") as file:
     file.write(f"{folder.name} {os.getpid()}\n")
 pilot = folder.name.startswith("pilot")
@@ -81,7 +81,7 @@ summary = {
     "first_iter_s": 0.01,
     "exit_state": "finished" if not code else "stopped",
     "flops_per_iter": 1e6,
-    "backend": given["backend"],
+    "backend": given["backend"]["name"],
     "device": "cpu",
     "compile": False,
     "dtype": "float32",

@@ -215,12 +215,14 @@ def test_a_sweep_runs_every_member_and_reports_the_failed_one(command, text):
     done = command("train.py", "-m", *QUIET, "backend=cpu,mps,mlx", "dtype=float32,float64", timeout=180)
     (sweep,) = (text / "runs").glob("*/*-sweep")
     assert done.returncode == 2, done.stdout + done.stderr
-    assert sorted(p.name for p in sweep.iterdir()) == ["0-cpu", "4-mlx-compile", "multirun.yaml"]
+    assert sorted(p.name for p in sweep.glob("[!.]*")) == [
+        "0-cpu", "4-mlx-compile", "multirun.yaml", "sweep.json", "sweep.md",
+    ]  # fmt: skip
     report = done.stdout.split("== sweep\n")[-1].splitlines()
-    assert len(report) == 6
-    assert re.fullmatch(r"0: .*backend=cpu dtype=float32: done", report[0])
+    assert len(report) == 6 + 2  # the best, and where it all lies
+    assert re.fullmatch(r"0: .*backend=cpu dtype=float32: done, best_val_loss=\d\.\d+", report[0])
     assert re.fullmatch(r"1: .*backend=cpu dtype=float64: bad input \(exit code 2\)", report[1])
-    assert re.fullmatch(r"4: .*backend=mlx dtype=float32: done", report[4])
+    assert re.fullmatch(r"4: .*backend=mlx dtype=float32: done, best_val_loss=\d\.\d+", report[4])
     assert "4 of 6 failed" in done.stderr
     assert json.loads((sweep / "0-cpu/summary.json").read_text())["exit_state"] == "finished"
 
