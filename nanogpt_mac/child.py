@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt_mac.errors import InputError
+from nanogpt_mac import signals
+from nanogpt_mac.errors import ESCAPES, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER_POLL_S = 0.05
@@ -261,7 +262,7 @@ def end(pid: int) -> None:
 
 
 def shortened(line: str, most: int = 240) -> str:
-    line = re.sub(r"^(train\.py): ", "", " ".join(line.split()))
+    line = re.sub(r"^(train\.py): ", "", " ".join(ESCAPES.sub("", line).split()))
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
@@ -276,17 +277,7 @@ def require_room(folder: Path) -> None:
 
 def attend(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int | None]:
     """Run `argv` in this terminal, handing SIGINT and SIGTERM on to it; its exit code, and the signal that came."""
-    received: list[int] = []
     process = subprocess.Popen(argv, process_group=0, env=environment)
-
-    def forward(signum: int, _frame: Any) -> None:
-        received.append(signum)
-        process.send_signal(signum)
-
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals.forwarded(process) as received:
         code = process.wait()
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
     return code, received[0] if received else None

@@ -15,21 +15,35 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from nanogpt_mac import nanogpt_keys, ranks, signals
 from nanogpt_mac.backends.kinds import KINDS
-from nanogpt_mac.errors import InputError
-from nanogpt_mac.overrides import key_of, quoted
+from nanogpt_mac.errors import InputError, cleaned
+from nanogpt_mac.overrides import (
+    GIVEN,
+    escaped,
+    exists,
+    for_hydra,
+    found_again,
+    key_of,
+    listed,
+    mapped,
+    text_keys,
+    unescaped,
+)
 
 if TYPE_CHECKING:
     from nanogpt_mac.sweep import Member
@@ -42,15 +56,9 @@ SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that 
     "compare": "nanogpt_mac.compare.config:CompareConfig",
     "report": "nanogpt_mac.compare.config:ReportConfig",
 }
+SCRIPTS = {"config": "train.py", "coverage": "mps_coverage.py"}  # others have the name of their config
+OPTIONS = ("help", "version", "cfg", "resolve", "package", "run", "multirun", "info")  # Hydra's, of one word
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
-
-
-class _Terminated(BaseException):
-    """SIGTERM came, and nobody further in has taken it for a request to end well."""
-
-
-def _terminate(_signum: int, _frame: Any) -> None:
-    raise _Terminated
 
 
 def main(command: str, task: Callable[[Any], int]) -> int:
@@ -70,8 +78,9 @@ class Command:
     """One command line: conf/<name>.yaml, the arguments as they were typed, and what has become of them."""
 
     def __init__(self, name: str, argv: Sequence[str]) -> None:
-        self.name, self.program, self.typed = name, argv[0], list(argv[1:])
-        self.arguments = _tidied(self.typed, name)
+        self.name, self.program, self.typed = name, argv[0], _tidied(argv[1:], name)
+        self.texts = text_keys(_schema(name))
+        self.arguments = for_hydra(self.typed, self.texts, sweeps="--multirun" in self.typed)
         self.code = 0
         self.mistake: Exception | None = None
         self.started = False  # whether a task, or a member of a sweep, has run: an OSError is then no longer the user's
@@ -87,7 +96,12 @@ class Command:
         @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.name)
         def app(cfg: DictConfig) -> None:
             hydra_config = HydraConfig.get()
-            overrides = list(hydra_config.overrides.task)
+            try:
+                ranks.refuse_several()
+            except InputError as error:  # Hydra would announce a crash
+                self.mistake = error
+                return
+            overrides = [self._as_typed(override) for override in hydra_config.overrides.task]
             if hydra_config.mode == RunMode.MULTIRUN:
                 from nanogpt_mac import sweep  # only now: `--help` answers at once
 
@@ -98,14 +112,15 @@ class Command:
                 config = self._config(cfg, overrides)
                 self.started = True
                 self.code = task(config)
-            except (InputError, OmegaConfBaseException, BrokenPipeError) as error:  # Hydra would announce a crash
+            except (InputError, OmegaConfBaseException, BrokenPipeError) as error:
                 self.mistake = error
 
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a text may hold what this terminal cannot show
         traceback_wanted = os.environ.get("HYDRA_FULL_ERROR")
         try:
-            with _hydras_process([self.program, *self.arguments]):
+            self._refuse_nanogpts()
+            with signals.watched(self.program), _hydras_process([self.program, *self.arguments]):
                 app()
             if self.mistake:
                 raise self.mistake
@@ -120,10 +135,8 @@ class Command:
             if self.started:
                 raise
             return self._say(f"{error.filename}: cannot be made: {error.strerror}", 2)
-        except KeyboardInterrupt:  # before a run has begun; a run that has ends with a checkpoint instead
-            return self._say("interrupted", 128 + signal.SIGINT)
-        except _Terminated:
-            return self._say("terminated", 128 + signal.SIGTERM)
+        except signals.Stop as stop:  # before a run has begun; a run that has ends with a checkpoint instead
+            return self._say(signals.words(stop.signum), stop.code)
         if self.members:
             from nanogpt_mac import sweep
 
@@ -132,6 +145,7 @@ class Command:
 
     def composed(self) -> Any:
         """The typed config; nothing is run. InputError as `compose`."""
+        self._refuse_nanogpts()
         running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command's own, which comes back
         try:
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
@@ -142,15 +156,28 @@ class Command:
         finally:
             GlobalHydra.instance().hydra = running
 
+    def _refuse_nanogpts(self) -> None:
+        script = SCRIPTS.get(self.name, f"{self.name}.py")
+        nanogpt_keys.refuse(script, self.typed, {*_keys(self.name), "experiment"}, OPTIONS)
+
     def _config(self, cfg: DictConfig, overrides: Sequence[str], resume: bool = True) -> Any:
-        if resume and self.name == "config" and cfg.get("init_from") == "resume":
-            cfg = _resumed(cfg, overrides)
         _refuse_new_keys(self.name, overrides)
-        OmegaConf.resolve(cfg)
-        config: Any = OmegaConf.to_object(cfg)
+        config: Any = mapped(OmegaConf.to_object(cfg), found_again)  # resolves the interpolations of files
+        if resume and self.name == "config" and config.init_from == "resume" and config.run is not None:
+            config = _resumed(config, overrides)
         if hasattr(config, "given"):
             config.given = list(overrides)
         return config
+
+    def _as_typed(self, override: str) -> str:
+        """An override in Hydra's grammar as it may be typed, with its text as it is."""
+        match = GIVEN.fullmatch(override)
+        if match is None or match[2] not in self.texts:
+            return override
+        value = OverridesParser.create().parse_override(override).value()
+        if isinstance(value, list):
+            return f"{match[1]}{match[2]}={listed([unescaped(str(element)) for element in value])}"
+        return f"{match[1]}{match[2]}={unescaped(str(value))}" if value is not None else override
 
     def _say(self, words: str, code: int) -> int:
         print(f"{Path(self.program).name}: {words}", file=sys.stderr)
@@ -164,7 +191,7 @@ class Command:
         if isinstance(cause, InputError):
             return str(cause)
         text = str(error)
-        given = {o.lstrip("+~").split("=")[0]: o for o in self.arguments if "=" in o}
+        given = {o.lstrip("+~").split("=")[0]: o for o in self.typed if "=" in o}
         if isinstance(error, MissingConfigException):
             absent = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
             options = re.findall(r"^\t(\w+)$", text, re.MULTILINE)
@@ -178,24 +205,19 @@ class Command:
             return f"{named}: there is no such key{_suggestion(str(key), self.name)}"
         if isinstance(cause, OverrideParseException):
             return f"{cause.override}: not an override; use key=value, with quotes around anything unusual"
-        words = " ".join(str(cause).split("\n    full_key")[0].split())
+        words = cleaned(str(cause).split("\n    full_key")[0]) or type(cause).__name__
         return f"{given[key]}: {words}" if key in given else words
 
 
 @contextmanager
 def _hydras_process(argv: list[str]) -> Iterator[None]:
-    """What Hydra takes from the process, for as long as it runs: its arguments, and to let exceptions through to us.
-
-    SIGTERM raises `_Terminated` here: dying of it would leave children behind.
-    """
+    """What Hydra takes from the process, for as long as it runs: its arguments, and to let exceptions through to us."""
     given, sys.argv = sys.argv, argv
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    handler = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
         os.environ.pop("HYDRA_FULL_ERROR")
         if full_error is not None:
             os.environ["HYDRA_FULL_ERROR"] = full_error
@@ -209,25 +231,18 @@ def _schema(command: str) -> Any:
 
 
 def _tidied(typed: Sequence[str], command: str) -> list[str]:
-    """The arguments as Hydra needs them: -m first, prompts quoted, hydra.run.dir as run_dir (made after checks)."""
-    multirun = [a for a in typed if a in ("-m", "--multirun")]
+    """The arguments with --multirun first, and keys by the names that they have here: hydra.run.dir is run_dir, which
+    is made after all checks."""
+    multirun = ["--multirun"] if {"-m", "--multirun"} & set(typed) else []
     rest = [a for a in typed if a not in ("-m", "--multirun", "experiment=null")]  # Hydra takes no null for a group
-    if command == "sample":
-        rest = [quoted("prompt", a.removeprefix("prompt=")) if a.startswith("prompt=") else a for a in rest]
     if command in ("config", "compare"):
         rest = [a.replace("hydra.run.dir=", "run_dir=", 1) if a.startswith("hydra.run.dir=") else a for a in rest]
     if command == "compare":  # the key's name until 0.1
         rest = [a.replace("ways=", "variants=", 1) if a.startswith("ways=") else a for a in rest]
-    if command == "report":
-        rest = _listed(rest)
+    if command == "report":  # bare paths, which Hydra does not take, are the one key `runs`
+        paths = [a for a in rest if not a.startswith("-") and ("=" not in a or exists(a))]
+        rest = [*(a for a in rest if a not in paths), *([f"runs={listed(paths)}"] if paths else [])]
     return [*multirun, *rest]
-
-
-def _listed(arguments: Sequence[str]) -> list[str]:
-    """Bare paths, which Hydra does not take, as the one key `runs`."""
-    paths = [a for a in arguments if not a.startswith("-") and ("=" not in a or Path(a).exists())]
-    listed = ",".join(quoted("", path)[1:] for path in paths)
-    return [*(a for a in arguments if a not in paths), *([f"runs=[{listed}]"] if paths else [])]
 
 
 def _refuse_new_keys(command: str, overrides: Sequence[str]) -> None:
@@ -238,22 +253,21 @@ def _refuse_new_keys(command: str, overrides: Sequence[str]) -> None:
             raise InputError(f"{override.lstrip('+')}: there is no such key{_suggestion(key, command)}")
 
 
-def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def _resumed(given: Any, overrides: Sequence[str]) -> Any:
     """The config of the run to go on from, with what this command line names laid over it."""
     from nanogpt_mac.train import checkpoint
 
-    if cfg.run is None:
-        return cfg  # validate() words it
-    path = checkpoint.find(cfg.run)
-    saved = checkpoint.read_meta(path).config
-    resumed = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(_schema("config")), saved))
+    saved = mapped(checkpoint.read_meta(checkpoint.find(given.run)).config, escaped)
+    resumed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_schema("config")), saved))
+    resumed = mapped(resumed, found_again)
     for override in overrides:
         key = key_of(override)
         if key in GLOBAL_GROUPS:
             raise InputError(f"{override}: a resumed run keeps its recipe; use single keys, such as max_iters")
-        key = {"logger": "wandb", "path": "data.path", "data_dir": "data.dir"}.get(key, key)
-        OmegaConf.update(resumed, key, OmegaConf.select(cfg, key), merge=False)
-    resumed.init_from, resumed.run, resumed.run_dir = "resume", cfg.run, cfg.run_dir
+        *places, name = {"logger": "wandb", "path": "data.path", "data_dir": "data.dir"}.get(key, key).split(".")
+        source, target = (reduce(getattr, places, config) for config in (given, resumed))
+        setattr(target, name, getattr(source, name))
+    resumed.init_from, resumed.run, resumed.run_dir = "resume", given.run, given.run_dir
     return resumed
 
 

@@ -20,7 +20,7 @@ from nanogpt_mac.backends.base import DTYPES, MATMUL_PRECISIONS, BackendOptions
 from nanogpt_mac.corpus import DataConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import ModelConfig
-from nanogpt_mac.overrides import key_of
+from nanogpt_mac.overrides import key_of, path_field, text_field
 
 MOST_SEED = 2**63
 
@@ -95,14 +95,14 @@ else:  # `name` and every kind's own settings: a back end ignores those of other
 class WandbConfig:
     mode: str = one_of("offline", "online", "disabled")
     """offline keeps everything in the run's folder, for `wandb sync`; online needs an account."""
-    project: str = "nanogpt-mac"
-    entity: str | None = None
+    project: str = text_field("nanogpt-mac")
+    entity: str | None = text_field(None)
     """The account or team; null: wandb's own default."""
-    group: str | None = None
+    group: str | None = text_field(None)
     """Runs of one group are shown together."""
-    name: str | None = None
+    name: str | None = text_field(None)
     """Of the run; null: its folder's name."""
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = text_field(list)
     """Beside the back end and the corpus, which every run has."""
 
 
@@ -124,15 +124,15 @@ class Config:
     seed: int = at_least(0, 1337, below=MOST_SEED)
     """Of initial weights, batches, dropout and samples."""
 
-    init_from: str = "scratch"
+    init_from: str = path_field("scratch")
     """scratch, resume, gpt2 to gpt2-xl, a Hugging Face folder, or nanoGPT's ckpt.pt."""
-    run: str | None = None
+    run: str | None = path_field(None)
     """The run or checkpoint to go on from, with init_from=resume."""
-    run_dir: str = "runs/{date}/{time}-{name}"
+    run_dir: str = path_field("runs/{date}/{time}-{name}")
     """The folder of this run; {name} is the back end's."""
-    data_dir: str = "data"
+    data_dir: str = path_field("data")
     """Where prepared corpora are kept; short for data.dir."""
-    path: str | None = None
+    path: str | None = path_field(None)
     """Short for data.path."""
     given: list[str] = field(default_factory=list)
     """Filled in by cli.py: the overrides of the command line."""
@@ -199,7 +199,7 @@ class Config:
 class SampleConfig:
     """Everything that `python sample.py` can be told."""
 
-    run: str = "???"
+    run: str = path_field("???")
     """The run, or the checkpoint, to sample from."""
     checkpoint: str = one_of("last", "best")
     """Which of the run's checkpoints."""
@@ -208,9 +208,9 @@ class SampleConfig:
     """Of the matrix products."""
     matmul_precision: str = one_of(*MATMUL_PRECISIONS)
     """Of float32 products."""
-    data_dir: str = "data"
+    data_dir: str = path_field("data")
     """Where prepared corpora are kept."""
-    prompt: str = "\n"
+    prompt: str = text_field("\n")
     """The text to go on from; FILE:path reads a file, as nanoGPT does."""
     num_samples: int = at_least(1, 1)
     """How many texts."""

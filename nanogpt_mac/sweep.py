@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_mac import child
-from nanogpt_mac.overrides import quoted
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ def run_member(number: int, overrides: Sequence[str], folder: str) -> Member:
     title = " ".join(overrides)
     given = list(overrides)
     if not any(override.startswith("run_dir=") for override in given):
-        given.append(quoted("run_dir", str(Path(folder) / f"{number}-{{name}}")))
+        given.append(f"run_dir={Path(folder) / f'{number}-{{name}}'}")
     print(f"== sweep member {number}: {title}", flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
     code, signum = child.attend([sys.executable, sys.argv[0], *given], environment)

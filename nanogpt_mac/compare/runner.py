@@ -17,7 +17,7 @@ from nanogpt_mac.files import write_json
 from nanogpt_mac.machine import probe
 from nanogpt_mac.measure.rounds import Cost
 from nanogpt_mac.measure.runner import PILOT, Runner, Shown, Task
-from nanogpt_mac.overrides import key_of, merged, quoted
+from nanogpt_mac.overrides import key_of, merged
 from nanogpt_mac.parity import gate
 from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.plan import ParityState, Plan, Spent, Variant
@@ -65,7 +65,7 @@ class Training:
             sizes += [f"eval_interval={task.iters}", f"eval_iters={EVAL_ITERS}", "gemm_seconds=0"]
         else:
             sizes += ["eval_interval=0", "gemm_seconds=0"]
-        fixed = [*KEEP_NOTHING, quoted("run_dir", str(task.folder))]
+        fixed = [*KEEP_NOTHING, f"run_dir={task.folder}"]
         script = self.variant.script or str(ROOT / "train.py")
         return [sys.executable, script, *merged(self.common, self.variant.overrides, sizes, fixed)]
 

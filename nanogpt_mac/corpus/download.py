@@ -2,10 +2,10 @@
 
 import logging
 import sys
-import tempfile
 from pathlib import Path
 
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.files import temporary_folder
 
 TIMEOUT_S = (4, 30)  # to connect to one address, and between two pieces of the answer
 
@@ -27,7 +27,7 @@ def download(url: str, sha256: str) -> bytes:
     pooch.get_logger().setLevel(logging.WARNING)
     print(f"downloading {url}", file=sys.stderr)
     fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=TIMEOUT_S)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         try:
             file = pooch.retrieve(url, f"sha256:{sha256}", "download", folder, downloader=fetch)
         except requests.RequestException as error:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
 
 MAX_VOCAB = 65535  # token numbers are stored as uint16
 GPT2_TOKENS = 50257
@@ -214,5 +214,5 @@ def encoder_from_json(description: object) -> Encoder:
         try:
             return TrainedBPEEncoder(Tokenizer.from_str(json.dumps(tokenizer)))
         except Exception as error:  # tokenizers raises bare Exception for JSON that is not a tokenizer
-            raise InputError(f"encoder kind=bpe: its tokenizer cannot be read ({error})") from error
+            raise InputError(f"encoder kind=bpe: its tokenizer cannot be read ({reason(error)})") from error
     raise InputError(f"encoder kind={kind!r}: use char (with chars), gpt2 or bpe (with tokenizer)")

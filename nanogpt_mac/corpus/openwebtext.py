@@ -20,7 +20,7 @@ from nanogpt_mac.corpus.config import DataConfig
 from nanogpt_mac.corpus.download import TIMEOUT_S
 from nanogpt_mac.corpus.encoders import GPT2Encoder
 from nanogpt_mac.corpus.prepared import Corpus, key_of, open_or_build, write_meta, write_split
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
 
 DATASET = "Skylion007/openwebtext"
 SPLIT_SEED = 2357  # nanoGPT, data/openwebtext/prepare.py
@@ -58,7 +58,7 @@ def prepare_documents(cfg: DataConfig, encoder: GPT2Encoder | None = None) -> Co
             parts = documents.train_test_split(test_size=cfg.val_fraction, seed=SPLIT_SEED, shuffle=True)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
-            raise InputError(f"{asked}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from error
+            raise InputError(f"{asked}: {type(cause).__name__}: {reason(cause)}") from error
         splits = {}
         for split, part in (("train", parts["train"]), ("val", parts["test"])):
             encoded = part.map(

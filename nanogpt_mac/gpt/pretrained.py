@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -36,10 +36,6 @@ class Pretrained:
         return dataclasses.replace(self, spec=spec, state=TrainState.fresh(weights))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def is_pretrained(source: str) -> bool:
     """Whether `load` reads `source` (and it is not a run or checkpoint of ours)."""
     return source in GPT2 or source.endswith(".pt") or (Path(source) / "model.safetensors").is_file()
@@ -61,7 +57,7 @@ def load(source: str, dropout: float) -> Pretrained:
         TypeError,
         ValueError,
     ) as error:  # of the wrong kind
-        raise InputError(f"init_from={source}: damaged: {type(error).__name__}: {_first_line(error)}") from error
+        raise InputError(f"init_from={source}: damaged: {type(error).__name__}: {reason(error)}") from error
     raise InputError(f"init_from={source}: not a known name, file or folder; use {SOURCES}")
 
 
@@ -72,7 +68,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these
         raise InputError(
-            f"init_from={name}: cannot be downloaded from the Hugging Face Hub ({_first_line(error)}); connect, or use "
+            f"init_from={name}: cannot be downloaded from the Hugging Face Hub ({reason(error)}); connect, or use "
             "a folder with config.json and model.safetensors"
         ) from error
 
@@ -86,7 +82,7 @@ def _huggingface(folder: Path, dropout: float) -> Pretrained:
         config = json.loads((folder / "config.json").read_bytes())
         tensors = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"init_from={folder}: not a GPT-2 folder that can be read: {_first_line(error)}") from error
+        raise InputError(f"init_from={folder}: not a GPT-2 folder that can be read: {reason(error)}") from error
     spec = _huggingface_spec(folder, config, dropout)
     weights = {}
     for name, array in tensors.items():
@@ -139,8 +135,9 @@ def _nanogpt(path: Path, dropout: float) -> Pretrained:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds: a cut zip, a pickle that would run code, ...
-        reason = _first_line(error)
-        raise InputError(f"init_from={path}: not a checkpoint that can be read without running it: {reason}") from error
+        raise InputError(
+            f"init_from={path}: not a checkpoint that can be read without running it: {reason(error)}"
+        ) from error
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "model_args" not in saved:
         raise InputError(f"init_from={path}: not a nanoGPT checkpoint (it lacks model or model_args)")
     args = saved["model_args"]

@@ -76,7 +76,7 @@ def _open(config: SampleConfig) -> tuple[GPTSpec, TrainState, Encoder]:
 
 def _prompt(text: str) -> str:
     if not text.startswith("FILE:"):
-        return text.replace("\\n", "\n")
+        return text
     path = Path(text.removeprefix("FILE:"))
     try:
         return path.read_text(encoding="utf-8")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from nanogpt_mac import signals
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Backend, Tokens
 from nanogpt_mac.backends.generate import generate
@@ -20,7 +20,7 @@ from nanogpt_mac.config import Config, backend_options, validate
 from nanogpt_mac.corpus import Corpus, prepare
 from nanogpt_mac.fallbacks import detect as fallbacks
 from nanogpt_mac.fallbacks import report
-from nanogpt_mac.files import run_folder, write_json
+from nanogpt_mac.files import run_folder, unfinished, write_aside, write_json
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 from nanogpt_mac.machine import chips, energy, gemm, probe
 from nanogpt_mac.records.fallbacks import Fallbacks
@@ -74,8 +74,8 @@ def run(config: Config) -> int:
     folder = run_folder(config.run_dir, label)
     facts = _facts(config, corpus, source, backend)
     session = Session(config, corpus, tokens, source, backend, work, folder, facts, found)
-    with _signals() as stop, probe.awake():
-        code = session.train(environment, stop)
+    with signals.watched("train.py"), probe.awake():
+        code = session.train(environment)
     if code == 0 and config.sample_tokens:
         session.sample()
     display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
@@ -96,16 +96,23 @@ class Session:
     facts: RunFacts
     fallbacks: Fallbacks | None
 
-    def train(self, environment: Mapping[str, object], stop: list[int]) -> int:
-        """Train and record; the exit code. `stop` receives the signal that asks for the end."""
+    def train(self, environment: Mapping[str, object]) -> int:
+        """Train and record; the exit code. A signal asks for the end after the iteration under way."""
         config, start = self.config, self.source.state.iteration
-        wandb = open_wandb(config, self.folder, self.facts)  # may refuse, and then nothing has been written yet
-        screen = display.make(config.max_iters, config.log_interval, start)
-        recorder = Recorder(self.work, [Folder(self.folder), wandb, screen])
-        self._write_inputs(environment)
-        if self.fallbacks is not None:
-            recorder.fallbacks(self.fallbacks, start)
-        self._announce(screen)
+        new = not any(self.folder.iterdir())  # a folder of the user's own may hold other things
+        with unfinished(self.folder) if new else nullcontext():
+            wandb = open_wandb(config, self.folder, self.facts)  # may refuse, and then nothing has been written yet
+            screen = display.make(config.max_iters, config.log_interval, start)
+            recorder = Recorder(self.work, [Folder(self.folder), wandb, screen])
+            self._write_inputs(environment)
+            if self.fallbacks is not None:
+                recorder.fallbacks(self.fallbacks, start)
+            self._announce(screen)
+        with signals.asked() as stop:
+            return self._loop(recorder, screen, stop)
+
+    def _loop(self, recorder: Recorder, screen: display.Lines, stop: list[int]) -> int:
+        config, start = self.config, self.source.state.iteration
         loop = Loop(
             config,
             self.backend,
@@ -134,8 +141,10 @@ class Session:
                 energy=meter.stop(),
                 fallbacks=self.fallbacks.counts() if self.fallbacks else None,
             )
-            recorder.summary(self.facts, ending)
-            recorder.close()
+            try:
+                recorder.summary(self.facts, ending)
+            finally:
+                recorder.close()
         return 128 + stop[0] if stop else int(state is not ExitState.FINISHED)
 
     def save(self, best: float, is_best: bool) -> None:
@@ -148,7 +157,8 @@ class Session:
             "best_val_loss": best if np.isfinite(best) else None,
             "written_by": {key: getattr(self.facts, key) for key in ("backend", "device", "compile", "dtype")},
         }
-        checkpoint.save(self.folder / "ckpt", self.backend.state(), meta, is_best)
+        with signals.patience(signals.CHECKPOINT_S):
+            checkpoint.save(self.folder / "ckpt", self.backend.state(), meta, is_best)
 
     def sample(self) -> None:
         """Text drawn from the model as it is now, on the console and in sample.txt."""
@@ -156,7 +166,7 @@ class Session:
         length, seed = self.config.sample_tokens, self.config.seed
         drawn = generate(self.backend, self.source.spec, prompt, length, 0.8, 200, seed, encoder.vocab_size)
         text = encoder.decode(list(drawn))
-        (self.folder / "sample.txt").write_text(text, encoding="utf-8")
+        write_aside(self.folder / "sample.txt", text)
         display.say(f"--- a sample (temperature 0.8)\n{text}\n---")
 
     def _write_inputs(self, environment: Mapping[str, object]) -> None:
@@ -232,22 +242,3 @@ def _facts(config: Config, corpus: Corpus, source: Source, backend: Backend) -> 
         corpus_facts=CorpusFacts(name=corpus.name, label=corpus.label, sha256=corpus.sha256, stand_in=corpus.stand_in),
         init_from=source.description,
     )
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM ask for the end after the iteration under way; a second one ends at once."""
-    received: list[int] = []
-
-    def handle(signum: int, _frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
-        print(f"\n{signal.Signals(signum).name}: finishing this iteration, then a checkpoint", flush=True)
-
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nanogpt_mac.config import Config
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.fallbacks import report
 from nanogpt_mac.files import plain, write_json
 from nanogpt_mac.records.fallbacks import Fallbacks
@@ -140,8 +140,7 @@ def open_wandb(config: Config, folder: Path, facts: RunFacts) -> Sink:
         shutil.rmtree(folder / "wandb", ignore_errors=True)
         with suppress(OSError):  # a folder of the user's own may hold other things
             folder.rmdir()
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"wandb.mode={w.mode}: {reason}; without an account use offline or disabled") from error
+        raise InputError(f"wandb.mode={w.mode}: {reason(error)}; without an account use offline or disabled") from error
     return Wandb(run)
 
 

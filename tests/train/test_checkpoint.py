@@ -237,8 +237,3 @@ def test_tensors_of_another_model_are_refused_wherever_they_are(tmp_path, kind):
     file = "weights" if kind == "weights" else "moments"
     with pytest.raises(InputError, match=rf"{file}\.safetensors.*transformer\.wte\.weight is float32"):
         checkpoint.load(folder, weights_only=kind == "weights")
-
-
-def test_an_error_is_its_first_line_or_its_name():
-    assert checkpoint._first_line(ValueError("one\ntwo\nthree")) == "one"
-    assert checkpoint._first_line(ValueError()) == "ValueError"
