@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from nanogpt_mac.gpt.spec import ModelConfig
 from nanogpt_mac.overrides import key_of, path_field, text_field
 
 MOST_SEED = 2**63
+WANDB_MODES = ("offline", "online", "disabled")
 
 # -- what a value may be ----------------------------------------------------------------------------------------------
 
@@ -46,7 +48,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
         key, value, rule = prefix + each.name, getattr(config, each.name), each.metadata
         if dataclasses.is_dataclass(value):
             check_fields(value, f"{key}.")
-        if "allowed" in rule:
+        if "allowed" in rule and not (value is None and each.default is None):
             check_one_of(key, value, rule["allowed"])
         if "low" in rule and value is not None:
             low, below = rule["low"], rule["below"]
@@ -93,17 +95,31 @@ else:  # `name` and every kind's own settings: a back end ignores those of other
 
 @dataclass
 class WandbConfig:
-    mode: str = one_of("offline", "online", "disabled")
-    """offline keeps everything in the run's folder, for `wandb sync`; online needs an account."""
-    project: str = text_field("nanogpt-mac")
+    """A null or an empty list stands for what wandb's own variables say (WANDB_MODE, WANDB_PROJECT, ...)."""
+
+    mode: str | None = field(default=None, metadata={"allowed": WANDB_MODES})
+    """offline (without a variable) keeps everything in the run's folder, for `wandb sync`; online needs an account."""
+    project: str | None = text_field(None)
+    """Without a variable: nanogpt-mac."""
     entity: str | None = text_field(None)
     """The account or team; null: wandb's own default."""
     group: str | None = text_field(None)
     """Runs of one group are shown together."""
     name: str | None = text_field(None)
-    """Of the run; null: its folder's name."""
+    """Of the run; without a variable: its folder's name."""
     tags: list[str] = text_field(list)
     """Beside the back end and the corpus, which every run has."""
+
+    def mode_here(self, environment: Mapping[str, str] = os.environ) -> str:
+        """The mode that the key, the environment or our default give, in this order. InputError for another one."""
+        if self.mode is not None:
+            return self.mode
+        if environment.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+            return "disabled"
+        given = environment.get("WANDB_MODE") or WANDB_MODES[0]
+        mode = {"dryrun": "offline", "run": "online"}.get(given.lower(), given.lower())
+        check_one_of("WANDB_MODE", mode if mode in WANDB_MODES else given, WANDB_MODES)
+        return mode
 
 
 @dataclass

@@ -50,6 +50,7 @@ def run(config: Config) -> int:
     """
     # What can be wrong is found out before anything is written.
     validate(config)
+    config.wandb.mode_here()
     name = kinds.resolve(config.backend.name)
     options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
     corpus = prepare(config.data)
