@@ -7,6 +7,7 @@ into one fresh process a member (sweep.py).
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -29,9 +30,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from nanogpt_mac import nanogpt_keys, ranks, signals
+from nanogpt_mac import nanogpt_keys, ranks, signals, supervise
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.kinds import KINDS
-from nanogpt_mac.errors import InputError, cleaned
+from nanogpt_mac.errors import InputError, cleaned, reason
 from nanogpt_mac.overrides import (
     GIVEN,
     escaped,
@@ -56,6 +58,7 @@ SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that 
     "compare": "nanogpt_mac.compare.config:CompareConfig",
     "report": "nanogpt_mac.compare.config:ReportConfig",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of the shell
 SCRIPTS = {"config": "train.py", "coverage": "mps_coverage.py"}  # others have the name of their config
 OPTIONS = ("help", "version", "cfg", "resolve", "package", "run", "multirun", "info")  # Hydra's, of one word
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
@@ -83,6 +86,7 @@ class Command:
         self.arguments = for_hydra(self.typed, self.texts, sweeps="--multirun" in self.typed)
         self.code = 0
         self.mistake: Exception | None = None
+        self.failure: str | None = None  # one line, of what is neither a mistake nor a fault of ours
         self.started = False  # whether a task, or a member of a sweep, has run: an OSError is then no longer the user's
         self.members: list[Member] = []
         store = ConfigStore.instance()
@@ -112,7 +116,11 @@ class Command:
                 config = self._config(cfg, overrides)
                 self.started = True
                 self.code = task(config)
-            except (InputError, OmegaConfBaseException, BrokenPipeError) as error:
+            except Exception as error:
+                if not isinstance(error, InputError | OmegaConfBaseException | BrokenPipeError):
+                    self.failure = _failure(error, config if self.started else None)
+                    if self.failure is None:
+                        raise
                 self.mistake = error
 
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -122,6 +130,8 @@ class Command:
             self._refuse_nanogpts()
             with signals.watched(self.program), _hydras_process([self.program, *self.arguments]):
                 app()
+            if self.failure:
+                return self._say(self.failure, 1)
             if self.mistake:
                 raise self.mistake
         except (InputError, HydraException, OmegaConfBaseException) as error:
@@ -207,6 +217,22 @@ class Command:
             return f"{cause.override}: not an override; use key=value, with quotes around anything unusual"
         words = cleaned(str(cause).split("\n    full_key")[0]) or type(cause).__name__
         return f"{given[key]}: {words}" if key in given else words
+
+
+def _failure(error: Exception, config: Any) -> str | None:
+    """What to say of memory or a disk that is full; None for any other error."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = Path(error.filename).parent if error.filename else Path.cwd()
+        return f"{where}: {error.strerror}; make room there, or name another folder (run_dir=...), and start again"
+    words = f"{type(error).__name__}: {reason(error)}"
+    signs = (supervise.OOM, kinds.signs().get("oom"))
+    if not isinstance(error, MemoryError) and not any(sign.search(f"{words}\n{error}") for sign in signs if sign):
+        return None
+    sizes = {"batch_size": getattr(config, "batch_size", 1)}
+    if hasattr(config, "model"):
+        sizes["model.block_size"] = config.model.block_size
+    lower = " or ".join(f"{key} below {value}" for key, value in sizes.items() if value > 1)
+    return f"out of memory ({words}); use {lower or 'a smaller model'}"
 
 
 @contextmanager

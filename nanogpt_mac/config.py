@@ -20,6 +20,7 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import DTYPES, MATMUL_PRECISIONS, BackendOptions
 from nanogpt_mac.corpus import DataConfig
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.files import write
 from nanogpt_mac.gpt.spec import ModelConfig
 from nanogpt_mac.overrides import key_of, path_field, text_field
 
@@ -207,8 +208,8 @@ class Config:
         """.hydra/ in a run's folder, as Hydra would leave it: the config, and the overrides that were given."""
         hydra = folder / ".hydra"
         hydra.mkdir(exist_ok=True)
-        (hydra / "config.yaml").write_text(yaml.safe_dump(asdict(self), sort_keys=False))
-        (hydra / "overrides.yaml").write_text(yaml.safe_dump(self.given))
+        write(hydra / "config.yaml", yaml.safe_dump(asdict(self), sort_keys=False))
+        write(hydra / "overrides.yaml", yaml.safe_dump(self.given))
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it accepts, and the one line it answers to everything else."""
 
+import errno
 import re
 import resource
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 from fakes.support import ROOT
 
-from nanogpt_mac import cli, sweep
+from nanogpt_mac import cli, supervise, sweep
 from nanogpt_mac.config import Config, validate
 from nanogpt_mac.errors import InputError
 
@@ -266,3 +267,46 @@ def test_compose_is_the_command_line_without_a_run():
     ):
         with pytest.raises(InputError, match=words):
             cli.compose([override])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 298. GiB for an array with shape (200000, 200000) and data type float64"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("[metal::malloc] Attempting to allocate 99 bytes. Insufficient Memory (00000008)"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB). Use PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 to"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_with_what_to_lower(compose, error):
+    def task(config):
+        raise error
+
+    code, _, said = compose("experiment=smoke", task=task)
+    assert code == 1
+    assert re.fullmatch(
+        r"train\.py: out of memory \(.*\); use batch_size below 4 or model\.block_size below 32\n", said
+    )
+    assert "WATERMARK" not in said
+    assert supervise._why(1, said, {})[0] == "oom"
+
+
+def test_another_fault_keeps_its_traceback(compose):
+    def task(config):
+        raise RuntimeError("the size of tensor a must match")
+
+    with pytest.raises(RuntimeError, match="the size of tensor a must match"):
+        compose(task=task)
+
+
+def test_a_full_disk_is_one_line_with_the_folder(compose, tmp_path):
+    def task(config):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "runs/x/metrics.jsonl"))
+
+    code, _, said = compose(task=task)
+    assert (code, said) == (
+        1,
+        f"train.py: {tmp_path / 'runs/x'}: No space left on device; make room there, or name another folder "
+        "(run_dir=...), and start again\n",
+    )

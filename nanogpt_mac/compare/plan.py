@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import nanogpt_mac
-from nanogpt_mac import cli
+from nanogpt_mac import cli, memory
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.compare import levers
 from nanogpt_mac.compare.config import BUDGET_MINUTES, FEW, LEVER_MINUTES, CompareConfig, entries
@@ -133,6 +133,7 @@ def _checked(variant: Variant, common: Sequence[str]) -> Config:
     config = _compose(variant, common)
     config.given = [key_of(override) for override in common]  # of the work: the same for all
     validate_run(config)
+    memory.check(config, config.backend.name)
     return config
 
 

@@ -102,7 +102,9 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Corpus
                     _build(root, key, build)
         except OSError as error:
             why = error.strerror or error
-            raise InputError(f"data.dir={root}: cannot prepare {key} there ({why})") from error
+            raise InputError(
+                f"data.dir={root}: cannot prepare {key} there ({why}); make room there, or use another folder"
+            ) from error
     return load(final)
 
 

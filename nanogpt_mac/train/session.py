@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -12,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_mac import signals
+from nanogpt_mac import memory, signals
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Backend, Tokens
 from nanogpt_mac.backends.generate import generate
 from nanogpt_mac.config import Config, backend_options, validate
 from nanogpt_mac.corpus import Corpus, prepare
+from nanogpt_mac.errors import reason
 from nanogpt_mac.fallbacks import detect as fallbacks
 from nanogpt_mac.fallbacks import report
 from nanogpt_mac.files import run_folder, unfinished, write_aside, write_json
@@ -52,9 +52,11 @@ def run(config: Config) -> int:
     validate(config)
     config.wandb.mode_here()
     name = kinds.resolve(config.backend.name)
+    memory.check(config, name)
     options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
     corpus = prepare(config.data)
     source = open_source(config, corpus)
+    memory.check(replace(config, model=ModelConfig(**asdict(source.spec))), name)
     config = replace(config, model=ModelConfig(**asdict(source.spec)))  # what is recorded is what runs
     tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)
     backend = kinds.create(source.spec, options, tokens)
@@ -129,7 +131,7 @@ class Session:
         try:
             state = loop.train(start)
         except BaseException as raised:
-            error = "".join(traceback.format_exception_only(raised)).strip()
+            error = f"{type(raised).__name__}: {reason(raised)}"
             raise
         finally:
             screen.close()

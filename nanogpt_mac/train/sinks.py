@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.fallbacks import report
-from nanogpt_mac.files import plain, write_json
+from nanogpt_mac.files import named, plain, write_json
 from nanogpt_mac.records.base import first
 from nanogpt_mac.records.fallbacks import Fallbacks
 from nanogpt_mac.records.run import EvaluationRow, EventRow, IterationRow, RunFacts, RunSummary, row_line
@@ -72,8 +72,9 @@ class Folder(Sink):
             self.flush()
 
     def flush(self) -> None:
-        self._file.writelines(map(row_line, self._rows))
-        self._file.flush()
+        with named(self.folder / "metrics.jsonl"):
+            self._file.writelines(map(row_line, self._rows))
+            self._file.flush()
         self._rows.clear()
         self._flushed = time.monotonic()
 

@@ -283,7 +283,7 @@ def test_the_mode_is_the_keys_else_the_environments_else_ours(key, environment, 
 
 
 def test_a_mode_that_wandb_has_not_is_one_line():
-    with pytest.raises(InputError, match="^WANDB_MODE=on: use offline, online or disabled"):
+    with pytest.raises(InputError, match="WANDB_MODE=on: use offline, online or disabled"):
         WandbConfig().mode_here({"WANDB_MODE": "on"})
 
 
