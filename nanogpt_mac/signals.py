@@ -23,8 +23,8 @@ from typing import NoReturn
 
 from nanogpt_mac import files
 
-GRACE_S = 2.0  # for the main thread to end by itself
-ITERATION_S = 10.0  # the same, while an iteration or an evaluation is under way
+GRACE_S = 1.5  # for the main thread to end by itself; with what ending takes, two seconds
+ITERATION_S = 9.5  # the same, while an iteration or an evaluation is under way
 CHECKPOINT_S = 60.0  # the same, while a checkpoint is written: it is what an ending run is for
 MEMBER_S = ITERATION_S + 2 * GRACE_S  # the same, while a child that got the signal ends
 POLL_S = 0.05
@@ -49,6 +49,7 @@ class _State:
     came: int | None = None  # the first signal
     patience = GRACE_S
     until = 0.0
+    mask: set[signal.Signals] | tuple[()] = ()  # of the thread that forks
 
 
 def words(signum: int) -> str:
@@ -168,7 +169,8 @@ def _watch(reader: socket.socket, program: str) -> None:
             if time.monotonic() > max(begun + grace, 0.0 if twice else _State.until):
                 _end_children()
                 files.remove_unfinished()
-                _say(f"{os.path.basename(program)}: {words(first)}\n", 2)  # noqa: PTH119 - no import now
+                show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides
+                _say(f"{show_cursor}{os.path.basename(program)}: {words(first)}\n", 2)  # noqa: PTH119 - no import now
                 os._exit(128 + first)
 
 
@@ -187,14 +189,28 @@ def _say(text: str, descriptor: int) -> None:
         os.write(descriptor, text.encode())
 
 
-def _forget() -> None:
-    """In a forked worker: it would wake this process's thread through the socket that both have."""
+# A forked worker must not wake this process's thread through the socket that both have: so none of these signals is
+# delivered to it before it has forgotten the socket. (What is started with subprocess has none.)
+
+
+def _hold() -> None:
     if _State.watching:
-        _State.watching = False
+        _State.mask = signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)
+
+
+def _let_go() -> None:
+    if _State.watching:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _State.mask)
+
+
+def _forget() -> None:
+    if _State.watching:
         signal.set_wakeup_fd(-1)
         for signum in WORDS:
             if signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        _let_go()
+        _State.watching = False
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_forget)

@@ -21,6 +21,7 @@ from nanogpt_mac.corpus.download import TIMEOUT_S
 from nanogpt_mac.corpus.encoders import GPT2Encoder
 from nanogpt_mac.corpus.prepared import Corpus, key_of, open_or_build, write_meta, write_split
 from nanogpt_mac.errors import InputError, reason
+from nanogpt_mac.network import NoNetwork, reaching
 
 DATASET = "Skylion007/openwebtext"
 SPLIT_SEED = 2357  # nanoGPT, data/openwebtext/prepare.py
@@ -130,8 +131,8 @@ def _load_hub(dataset: str, num_proc: int) -> Any:
     if not constants.HF_HUB_OFFLINE:
         # One request first: the library itself would try for half a minute.
         try:
-            requests.head(constants.ENDPOINT, timeout=TIMEOUT_S)
-        except requests.RequestException as error:
+            reaching(constants.ENDPOINT, lambda: requests.head(constants.ENDPOINT, timeout=TIMEOUT_S))
+        except (requests.RequestException, NoNetwork) as error:
             raise InputError(
                 f"data.dataset={dataset}: cannot reach the Hugging Face Hub ({type(error).__name__}); connect, "
                 "set HF_HUB_OFFLINE=1 to use its cache on this machine, or use local files with data.path="

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
+from nanogpt_mac.network import NoNetwork, reaching
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 SOURCES = f"scratch, resume, {', '.join(GPT2)}, a folder with config.json and model.safetensors, or a nanoGPT ckpt.pt"
@@ -62,11 +64,12 @@ def load(source: str, dropout: float) -> Pretrained:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
-    except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these
+        fetch = partial(snapshot_download, name, allow_patterns=["config.json", "model.safetensors"])
+        return Path(reaching(constants.ENDPOINT, fetch))
+    except (OSError, ValueError, NoNetwork) as error:  # huggingface_hub's own errors derive from these
         raise InputError(
             f"init_from={name}: cannot be downloaded from the Hugging Face Hub ({reason(error)}); connect, or use "
             "a folder with config.json and model.safetensors"
