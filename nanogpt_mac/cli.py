@@ -222,7 +222,8 @@ class Command:
 def _failure(error: Exception, config: Any) -> str | None:
     """What to say of memory or a disk that is full; None for any other error."""
     if isinstance(error, OSError) and error.errno in FULL:
-        where = Path(error.filename).parent if error.filename else Path.cwd()
+        named = Path(error.filename) if error.filename else Path.cwd()
+        where = next(place for place in (*named.absolute().parents, Path("/")) if place.is_dir())  # of what is left
         return f"{where}: {error.strerror}; make room there, or name another folder (run_dir=...), and start again"
     words = f"{type(error).__name__}: {reason(error)}"
     signs = (supervise.OOM, kinds.signs().get("oom"))

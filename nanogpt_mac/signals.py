@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nanogpt_mac import files
 
@@ -49,7 +49,7 @@ class _State:
     came: int | None = None  # the first signal
     patience = GRACE_S
     until = 0.0
-    mask: set[signal.Signals] | tuple[()] = ()  # of the thread that forks
+    mask: Any = ()  # of the thread that forks
 
 
 def words(signum: int) -> str:

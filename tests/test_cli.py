@@ -307,6 +307,6 @@ def test_a_full_disk_is_one_line_with_the_folder(compose, tmp_path):
     code, _, said = compose(task=task)
     assert (code, said) == (
         1,
-        f"train.py: {tmp_path / 'runs/x'}: No space left on device; make room there, or name another folder "
+        f"train.py: {tmp_path}: No space left on device; make room there, or name another folder "
         "(run_dir=...), and start again\n",
     )
