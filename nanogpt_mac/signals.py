@@ -129,6 +129,8 @@ def forwarded(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 def leave(code: int) -> NoReturn:
     """End the process; after a signal at once, whatever threads and exit handlers a library has left behind."""
     if _State.came is None:
+        for signum in WORDS:  # from here on nothing is left to tidy up
+            signal.signal(signum, lambda signum, _frame: os._exit(128 + signum))
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

@@ -139,6 +139,16 @@ script.run("config", None)
     assert seconds < 2 + LATE_S
 
 
+def test_a_signal_while_exit_handlers_run_ends_them():
+    process = started(
+        running("import atexit, time; atexit.register(lambda: print('over', flush=True) or time.sleep(30))")
+    )
+    assert process.stdout.readline() == "over\n"
+    code, seconds, said = ended(process, signal.SIGTERM)
+    assert (code, said) == (143, "")
+    assert seconds < 2 + LATE_S
+
+
 def test_a_forked_worker_ends_alone():
     task = """import os, time
     child = os.fork()
