@@ -231,9 +231,9 @@ def test_at_random_moments_both_signals_end_it_in_time(name, moments, tmp_path):
         if name == "sample":
             argv = [*argv, f"run={whole / 'run'}", f"data_dir={whole / 'data'}"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
-        log = (tmp_path / f"{number}.log").open("wb")
         argv = [sys.executable, str(ROOT / argv[0]), *argv[1:]]
-        return start(argv, cwd=folder, env=environment, stdout=log, stderr=log, text=None), folder, temporary
+        with (tmp_path / f"{number}.log").open("wb") as log:
+            return start(argv, cwd=folder, env=environment, stdout=log, stderr=log, text=None), folder, temporary
 
     argv = {"train": TRAIN, "sample": SAMPLE, "compare": COMPARE}[name]
     began = time.monotonic()
