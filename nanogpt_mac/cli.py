@@ -284,9 +284,13 @@ def _resumed(given: Any, overrides: Sequence[str]) -> Any:
     """The config of the run to go on from, with what this command line names laid over it."""
     from nanogpt_mac.train import checkpoint
 
-    saved = mapped(checkpoint.read_meta(checkpoint.find(given.run)).config, escaped)
+    folder = checkpoint.find(given.run)
+    meta = checkpoint.read_meta(folder)
+    saved = mapped(meta.config, escaped)
     resumed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_schema("config")), saved))
     resumed = mapped(resumed, found_again)
+    for key in ("path", "dir", "symbols"):
+        setattr(resumed.data, key, checkpoint.anchored(getattr(resumed.data, key), folder, meta))
     for override in overrides:
         key = key_of(override)
         if key in GLOBAL_GROUPS:

@@ -32,7 +32,8 @@ class Limits:
     first: float  # without any sign of life until the first iteration is recorded, which compiles
     stall: float  # without one after that
     total: float
-    enough: float | None = None  # a pilot run: of iterations, after which it is asked to end
+    enough: float | None = None  # of iterations, after which it is asked to end, and counts with those it has done
+    fewest: int = FEWEST_PILOT  # iterations, before it is asked
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Ending:
     code: int | None
     reason: str | None  # one line
     seconds: float
+    cut: bool = False  # it was asked to end, and did
 
 
 def supervise(
@@ -78,7 +80,7 @@ def supervise(
         return Ending(RunState.TIMEOUT, code, overdue, seconds)
     well = (0, 128 + signal.SIGTERM, -signal.SIGTERM) if asked else (0,)  # the last: asked when it was done anyway
     if code in well and (folder / "summary.json").exists():
-        return Ending(RunState.DONE, code, None, seconds)
+        return Ending(RunState.DONE, code, None, seconds, cut=code == 128 + signal.SIGTERM)
     state, reason = _why(code, (folder / "log.txt").read_text(errors="replace"), signs or {})
     return Ending(state, code, reason, seconds)
 
@@ -96,24 +98,24 @@ def clear(folder: Path) -> None:
 def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits, begun: float) -> tuple[str | None, bool]:
     """Wait for the end of the process; (why it must be ended, whether it was asked to end, having done enough)."""
     signs, alive = (0, 0), begun
-    iterations, iterating, asked = 0, None, None
+    count, iterating, asked = 0, None, None
     while process.poll() is None:
         time.sleep(POLL_S)
         now = time.monotonic()
         seen = (_size(folder / "metrics.jsonl"), _size(folder / "log.txt"))
         if seen != signs:
-            signs, alive, iterations = seen, now, _iterations(folder)
-        if iterations and iterating is None:
+            signs, alive, count = seen, now, iterations(folder)
+        if count and iterating is None:
             iterating = now
-        patience = limits.stall if iterations else limits.first
+        patience = limits.stall if count else limits.first
         if asked is not None:
             patience = max(patience, GRACE_S)
         if now - alive > patience:
-            return f"no sign of life for {now - alive:.0f} s, {_after(iterations)}: ended as hung", False
+            return f"no sign of life for {now - alive:.0f} s, {_after(count)}: ended as hung", False
         if now - begun > limits.total:
-            return f"not done within {now - begun:.0f} s, {_after(iterations)}: ended", False
+            return f"not done within {now - begun:.0f} s, {_after(count)}: ended", False
         done = limits.enough is not None and iterating is not None and now - iterating > limits.enough
-        if done and asked is None and iterations >= FEWEST_PILOT:
+        if done and asked is None and count >= limits.fewest:
             asked = now
             process.send_signal(signal.SIGTERM)
     return None, asked is not None
@@ -126,7 +128,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _iterations(folder: Path) -> int:
+def iterations(folder: Path) -> int:
     """How many iterations a run has recorded: it writes them every two seconds."""
     try:
         return (folder / "metrics.jsonl").read_text(errors="replace").count('"kind": "iteration"')

@@ -36,7 +36,7 @@ def expanded(value, key):
 def test_the_keys_are_those_of_the_schemas():
     assert set(COMMANDS["config"]) == {
         "init_from", "run", "run_dir", "data_dir", "path", "data.dir", "data.path", "data.url", "data.sha256",
-        "data.dataset", "wandb.project", "wandb.entity", "wandb.group", "wandb.name", "wandb.tags",
+        "data.dataset", "data.symbols", "wandb.project", "wandb.entity", "wandb.group", "wandb.name", "wandb.tags",
     }  # fmt: skip
     assert set(COMMANDS["config"]) <= set(COMMANDS["compare"])
     assert {"run", "prompt", "data_dir"} <= set(COMMANDS["sample"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nanogpt_mac
 from nanogpt_mac.backends import kinds
-from nanogpt_mac.compare import doubts, figures, published, runs, verdict
+from nanogpt_mac.compare import doubts, figures, losses, published, runs, verdict
 from nanogpt_mac.compare.runs import Run
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.base import DamagedError
@@ -54,7 +54,9 @@ def read(folder: Path) -> Comparison:
 def collect(folder: Path) -> Comparison:
     """What a comparison's folder says, which may still be at work. InputError for any other folder."""
     files = _Files.read(Path(folder))
-    ranking = verdict.rank([_variant(variant, files) for variant in files.planned])
+    peers = {variant.name for variant in files.planned if variant.script}  # which draw batches of their own
+    ours = {name: rounds for name, rounds in files.runs.items() if name not in peers}
+    ranking = verdict.rank(losses.hold([_variant(variant, files) for variant in files.planned], ours))
     variants = ranking.variants
     said = verdict.verdict(ranking, files.complete)
     if files.work.stand_in:

@@ -7,7 +7,15 @@ from functools import partial
 
 from nanogpt_mac.compare import doubts, evidence
 from nanogpt_mac.compare.doubts import label
-from nanogpt_mac.records.comparison import Comparison, LeverRow, Machine, VariantResult, VariantState, Work
+from nanogpt_mac.records.comparison import (
+    AgreementState,
+    Comparison,
+    LeverRow,
+    Machine,
+    VariantResult,
+    VariantState,
+    Work,
+)
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import (
     DASH,
@@ -19,6 +27,7 @@ from nanogpt_mac.report.words import (
     ms,
     number,
     percent,
+    plural,
     rate,
     ratio,
     seconds,
@@ -29,10 +38,11 @@ from nanogpt_mac.report.words import (
 
 Cell = Callable[[VariantResult], str]
 
-_ORDER = {VariantState.WRONG: 1, VariantState.WAITING: 2, VariantState.FAILED: 3}
+_ORDER = {VariantState.IN_DOUBT: 1, VariantState.WRONG: 1, VariantState.WAITING: 2, VariantState.FAILED: 3}
 _MARKS = {
     VariantState.WRONG: Mark.WRONG,
     VariantState.FAILED: Mark.FAILED,
+    VariantState.IN_DOUBT: Mark.PARTIAL,
     VariantState.PARTIAL: Mark.PARTIAL,
     VariantState.WAITING: Mark.QUIET,
 }
@@ -250,13 +260,25 @@ def _losses(comparison: Comparison, timed: Sequence[VariantResult]) -> Section:
 
     table = _table("Losses at the last evaluation", comparison, timed, {
         "iteration": last("iter", count), "training": last("train_loss", loss), "validation": last("val_loss", loss),
-        "best validation": best,
+        "best validation": best, "held against the others": _held,
     })  # fmt: skip
     note = (
         "Every variant starts from the same weights and sees the same batches. Without dropout the curves lie "
-        "together; with it each framework draws its own masks, and they agree in the mean."
+        "together; with it each framework draws its own masks, and they agree in the mean. Those that compute the "
+        "same are held against each other, round by round: the limit is the most that rounding and masks explain."
     )
     return Section("loss", "Loss", [note], [table], "No loss was recorded.", folded=True)
+
+
+def _held(variant: VariantResult) -> str:
+    """agree: 2 others, 400 iterations, at most 12.0 % of the limit"""
+    losses = variant.losses
+    if losses.state is AgreementState.NOT_COMPARED:
+        return "nothing computes the same"
+    if losses.state is not AgreementState.AGREE:
+        return f"{doubts.MARKS[VariantState(losses.state)]}: {text(losses.reason)}"
+    others = plural(len(losses.against), "other")
+    return f"{others}, {plural(losses.iterations, 'iteration')}, at most {percent(losses.share)} of the limit"
 
 
 # A variant's key -> its denominator.

@@ -14,6 +14,7 @@ from nanogpt_mac.report.words import listed, plural, text
 
 MARKS = {
     VariantState.WRONG: "WRONG",
+    VariantState.IN_DOUBT: "in doubt",
     VariantState.FAILED: "FAILED",
     VariantState.PARTIAL: "partial",
     VariantState.WAITING: "not timed yet",
@@ -51,6 +52,10 @@ class Doubt(Enum):
         "Something else was running: close other programs.",
     )
     SLEPT = "slept: the machine slept during {iterations}, which are left out", "Keep it awake and plugged in."
+    SHORTENED = (
+        "cut: {runs} took longer than planned, or than budget_minutes allows, and ended early; what was done counts",
+        "Close other programs or raise budget_minutes=.",
+    )
     SHARED_CLOCK = (
         "clock: sync=interval spreads time evenly over several iterations, so single ones are not known",
         "Use sync=completion to see them.",
@@ -71,6 +76,7 @@ class Doubt(Enum):
 
     # of the comparison
     CUT = "only {done} of {rounds} rounds were run: {reason}", "Raise budget_minutes= for all of them."
+    FEWER = "iters={asked} do not fit budget_minutes: runs have {iters}", "Raise budget_minutes= for all of them."
     SIMULATED = "simulated device: its times say nothing about a Mac", ""
     STAND_IN = "the corpus is the built-in stand-in: times are of the same work, losses are of another text", ""
     UNCHECKED = "parity was not checked: the variants may compute different things", "Use parity=true."
@@ -134,6 +140,9 @@ def of_work(plan: Plan | None, work: Work, variants: Sequence[VariantResult]) ->
     lines = []
     if plan and plan.cut:
         lines.append(Doubt.CUT.say(done=plan.rounds, rounds=plan.cut.rounds, reason=plan.cut.reason))
+    if plan and plan.asked.iters and any(n < plan.asked.iters for n in (plan.iters or {}).values()):
+        iters = listed([f"{n} ({name})" for name, n in (plan.iters or {}).items()])
+        lines.append(Doubt.FEWER.say(asked=plan.asked.iters, iters=iters))
     if any(variant.simulated for variant in variants):
         lines.append(Doubt.SIMULATED.say())
     if work.stand_in:
@@ -190,7 +199,8 @@ def reservations(variants: Sequence[VariantResult]) -> list[str]:
     lines = []
     if simulated := [variant.label for variant in variants if variant.simulated]:
         lines.append(f"{listed(simulated)} ran on a simulated device: times mean nothing there.")
-    lines += [f"{v.label} is WRONG: {_cause(v)}." for v in variants if v.parity is ParityState.FAIL]
+    lines += [f"{v.label} is WRONG: {_cause(v)}." for v in variants if v.state is VariantState.WRONG]
+    lines += [f"{v.label} is not ranked: {_cause(v)}." for v in variants if v.state is VariantState.IN_DOUBT]
     if unchecked := [v.label for v in variants if v.parity is ParityState.ERROR]:
         are = "is" if len(unchecked) == 1 else "are"
         lines.append(f"{listed(unchecked)} {are} not ranked: the parity check itself failed.")
@@ -218,7 +228,7 @@ def problems(comparison: Comparison, variants: Sequence[VariantResult]) -> list[
     for variant in variants:
         if variant.state is VariantState.WRONG:
             lines.append(f"{label(variant)}: {text(variant.reason)}. Its times do not count.")
-        elif variant.state is VariantState.FAILED:
+        elif variant.state in (VariantState.FAILED, VariantState.IN_DOUBT):
             lines.append(f"{label(variant)}: {text(variant.reason)}")
     lines += [text(line) for line in comparison.warnings]
     for variant in variants:
@@ -239,7 +249,8 @@ def problems(comparison: Comparison, variants: Sequence[VariantResult]) -> list[
 def alarms(comparison: Comparison, variants: Sequence[VariantResult]) -> list[str]:
     """What must stand under the verdict because its sentence does not say it."""
     sentence = comparison.verdict.sentence
-    bad = [v for v in variants if v.state in (VariantState.WRONG, VariantState.FAILED) and v.label not in sentence]
+    said = (VariantState.WRONG, VariantState.IN_DOUBT, VariantState.FAILED)
+    bad = [v for v in variants if v.state in said and v.label not in sentence]
     lines = [f"{label(variant)}: {text(variant.reason)}" for variant in bad]
     if comparison.machine.simulated and "simulated" not in sentence:
         lines.insert(0, "The MPS device here is simulated on a CPU: its times say nothing about a Mac.")

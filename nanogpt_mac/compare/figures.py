@@ -17,6 +17,7 @@ from nanogpt_mac.records import comparison as record
 from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.plan import Recipe
 from nanogpt_mac.records.run import Denominators, Environment, LeftOut
+from nanogpt_mac.report.words import plural
 
 MOST_POINTS = 400  # of one round's series
 MFUS = ("mfu", "mfu_measured", "mfu_a100")
@@ -49,6 +50,8 @@ def of_variant(
     roof = _roofline(first, peaks.mfu_measured, median) if first else None
     eval_s, first_eval_s, eval_iters = _evaluation(rounds, pilot)
     warnings = doubts.of_times(stats.steadiness(kept), left_out[LeftOut.SLEPT], facts.sync if facts else None, planned)
+    cut = sum(bool(run.outcome and run.outcome.cut) for run in rounds.values())
+    warnings += [Doubt.SHORTENED.say(runs=plural(cut, "run"))] if cut else []
     warnings += [Doubt.IMPOSSIBLE_MFU.say()] if impossible else []
     warnings += [Doubt.BELOW_FLOOR.say()] if roof and (roof.share or 0) > 1 else []
     warnings += [error for run in rounds.values() if run.summary for error in run.summary.errors]

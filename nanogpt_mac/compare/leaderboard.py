@@ -63,6 +63,8 @@ class Entry:
             return "simulated device: its times say nothing about a Mac"
         if variant.state is VariantState.WRONG:
             return f"WRONG: {text(reason or 'failed the parity check')}"
+        if variant.state is VariantState.IN_DOUBT:
+            return f"in doubt: {text(reason)}"
         if not self.median:
             return text(reason or "nothing was timed")
         if reason.startswith("diverged"):

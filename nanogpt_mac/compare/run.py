@@ -92,10 +92,10 @@ def _announce(folder: Path, plan: Plan, config: Config) -> None:
     for backend, reason in plan.missing.items():
         say(f"not here: {backend}: {reason}")
     asked = plan.asked
+    said = ""
     if asked.rounds or asked.iters:
-        say(f"as asked, {asked.rounds or 'some'} rounds of {asked.iters or 'some'} iterations -> {folder}")
-    else:
-        say(f"in about {plan.budget_minutes:g} minutes -> {folder}")
+        said = f"as asked, {asked.rounds or 'some'} rounds of {asked.iters or 'some'} iterations, as far as they fit "
+    say(f"{said}in about {plan.budget_minutes:g} minutes -> {folder}")
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------

@@ -44,6 +44,15 @@ _FREE: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
 D = TypeVar("D", bound=Document)
 
 
+class Settings(Recipe):
+    """A run's config, as far as it is read back."""
+
+    weight_decay: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    grad_clip: float | None = None
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run folder holds; `problems` has a line for each file that is missing or damaged."""
@@ -52,7 +61,7 @@ class Run:
     summary: RunSummary | None = None
     env: Environment | None = None
     outcome: Outcome | None = None
-    config: Recipe = field(default_factory=Recipe)
+    config: Settings = field(default_factory=Settings)
     rows: tuple[Row, ...] = ()
     problems: list[str] = field(default_factory=list)
 
@@ -105,6 +114,11 @@ class Run:
     def kept(self) -> np.ndarray:
         """Times in ms of the iterations that enter statistics, in order."""
         return np.array([row.iter_ms for row in self.iterations if counts(row)], dtype=float)
+
+    @property
+    def timed(self) -> bool:
+        """Whether it ended well, with times that count."""
+        return self.state is RunState.DONE and len(self.kept) > 0
 
     def left_out(self) -> Counter[LeftOut]:
         return Counter(row.left_out for row in self.iterations if row.left_out)
@@ -209,19 +223,19 @@ def _rows(path: Path, problems: list[str]) -> tuple[Row, ...]:
     return ()
 
 
-def _config(path: Path, problems: list[str]) -> Recipe:
+def _config(path: Path, problems: list[str]) -> Settings:
     try:
         if not path.is_file():
             raise FileNotFoundError
         text = path.read_text(encoding="utf-8")
         if len(text) > _MOST_YAML:
             raise ValueError("too long for a config of this project")
-        return Recipe.model_validate(yaml.load(text, Loader=_SAFE_YAML))
+        return Settings.model_validate(yaml.load(text, Loader=_SAFE_YAML))
     except FileNotFoundError:
         problems.append("config.yaml is missing")
     except (OSError, ValueError, RecursionError, yaml.YAMLError, ValidationError):
         problems.append("config.yaml cannot be read")
-    return Recipe()
+    return Settings()
 
 
 def _flops(facts: RunFacts, tokens: int) -> float | None:

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from nanogpt_mac.compare import doubts
 from nanogpt_mac.measure import stats
 from nanogpt_mac.records.comparison import LeverRow, RatioTo, VariantResult, VariantState, Verdict
-from nanogpt_mac.records.plan import ParityState
 from nanogpt_mac.report.words import listed, plural
 
 TELLS_LITTLE = 1.2  # an interval that reaches from 1 to this times as much does not show that variants are alike
-HARMLESS = (ParityState.PASS, ParityState.NOT_RUN)  # not known to compute something else
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ def rank(variants: Sequence[VariantResult]) -> Ranking:
     """
     counted = [v for v in variants if v.medians and v.ranked and not v.simulated]
     sure = stats.confidence_for(len(counted))
-    order = sorted((v for v in counted if v.parity in HARMLESS), key=lambda v: v.median or math.inf)
+    order = sorted((v for v in counted if v.harmless), key=lambda v: v.median or math.inf)
     for one in order[1:]:
         found = stats.paired_ratio(one.medians, order[0].medians, sure)
         if found and found.tie is False and found.value < 1:  # medians of other rounds, or of a machine's moods
@@ -147,7 +145,7 @@ def _better_levers(variants: Sequence[VariantResult], fastest: VariantResult) ->
     better = [
         (variant.ratio.value, variant.label)
         for variant in variants
-        if variant.lever and not variant.ranked and variant.parity in HARMLESS
+        if variant.lever and not variant.ranked and variant.harmless
         and variant.ratio and variant.ratio.tie is False and variant.ratio.value < 1
     ]  # fmt: skip
     if not better:

@@ -26,6 +26,10 @@ class Cost:
     iteration_s: float
     evaluation_s: float = 0.0  # the evaluations of round 0
 
+    @property
+    def slow(self) -> bool:
+        return self.iteration_s >= SLOW_S
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -47,24 +51,26 @@ def schedule(
     warmup: int = 5,
     pause_s: float = 0.0,
 ) -> Schedule:
-    """Fill `budget_s` with runs of equal time for every variant; `rounds` and `iters` are obeyed whatever that takes.
+    """Fill `budget_s` with runs of equal time for every variant, of `rounds` and `iters` where they are asked for.
 
     A comparison is as sure as it has rounds, because a process shares its fate among its iterations: so twelve rounds
     of three seconds of iterations are taken before longer ones, then fewer, then shorter ones. With much time, rounds
     get long first and then many. A slow variant takes part in fewer rounds, three at least, so that it costs no more
-    than twice the time of the cheapest. Where nothing fits, the smallest plan is made, which takes longer than the
-    budget.
+    than twice the time of the cheapest. What is asked for and does not fit becomes fewer rounds, down to three, and
+    then fewer iterations. Where nothing fits, the smallest plan is made, which takes longer than the budget.
     """
 
     def plan(count: int, seconds: float) -> Schedule:
         return _plan(costs, count, seconds, iters, warmup, pause_s, spread=rounds is None)
 
-    if iters is not None:
-        choices = [rounds] if rounds else list(range(USUAL, FEWEST - 1, -1))
-        plans = [plan(count, 0.0) for count in choices]
-        return next((p for p in plans if p.seconds <= budget_s), plans[-1])
-    if rounds is not None:
-        return _longest(partial(plan, rounds), budget_s, SHORT_S)
+    if rounds is not None or iters is not None:
+        least, longest = (SHORT_S, LONGEST_S) if iters is None else (math.inf, 0.0)
+        kept = min(rounds or FEWEST, FEWEST)
+        for count in range(rounds or USUAL, kept - 1, -1):
+            if plan(count, least).seconds <= budget_s:
+                return _longest(partial(plan, count), budget_s, least, max(least, longest))
+        longest = max((iters or 0) * cost.iteration_s for cost in costs.values())
+        return _longest(partial(plan, kept), budget_s, 0.0, max(SHORT_S, longest))
     tiers = [
         (range(MANY, USUAL, -1), LONG_S),
         (range(USUAL, GOOD - 1, -1), USUAL_S),
@@ -73,13 +79,14 @@ def schedule(
     for counts, least in tiers:
         for count in counts:
             if plan(count, least).seconds <= budget_s:
-                return _longest(partial(plan, count), budget_s, least)
+                return _longest(partial(plan, count), budget_s, least, LONGEST_S)
     return plan(FEWEST, SHORT_S)
 
 
-def _longest(plan: Callable[[float], Schedule], budget_s: float, least: float) -> Schedule:
-    """The plan with the longest runs, of at least `least` seconds of iterations, that fits."""
-    low, high = least, LONGEST_S
+def _longest(plan: Callable[[float], Schedule], budget_s: float, low: float, high: float) -> Schedule:
+    """The plan with the longest runs, of `low` to `high` seconds of iterations, that fits; of `low` where none does."""
+    if low == high:
+        return plan(low)
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if plan(middle).seconds <= budget_s else (low, middle)
@@ -89,13 +96,14 @@ def _longest(plan: Callable[[float], Schedule], budget_s: float, least: float) -
 def _plan(
     costs: dict[str, Cost], count: int, seconds: float, iters: int | None, warmup: int, pause_s: float, spread: bool
 ) -> Schedule:
-    """`count` rounds in which every variant iterates for `seconds`, or as long as its fewest iterations take."""
+    """`count` rounds in which every variant iterates for `seconds`, or as long as its fewest iterations take, but never
+    more than `iters`.
+    """
     counts, warmups, run_s = {}, {}, {}
     for name, cost in costs.items():
-        slow = cost.iteration_s >= SLOW_S
-        warmups[name] = min(warmup, WARMUP_SLOW) if slow and iters is None else warmup
-        fewest = 1 + warmups[name] + (COUNTED_SLOW if slow else COUNTED) + 1  # the first, and the last with a queue
-        counts[name] = iters or max(fewest, min(MOST_ITERS, math.floor(seconds / cost.iteration_s)))
+        warmups[name] = min(warmup, WARMUP_SLOW) if cost.slow and iters is None else warmup
+        most = iters or MOST_ITERS
+        counts[name] = min(most, max(fewest(cost, warmups[name]), math.floor(min(most, seconds / cost.iteration_s))))
         run_s[name] = pause_s + cost.start_s + counts[name] * cost.iteration_s
     expensive_s = EXPENSIVE * min(run_s.values())
     rounds = {
@@ -106,6 +114,11 @@ def _plan(
     }
     total = sum(len(rounds[name]) * run_s[name] + costs[name].evaluation_s for name in costs)
     return Schedule(rounds, counts, warmups, total)
+
+
+def fewest(cost: Cost, warmup: int) -> int:
+    """Iterations of a run, so that enough of them count: the first does not, nor the last, which has no queue."""
+    return 1 + warmup + (COUNTED_SLOW if cost.slow else COUNTED) + 1
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -26,7 +26,8 @@ from typing import Any, Literal, Protocol
 
 from nanogpt_mac import child, supervise
 from nanogpt_mac.files import write_json
-from nanogpt_mac.measure.rounds import MANY, Cost, Schedule, drawn_order, schedule
+from nanogpt_mac.measure.progress import Bar, minutes
+from nanogpt_mac.measure.rounds import MANY, Cost, Schedule, drawn_order, fewest, schedule
 from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.plan import Cut, Measurement
 from nanogpt_mac.records.run import Heat, Outcome, RunState
@@ -39,7 +40,8 @@ GIVEN_UP = 2  # failed runs of one job, after which the rest of its runs are ski
 COOL = (None, "nominal")  # thermal states; None: this machine does not say
 HEAT_POLL_S = 5.0
 HEAT_SHARE = 0.25  # of the budget may be spent on waiting for a hot machine
-OVERRUN, KEPT_ROUNDS = 1.1, 5  # beyond the budget by a tenth, rounds are cut off, but for so many
+OVERRUN, KEPT_ROUNDS = 1.1, 5  # beyond the budget by a tenth, rounds are dropped, but for so many
+FAR, SLACK_S = 2.0, 5.0  # a run is cut when it takes so many times what was planned, and so much longer
 # A run of a round is ended as hung after several times what the pilot run took: late rather than wrongly.
 STALL_S, STALL_ITERATIONS = 30.0, 50  # without a sign of life: so long, and so many iterations
 FIRST_S, FIRST_PILOTS = 60.0, 5  # until the first iteration: so long, and so many pilot runs
@@ -108,6 +110,7 @@ class Runner:
         self.folder, self.plan, self.jobs, self.say, self.thermal_state = folder, plan, jobs, say, thermal_state
         self.outcomes: dict[Key, Outcome] = {}  # of the runs that have ended
         self.results: dict[Key, Shown] = {}  # of those that are done
+        self.bar = Bar()
         self._look_around()
         self.begun = time.monotonic() - spent_s - sum(outcome.seconds for outcome in self.outcomes.values())
 
@@ -119,7 +122,8 @@ class Runner:
         self._pilots(barred)
         if self.plan.order is None:
             self._decide()
-        self._rounds()
+        with self.bar:
+            self._rounds()
         shutil.rmtree(self.folder / "cache", ignore_errors=True)
 
     def _look_around(self) -> None:
@@ -174,7 +178,9 @@ class Runner:
         asked, warmup = self.plan.asked, max(job.warmup for job in self.jobs.values())
         left = self._left_s()
         made = schedule(costs, left, asked.rounds, asked.iters, warmup, self.plan.cooldown_seconds)
+        wanted = asked.rounds or 0
         self._replan(
+            cut=Cut(rounds=wanted, reason="more do not fit budget_minutes") if made.count < wanted else None,
             rounds=made.count,
             iters=made.iters,
             warmup=made.warmup,
@@ -186,9 +192,13 @@ class Runner:
 
     def _announce(self, made: Schedule, left: float) -> None:
         counts = ", ".join(f"{name} {n}" for name, n in made.iters.items())
-        self.say(f"{made.count} rounds in a drawn order, of iterations: {counts}; {_minutes(made.seconds)} more")
-        if made.seconds > max(left, 0) * OVERRUN and not self._as_asked():
-            budget = f"budget_minutes={self.plan.budget_minutes:g}"
+        asked, budget = self.plan.asked, f"budget_minutes={self.plan.budget_minutes:g}"
+        if made.count < (asked.rounds or 0) or min(made.iters.values()) < (asked.iters or 0):
+            wanted = " ".join(f"{key}={value}" for key, value in asked if value)
+            rest = minutes(max(left, 0.0))
+            self.say(f"{wanted}: does not fit {budget}, of which {rest} are left; raise budget_minutes= for all of it")
+        self.say(f"{made.count} rounds in a drawn order, of iterations: {counts}; {minutes(made.seconds)} more")
+        if made.seconds > max(left, 0) * OVERRUN:
             self.say(f"(longer than {budget}: fewer rounds would show nothing)")
 
     def _cost(self, name: str) -> Cost:
@@ -209,9 +219,15 @@ class Runner:
             if failures[name] >= GIVEN_UP:
                 self._skip((number, name), f"{failures[name]} runs of it had failed")
                 continue
+            rest_s = sum(self._expected_s(later) for _, later in self._order()[position + 1 :])
+            self.bar.run(self._title(position), position, len(self._order()), self._expected_s(name), rest_s)
             heat = self._cool_down(heat_left)
             heat_left -= heat.waited_s
-            outcome = self._run((number, name), *self._size(name), self._limits(name), heat)
+            iters, warmup = self._size(name)
+            limits, least = self._limits(name), fewest(self._cost(name), warmup)
+            if least < iters:
+                limits = dataclasses.replace(limits, enough=self._enough_s(position), fewest=least)
+            outcome = self._run((number, name), iters, warmup, limits, heat)
             failures[name] += _failed(outcome)
             self._tell(position, outcome)
 
@@ -229,9 +245,9 @@ class Runner:
         order = self._order()
         starts = position == 0 or order[position - 1][0] != number
         over = self._elapsed() + self._round_seconds() > OVERRUN * self.plan.budget_minutes * 60
-        if not (starts and over and number >= KEPT_ROUNDS) or self._as_asked():
+        if not (starts and over and number >= KEPT_ROUNDS):
             return False
-        planned = self.plan.rounds or 0
+        planned = self.plan.cut.rounds if self.plan.cut else self.plan.rounds or 0
         self.say(f"time is up: {number} of {planned} rounds were run")
         cut = Cut(rounds=planned, reason="budget_minutes was used up")
         self._replan(cut=cut, rounds=number, order=order[:position])
@@ -259,6 +275,27 @@ class Runner:
         seconds = sum(outcome.seconds + self.plan.cooldown_seconds for outcome in ended)
         return seconds / len({outcome.round for outcome in ended}) if ended else 0.0
 
+    def _expected_s(self, name: str) -> float:
+        """How long a run takes, going by those of its rounds that are done, or by its pilot run."""
+        took = [o.seconds for (number, one), o in self.outcomes.items() if one == name and number != PILOT]
+        return self.plan.cooldown_seconds + (sum(took) / len(took) if took else self._planned_s(name))
+
+    def _planned_s(self, name: str) -> float:
+        cost = self._cost(name)
+        return cost.start_s + self._size(name)[0] * cost.iteration_s
+
+    def _enough_s(self, position: int) -> float:
+        """Seconds of iterations after which a run is cut, being far over what was planned for it, or over its share of
+        the time that is left for those that are made in any case.
+        """
+        number, name = self._order()[position]
+        cost = self._cost(name)
+        far = FAR * self._planned_s(name) + SLACK_S
+        due = [one for later, one in self._order()[position:] if later < max(number + 1, KEPT_ROUNDS)]
+        left = max(0.0, OVERRUN * self.plan.budget_minutes * 60 - self._elapsed())
+        share = self._expected_s(name) * left / sum(map(self._expected_s, due))
+        return max(0.0, min(far, share) - cost.start_s + (cost.evaluation_s if number == 0 else 0.0))
+
     def _limits(self, name: str) -> supervise.Limits:
         cost, shown = self._cost(name), self.results[PILOT, name]
         assert shown.median is not None  # or it would not have been planned
@@ -280,23 +317,19 @@ class Runner:
         return Heat(before=before, waited_s=waited, at_start=state, load=os.getloadavg()[0])
 
     def _tell(self, position: int, outcome: Outcome) -> None:
-        order, label = self._order(), self.jobs[outcome.variant].label
-        title = f"[{position + 1}/{len(order)}] round {outcome.round}, {label}"
-        left = self._left(position + 1)
+        title, rest = self._title(position), self._order()[position + 1 :]
+        left = f"; {minutes(sum(self._expected_s(name) for _, name in rest))} left" if rest else ""
         if outcome.state == RunState.DONE:
             median = self.results[outcome.round, outcome.variant].median
-            self.say(f"{title}: {'nothing counted' if median is None else _ms(median)} ({outcome.seconds:.0f} s){left}")
+            cut = ", cut: far over its time" if outcome.cut else ""
+            shown = "nothing counted" if median is None else _ms(median)
+            self.say(f"{title}: {shown} ({outcome.seconds:.0f} s{cut}){left}")
         else:
             self.say(f"{title}: {outcome.state.upper()}: {outcome.reason}{left}")
 
-    def _left(self, position: int) -> str:
-        """How long the rest will take, going by the runs so far."""
-        order = self._order()
-        ended = [outcome for key in order[:position] if (outcome := self.outcomes.get(key))]
-        if position == len(order) or not ended:
-            return ""
-        took = sum(outcome.seconds for outcome in ended) / len(ended) + self.plan.cooldown_seconds
-        return f"; {_minutes(took * (len(order) - position))} left"
+    def _title(self, position: int) -> str:
+        number, name = self._order()[position]
+        return f"[{position + 1}/{len(self._order())}] round {number}, {self.jobs[name].label}"
 
     # -- one run ------------------------------------------------------------------------------------------------------
 
@@ -314,6 +347,9 @@ class Runner:
                 ending = dataclasses.replace(ending, state=RunState.FAILED, reason=_words(error))
         if heat is not None:
             heat = heat.model_copy(update={"after": self.thermal_state()})
+        # A pilot run is always asked to end, and one that was asked may just have been done.
+        cut = ending.cut and number != PILOT and supervise.iterations(task.folder) < iters
+        ending = dataclasses.replace(ending, cut=cut)
         return self._record(
             Outcome(variant=name, round=number, started=started, heat=heat, **dataclasses.asdict(ending))
         )
@@ -344,10 +380,6 @@ class Runner:
         self.plan = self.plan.model_copy(update=changes)
         write_json(self.folder / "plan.json", self.plan.document())
 
-    def _as_asked(self) -> bool:
-        """Whether the command line fixed how much is done, whatever time that takes."""
-        return bool(self.plan.asked.rounds or self.plan.asked.iters)
-
     def _left_s(self) -> float:
         return self.plan.budget_minutes * 60 - self._elapsed() - REPORT_S
 
@@ -371,7 +403,3 @@ def _now() -> str:
 
 def _ms(seconds: float | None) -> str:
     return f"{1e3 * (seconds or 0.0):.4g} ms"
-
-
-def _minutes(seconds: float) -> str:
-    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"

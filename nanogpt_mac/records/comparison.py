@@ -20,7 +20,8 @@ class VariantState(StrEnum):
     """What is to be said against a variant."""
 
     OK = "ok"
-    WRONG = "wrong"  # its parity check failed: it computes something else
+    WRONG = "wrong"  # it computes something else: its parity check failed, or its losses are not those of the others
+    IN_DOUBT = "in doubt"  # its losses and another's disagree, and nothing shows which are wrong
     PARTIAL = "partial"  # some of its runs failed
     WAITING = "waiting"  # not timed yet
     FAILED = "failed"  # none of its runs ended well
@@ -193,6 +194,23 @@ class Figures(Mfu):
         return self.capabilities is not None and self.capabilities.simulated
 
 
+class AgreementState(StrEnum):
+    AGREE = "agree"
+    WRONG = "wrong"
+    IN_DOUBT = "in doubt"
+    NOT_COMPARED = "not compared"  # no other variant computes the same
+
+
+class Agreement(Record):
+    """How the losses of a variant's rounds stand against those of the others."""
+
+    state: AgreementState = AgreementState.NOT_COMPARED
+    reason: str | None = None  # one line
+    against: tuple[str, ...] = ()  # names
+    iterations: Count = 0  # of a run, at most, that were compared
+    share: Amount | None = None  # the largest difference over its limit
+
+
 class VariantResult(Figures):
     """Everything known of one variant, made whole by one function and never changed."""
 
@@ -204,6 +222,7 @@ class VariantResult(Figures):
     state: VariantState
     reason: str | None = None
     parity: ParityState = ParityState.NOT_RUN
+    losses: Agreement = Agreement()
     runs: Count = 0  # that ended well and did the same work
     failed_runs: tuple[FailedRun, ...] = ()
     same_work: bool = True  # as the rest of its comparison
@@ -211,6 +230,12 @@ class VariantResult(Figures):
     ratio: RatioTo | None = None  # to the fastest
     fallbacks: dict[str, JsonValue] | None = None
     compile_report: dict[str, JsonValue] | None = None
+
+    @property
+    def harmless(self) -> bool:
+        """Whether nothing speaks against its computing the right thing."""
+        unchecked = self.parity in (ParityState.FAIL, ParityState.ERROR)
+        return not unchecked and self.state not in (VariantState.WRONG, VariantState.IN_DOUBT)
 
 
 class LeverRow(Record):

@@ -298,6 +298,7 @@ class Outcome(Document):
     seconds: Amount = 0.0
     started: str | None = None
     heat: Heat | None = None
+    cut: bool = False  # asked to end before it had done all its iterations; those that it has done count
 
     @classmethod
     def migrated(cls, document: dict[str, Any], schema: int) -> dict[str, Any]:

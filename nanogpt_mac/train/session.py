@@ -16,7 +16,7 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Backend, Tokens
 from nanogpt_mac.backends.generate import generate
 from nanogpt_mac.config import Config, backend_options, validate
-from nanogpt_mac.corpus import Corpus, prepare
+from nanogpt_mac.corpus import Corpus
 from nanogpt_mac.errors import reason
 from nanogpt_mac.fallbacks import detect as fallbacks
 from nanogpt_mac.fallbacks import report
@@ -38,7 +38,7 @@ from nanogpt_mac.train import checkpoint, display
 from nanogpt_mac.train.loop import Loop
 from nanogpt_mac.train.recorder import Recorder, Work
 from nanogpt_mac.train.sinks import Folder, open_wandb
-from nanogpt_mac.train.source import Source, open_source
+from nanogpt_mac.train.source import Source, corpus_of, open_source
 
 REFUSED = 3  # under fallbacks=error
 
@@ -54,7 +54,7 @@ def run(config: Config) -> int:
     name = kinds.resolve(config.backend.name)
     memory.check(config, name)
     options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
-    corpus = prepare(config.data)
+    corpus = corpus_of(config)
     source = open_source(config, corpus)
     memory.check(replace(config, model=ModelConfig(**asdict(source.spec))), name)
     config = replace(config, model=ModelConfig(**asdict(source.spec)))  # what is recorded is what runs
@@ -158,6 +158,7 @@ class Session:
             "corpus": self.facts.corpus_facts.model_dump(),
             "encoder": self.corpus.encoder.to_json(),
             "best_val_loss": best if np.isfinite(best) else None,
+            "cwd": str(Path.cwd()),
             "written_by": {key: getattr(self.facts, key) for key in ("backend", "device", "compile", "dtype")},
         }
         with signals.patience(signals.CHECKPOINT_S):

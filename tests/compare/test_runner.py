@@ -9,9 +9,10 @@ import pytest
 from fakes.comparisons import outcomes, started
 
 from nanogpt_mac import supervise
-from nanogpt_mac.measure.rounds import drawn_order
+from nanogpt_mac.measure.rounds import Cost, drawn_order, fewest
 from nanogpt_mac.measure.runner import Runner
-from nanogpt_mac.records.plan import Asked
+from nanogpt_mac.records.plan import Asked, Cut
+from nanogpt_mac.records.run import Outcome
 
 
 def overrides_of(folder):
@@ -32,7 +33,7 @@ def test_every_variant_runs_once_a_round_after_its_pilot(plan):
     assert document["iters"] == {"a": 12, "b": 12}
     assert not (runner.folder / "cache").exists()
     record = json.loads((runner.folder / "rounds/0-a/outcome.json").read_text())
-    keys = {"schema", "variant", "round", "state", "code", "reason", "seconds", "started", "heat"}
+    keys = {"schema", "variant", "round", "state", "code", "reason", "seconds", "started", "heat", "cut"}
     assert keys == record.keys()
     assert (record["variant"], record["round"], record["code"]) == ("a", 0, 0)
 
@@ -192,6 +193,58 @@ def test_time_that_is_up_cuts_whole_rounds_off(plan, monkeypatch):
     assert {number for number, _ in document["order"]} == set(range(5))
     assert document["cut"]["rounds"] == 8
     assert len([name for name in outcomes(runner) if not name.startswith("pilot")]) == 10
+
+
+def test_a_round_far_over_its_time_is_cut_and_what_it_has_done_counts(plan, monkeypatch):
+    runner = plan(rounds=2, iters=40, a="later-crawls", b="works")
+    monkeypatch.setattr("nanogpt_mac.measure.runner.SLACK_S", 0.2)
+    runner.carry_out()
+    assert set(outcomes(runner).values()) == {("done", None)}
+    cut = {
+        path.parent.name: json.loads(path.read_text())["cut"] for path in runner.folder.glob("rounds/*/outcome.json")
+    }
+    assert cut == {"pilot-a": False, "pilot-b": False, "0-a": True, "0-b": False, "1-a": True, "1-b": False}
+    for number in range(2):
+        rows = (runner.folder / f"rounds/{number}-a/metrics.jsonl").read_text().splitlines()
+        assert fewest(Cost(0, 0.01), 5) == 15 <= len(rows) < 40
+    assert any("s, cut: far over its time)" in line for line in runner.said)
+
+
+def test_a_share_of_the_time_left_is_what_a_run_may_take(plan):
+    runner = plan(rounds=2, iters=100, a="works", b="works")
+    runner._pilots({})
+    runner._decide()
+    name = runner.plan.order[0][1]
+    cost = runner._cost(name)
+    planned = cost.start_s + 100 * cost.iteration_s
+    runner._elapsed = lambda: 0.0
+    assert runner._enough_s(0) == pytest.approx(2 * planned + 5 - cost.start_s + cost.evaluation_s)
+    expected = sum(runner._expected_s(name) for name in "abab")
+    runner._elapsed = lambda: 66 - expected / 2  # 1.1 minutes are allowed: half of what is needed is left
+    half = runner._expected_s(name) / 2 - cost.start_s + cost.evaluation_s
+    assert runner._enough_s(0) == pytest.approx(max(half, 0.0))
+    runner._elapsed = lambda: 1000.0
+    assert runner._enough_s(0) == pytest.approx(max(0.0, cost.evaluation_s - cost.start_s))
+    for number in range(2):  # what a run took counts for more than what its pilot promised
+        runner.outcomes[number, "a"] = Outcome(variant="a", round=number, state="done", seconds=20.0 + 10 * number)
+    assert runner._expected_s("a") == 25.0
+
+
+def test_what_was_asked_for_and_does_not_fit_is_said_at_once(plan):
+    runner = plan(rounds=500, iters=12, a="works")
+    runner._pilots({})
+    runner._decide()
+    first, second = runner.said[-2:]
+    assert re.fullmatch(
+        r"rounds=500 iters=12: does not fit budget_minutes=1, of which about \d+ s are left; "
+        r"raise budget_minutes= for all of it",
+        first,
+    )
+    made = runner.plan.rounds
+    assert 3 <= made < 500
+    assert second.startswith(f"{made} rounds in a drawn order, of iterations: a 12; about ")
+    assert runner.plan.cut == Cut(rounds=500, reason="more do not fit budget_minutes")
+    assert runner.plan.expected_seconds <= 60
 
 
 def test_time_that_is_left_adds_rounds(plan):

@@ -64,7 +64,7 @@ if how == "endless":
         time.sleep(0.05)
 
 code, done = 0, iters
-if how in ("slow", "later-slow"):
+if how in ("slow", "later-slow", "crawls"):
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(143))
     for done in range(1, iters + 1):  # noqa: B007

@@ -54,10 +54,30 @@ def test_rounds_and_iterations_that_are_asked_for():
     assert planned(80.0, iters=40) == (12, 40, 80.0)
     assert planned(1e6, iters=40) == (12, 40, 80.0)
     assert planned(21.5, iters=40) == (3, 40, 21.5)
-    assert planned(1.0, iters=40) == (3, 40, 21.5)
-    assert planned(1.0, iters=40, rounds=5) == (5, 40, 34.5)
     assert planned(56.0, rounds=12) == (12, 24, 56.0)
-    assert planned(1.0, rounds=2) == (2, 15, 2 * (1.5 + 15 / 8) + 2)
+    assert planned(80.0, iters=40, rounds=12) == (12, 40, 80.0)
+    assert planned(1e6, iters=9, rounds=2) == (2, 9, 2 * (1.5 + 9 / 8) + 2)  # though so few are too few
+    assert planned(1e6, iters=5000, rounds=1) == (1, 5000, 1.5 + 625 + 2)
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "asked", "expected"),
+    [
+        (79.9, {"rounds": 12, "iters": 40}, (11, 40, 73.5)),  # first fewer rounds
+        (21.5, {"rounds": 12, "iters": 40}, (3, 40, 21.5)),
+        (21.4, {"rounds": 12, "iters": 40}, (3, 39, 21.125)),  # then fewer iterations
+        (1.0, {"rounds": 12, "iters": 40}, (3, 15, 12.125)),  # as few as count, whatever time that takes
+        (1.0, {"rounds": 2, "iters": 40}, (2, 15, 2 * (1.5 + 15 / 8) + 2)),  # as many rounds as were asked for
+        (1.0, {"rounds": 2, "iters": 9}, (2, 9, 2 * (1.5 + 9 / 8) + 2)),
+        (1.0, {"iters": 40}, (3, 15, 12.125)),
+        (21.4, {"iters": 40}, (3, 39, 21.125)),
+        (29.9, {"rounds": 12}, (8, 15, 8 * (1.5 + 15 / 8) + 2)),
+        (1.0, {"rounds": 2}, (2, 15, 2 * (1.5 + 15 / 8) + 2)),
+        (1.0, {"rounds": 12}, (3, 15, 12.125)),
+    ],
+)
+def test_what_is_asked_for_keeps_to_the_budget(budget_s, asked, expected):
+    assert planned(budget_s, **asked) == expected
 
 
 def test_slow_iterations_are_warmed_up_and_counted_less():
@@ -66,7 +86,7 @@ def test_slow_iterations_are_warmed_up_and_counted_less():
     assert slow.seconds == 3 * 4.5  # neither a pause nor an evaluation unless there is one
     faster = schedule({"a": Cost(1.0, 0.4375)}, 0.0)
     assert (faster.iters["a"], faster.warmup["a"]) == (15, 5)
-    asked = schedule({"a": Cost(1.0, 0.5)}, 0.0, iters=20)
+    asked = schedule({"a": Cost(1.0, 0.5)}, 100.0, iters=20)
     assert (asked.iters["a"], asked.warmup["a"]) == (20, 5)
     assert schedule({"a": Cost(1.0, 0.5)}, 0.0, warmup=0).iters["a"] == 6
 
@@ -87,7 +107,7 @@ def test_a_variant_of_more_than_twice_the_time_takes_part_in_fewer_rounds():
     assert rounds(7.0) == [0, 2, 4, 6, 8, 10]
     assert rounds(31.0) == [0, 4, 8]  # three at least
     both = {"fast": Cost(1.0, 0.125), "slow": Cost(31.0, 0.125)}
-    assert schedule(both, 0.0, iters=8, rounds=4).rounds["slow"] == [
+    assert schedule(both, 1e3, iters=8, rounds=4).rounds["slow"] == [
         0,
         1,
         2,
