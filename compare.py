@@ -1,8 +1,6 @@
 """Compare every variant of training that this machine has: `python compare.py`. See `--help`."""
 
-import sys
-
-from nanogpt_mac.cli import main
+from nanogpt_mac import script
 
 
 def compare(config):  # imported late: `--help` needs no framework
@@ -12,4 +10,4 @@ def compare(config):  # imported late: `--help` needs no framework
 
 
 if __name__ == "__main__":
-    sys.exit(main("compare", compare))
+    script.run("compare", compare)

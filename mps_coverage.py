@@ -1,8 +1,6 @@
 """Which operators run on MPS, in any torch, and whether this model needs one that does not. See `--help`."""
 
-import sys
-
-from nanogpt_mac.cli import main
+from nanogpt_mac import script
 
 
 def coverage(config):  # imported late: `--help` needs no framework
@@ -12,4 +10,4 @@ def coverage(config):  # imported late: `--help` needs no framework
 
 
 if __name__ == "__main__":
-    sys.exit(main("coverage", coverage))
+    script.run("coverage", coverage)

@@ -1,8 +1,6 @@
 """Reports over runs that exist: `python report.py runs/a runs/b`. See `--help`."""
 
-import sys
-
-from nanogpt_mac.cli import main
+from nanogpt_mac import script
 
 
 def report(config):  # imported late: `--help` needs no framework
@@ -12,4 +10,4 @@ def report(config):  # imported late: `--help` needs no framework
 
 
 if __name__ == "__main__":
-    sys.exit(main("report", report))
+    script.run("report", report)

@@ -1,8 +1,6 @@
 """Text from a checkpoint, on any back end: `python sample.py run=runs/DATE/TIME-NAME`. See `--help`."""
 
-import sys
-
-from nanogpt_mac.cli import main
+from nanogpt_mac import script
 
 
 def sample(config):  # imported late: `--help` needs no framework
@@ -12,4 +10,4 @@ def sample(config):  # imported late: `--help` needs no framework
 
 
 if __name__ == "__main__":
-    sys.exit(main("sample", sample))
+    script.run("sample", sample)

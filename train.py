@@ -1,8 +1,6 @@
 """Train nanoGPT's GPT on one back end: `python train.py backend=mps compile=false`. See `--help`."""
 
-import sys
-
-from nanogpt_mac.cli import main
+from nanogpt_mac import script
 
 
 def train(config):  # imported late: `--help` needs no framework
@@ -12,4 +10,4 @@ def train(config):  # imported late: `--help` needs no framework
 
 
 if __name__ == "__main__":
-    sys.exit(main("config", train))
+    script.run("config", train)

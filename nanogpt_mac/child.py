@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import ESCAPES, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER_POLL_S = 0.05
@@ -262,7 +262,7 @@ def end(pid: int) -> None:
 
 
 def shortened(line: str, most: int = 240) -> str:
-    line = re.sub(r"^(train\.py): ", "", " ".join(line.split()))
+    line = re.sub(r"^(train\.py): ", "", " ".join(ESCAPES.sub("", line).split()))
     return line if len(line) <= most else line[: most - 3] + "..."
 
 

@@ -7,6 +7,7 @@ into one fresh process a member (sweep/).
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -16,24 +17,39 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from string import Template
-from typing import Any, cast
+from typing import Any
 
 import hydra
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from nanogpt_mac import composed
+from nanogpt_mac import composed, nanogpt_keys, ranks, signals
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.kinds import KINDS
-from nanogpt_mac.errors import InputError
-from nanogpt_mac.overrides import key_of, quoted
+from nanogpt_mac.errors import InputError, cleaned, reason
+from nanogpt_mac.overrides import (
+    GIVEN,
+    escaped,
+    exists,
+    for_hydra,
+    found_again,
+    key_of,
+    listed,
+    literal,
+    mapped,
+    text_keys,
+    unescaped,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that command's turn
@@ -43,19 +59,14 @@ SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that 
     "compare": "nanogpt_mac.compare.config:CompareConfig",
     "report": "nanogpt_mac.compare.config:ReportConfig",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of the shell
+SCRIPTS = {"config": "train.py", "coverage": "mps_coverage.py"}  # others have the name of their config
+OPTIONS = ("help", "version", "cfg", "resolve", "package", "run", "multirun", "info")  # Hydra's, of one word
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
 EXTRAS = {"optuna": "sweep", "joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"}
 """Hydra's plugins and the extra of this package that brings each."""
 
 _search_path: list[str] = []  # where the configs of the command under way lie, beside conf/
-
-
-class _Terminated(BaseException):
-    """SIGTERM came, and nobody further in has taken it for a request to end well."""
-
-
-def _terminate(_signum: int, _frame: Any) -> None:
-    raise _Terminated
 
 
 def main(command: str, task: Callable[[Any], int]) -> int:
@@ -75,11 +86,13 @@ class Command:
     """One command line: conf/<name>.yaml, the arguments as they were typed, and what has become of them."""
 
     def __init__(self, name: str, argv: Sequence[str]) -> None:
-        self.name, self.program, self.typed = name, argv[0], list(argv[1:])
-        self.arguments = _tidied(self.typed, name)
+        self.name, self.program, self.typed = name, argv[0], _tidied(argv[1:], name)
+        self.texts = text_keys(_schema(name))
+        self.arguments = for_hydra(self.typed, self.texts, sweeps="--multirun" in self.typed)
         self.code = 0
         self.mistake: Exception | None = None
         self.traceback_wanted = False
+        self.failure: str | None = None  # one line, of what is neither a mistake nor a fault of ours
         self.started = False  # whether a task, or a sweep, has run: an OSError is then no longer the user's
         store = ConfigStore.instance()
         store.store(name=f"{name}_schema", node=_schema(name))
@@ -92,25 +105,30 @@ class Command:
         def once(cfg: DictConfig) -> None:
             hydra_config = HydraConfig.get()
             _search_path[:] = _beside_conf(hydra_config)
+            overrides = [self._as_typed(override) for override in hydra_config.overrides.task]
             try:
-                config = self._config(cfg, list(hydra_config.overrides.task), groups=hydra_config.runtime.choices)
-                self.started = True
-                self.code = task(config)
-            except (InputError, OmegaConfBaseException, BrokenPipeError) as error:  # Hydra would announce a crash
+                config = self._config(cfg, overrides, groups=hydra_config.runtime.choices)
+            except (InputError, OmegaConfBaseException) as error:
                 self.mistake = error
+            else:
+                self._perform(task, config)
 
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a text may hold what this terminal cannot show
         self.traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "") not in ("", "0")
         try:
-            with _hydras_process([self.program, *self.arguments]):
+            with signals.watched(self.program), _hydras_process([self.program, *self.arguments]):
                 if composed.FLAG in self.typed:
                     config, _search_path[:] = composed.read(self.typed[-1], _schema(self.name))
-                    self.started = True
-                    return task(config)
-                if not _helped(self.name, self.arguments):
-                    main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.name)
-                    self._through_hydra(main(_Job(self.name, str(Path(self.program).absolute()), Path.cwd(), once)))
+                    self._perform(task, config)
+                else:
+                    self._refuse_nanogpts()
+                    if not _helped(self.name, self.arguments):
+                        ranks.refuse_several()
+                        main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.name)
+                        self._through_hydra(main(_Job(self.name, str(Path(self.program).absolute()), Path.cwd(), once)))
+            if self.failure:
+                return self._say(self.failure, 1)
             if self.mistake:
                 raise self.mistake
         except (InputError, HydraException, OmegaConfBaseException) as error:
@@ -124,10 +142,8 @@ class Command:
             if self.started:
                 raise
             return self._say(f"{error.filename}: cannot be made: {error.strerror}", 2)
-        except KeyboardInterrupt:  # before a run has begun; a run that has ends with a checkpoint instead
-            return self._say("interrupted", 128 + signal.SIGINT)
-        except _Terminated:
-            return self._say("terminated", 128 + signal.SIGTERM)
+        except signals.Stop as stop:  # before a run has begun; a run that has ends with a checkpoint instead
+            return self._say(signals.words(stop.signum), stop.code)
         return self.code
 
     def _through_hydra(self, app: Callable[[], None]) -> None:
@@ -162,10 +178,11 @@ class Command:
 
     def composed(self) -> Any:
         """The typed config; nothing is run. InputError as `compose`."""
+        self._refuse_nanogpts()
         running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command's own, which comes back
         try:
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-                beside = ",".join(quoted("", place)[1:] for place in _search_path)
+                beside = ",".join(map(literal, _search_path))
                 overrides = [*self.arguments, *([f"hydra.searchpath=[{beside}]"] if beside else [])]
                 cfg = hydra.compose(self.name, overrides=overrides, return_hydra_config=True)
             groups = cfg.hydra.runtime.choices
@@ -177,17 +194,42 @@ class Command:
         finally:
             GlobalHydra.instance().hydra = running
 
+    def _perform(self, task: Callable[[Any], int], config: Any) -> None:
+        """Run `task`. A mistake and a failure are kept: Hydra would announce a crash."""
+        self.started = True
+        try:
+            self.code = task(config)
+        except (InputError, OmegaConfBaseException, BrokenPipeError) as error:
+            self.mistake = error
+        except Exception as error:
+            self.failure = _failure(error, config)
+            if self.failure is None:
+                raise
+
+    def _refuse_nanogpts(self) -> None:
+        script = SCRIPTS.get(self.name, f"{self.name}.py")
+        nanogpt_keys.refuse(script, self.typed, {*_keys(self.name), "experiment", "sweep"}, OPTIONS)
+
     def _config(
         self, cfg: DictConfig, overrides: Sequence[str], resume: bool = True, groups: Collection[str] = ()
     ) -> Any:
-        if resume and self.name == "config" and cfg.get("init_from") == "resume":
-            cfg = _resumed(cfg, overrides)
         _refuse_new_keys(self.name, overrides, groups)
-        OmegaConf.resolve(cfg)
-        config: Any = OmegaConf.to_object(cfg)
+        config: Any = mapped(OmegaConf.to_object(cfg), found_again)  # resolves the interpolations of files
+        if resume and self.name == "config" and config.init_from == "resume" and config.run is not None:
+            config = _resumed(config, overrides)
         if hasattr(config, "given"):
             config.given = list(overrides)
         return config
+
+    def _as_typed(self, override: str) -> str:
+        """An override in Hydra's grammar as it may be typed, with its text as it is."""
+        match = GIVEN.fullmatch(override)
+        if match is None or match[2] not in self.texts:
+            return override
+        value = OverridesParser.create().parse_override(override).value()
+        if isinstance(value, list):
+            return f"{match[1]}{match[2]}={listed([unescaped(str(element)) for element in value])}"
+        return f"{match[1]}{match[2]}={unescaped(str(value))}" if value is not None else override
 
     def _say(self, words: str, code: int) -> int:
         print(f"{Path(self.program).name}: {words}", file=sys.stderr)
@@ -201,7 +243,7 @@ class Command:
         if isinstance(cause, InputError):
             return str(cause)
         text = str(error)
-        given = {o.lstrip("+~").split("=")[0]: o for o in self.arguments if "=" in o}
+        given = {o.lstrip("+~").split("=")[0]: o for o in self.typed if "=" in o}
         if isinstance(error, MissingConfigException):
             absent = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
             options = re.findall(r"^\t(\w+)$", text, re.MULTILINE)
@@ -217,7 +259,7 @@ class Command:
             return f"{named}: there is no such key{_suggestion(str(key), self.name)}"
         if isinstance(cause, OverrideParseException):
             return f"{cause.override}: not an override; use key=value, with quotes around anything unusual"
-        words = " ".join(str(cause).split("\n    full_key")[0].split())
+        words = cleaned(str(cause).split("\n    full_key")[0]) or type(cause).__name__
         return f"{given[key]}: {words}" if key in given else words
 
 
@@ -245,7 +287,9 @@ class _Job:
         from nanogpt_mac.sweep import board, member, plugin
 
         place, subdir = Path(self.cwd, hydra_config.sweep.dir), hydra_config.sweep.subdir
-        overrides = tuple(hydra_config.overrides.task)
+        command = Command(self.command, [self.program])
+        overrides = tuple(command._as_typed(override) for override in hydra_config.overrides.task)
+        command.typed = list(overrides)
         if self.once is None:
             member.ignore_interrupts()
         job = member.Job(
@@ -257,7 +301,6 @@ class _Job:
             search_path=tuple(_beside_conf(hydra_config)),
             shared_machine=plugin.side_by_side(hydra_config.launcher),
         )
-        command = Command(self.command, [self.program, *overrides])
         try:
             config = command._config(cfg, overrides, groups=hydra_config.runtime.choices)
         except (InputError, OmegaConfBaseException) as error:
@@ -298,20 +341,34 @@ def _helped(command: str, arguments: Sequence[str]) -> bool:
     return True
 
 
+def _failure(error: Exception, config: Any) -> str | None:
+    """What to say of memory or a disk that is full; None for any other error."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        named = Path(error.filename) if error.filename else Path.cwd()
+        where = next(place for place in (*named.absolute().parents, Path("/")) if place.is_dir())  # of what is left
+        return f"{where}: {error.strerror}; make room there, or name another folder (run_dir=...), and start again"
+    from nanogpt_mac import supervise  # only now: pydantic, for which `--help` has no time
+
+    words = f"{type(error).__name__}: {reason(error)}"
+    signs = (supervise.OOM, kinds.signs().get("oom"))
+    if not isinstance(error, MemoryError) and not any(sign.search(f"{words}\n{error}") for sign in signs if sign):
+        return None
+    sizes = {"batch_size": getattr(config, "batch_size", 1)}
+    if hasattr(config, "model"):
+        sizes["model.block_size"] = config.model.block_size
+    lower = " or ".join(f"{key} below {value}" for key, value in sizes.items() if value > 1)
+    return f"out of memory ({words}); use {lower or 'a smaller model'}"
+
+
 @contextmanager
 def _hydras_process(argv: list[str]) -> Iterator[None]:
-    """What Hydra takes from the process, for as long as it runs: its arguments, and to let exceptions through to us.
-
-    SIGTERM raises `_Terminated` here: dying of it would leave children behind.
-    """
+    """What Hydra takes from the process, for as long as it runs: its arguments, and to let exceptions through to us."""
     given, sys.argv = sys.argv, argv
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    handler = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
         os.environ.pop("HYDRA_FULL_ERROR")
         if full_error is not None:
             os.environ["HYDRA_FULL_ERROR"] = full_error
@@ -325,25 +382,18 @@ def _schema(command: str) -> Any:
 
 
 def _tidied(typed: Sequence[str], command: str) -> list[str]:
-    """The arguments as Hydra needs them: -m first, prompts quoted, hydra.run.dir as run_dir (made after checks)."""
-    multirun = [a for a in typed if a in ("-m", "--multirun")]
+    """The arguments with --multirun first, and keys by the names that they have here: hydra.run.dir is run_dir, which
+    is made after all checks."""
+    multirun = ["--multirun"] if {"-m", "--multirun"} & set(typed) else []
     rest = [a for a in typed if a not in ("-m", "--multirun", "experiment=null")]  # Hydra takes no null for a group
-    if command == "sample":
-        rest = [quoted("prompt", a.removeprefix("prompt=")) if a.startswith("prompt=") else a for a in rest]
     if command in ("config", "compare"):
         rest = [a.replace("hydra.run.dir=", "run_dir=", 1) if a.startswith("hydra.run.dir=") else a for a in rest]
     if command == "compare":  # the key's name until 0.1
         rest = [a.replace("ways=", "variants=", 1) if a.startswith("ways=") else a for a in rest]
-    if command == "report":
-        rest = _listed(rest)
+    if command == "report":  # bare paths, which Hydra does not take, are the one key `runs`
+        paths = [a for a in rest if not a.startswith("-") and ("=" not in a or exists(a))]
+        rest = [*(a for a in rest if a not in paths), *([f"runs={listed(paths)}"] if paths else [])]
     return [*multirun, *rest]
-
-
-def _listed(arguments: Sequence[str]) -> list[str]:
-    """Bare paths, which Hydra does not take, as the one key `runs`."""
-    paths = [a for a in arguments if not a.startswith("-") and ("=" not in a or Path(a).exists())]
-    listed = ",".join(quoted("", path)[1:] for path in paths)
-    return [*(a for a in arguments if a not in paths), *([f"runs=[{listed}]"] if paths else [])]
 
 
 def _refuse_new_keys(command: str, overrides: Sequence[str], groups: Collection[str]) -> None:
@@ -354,25 +404,26 @@ def _refuse_new_keys(command: str, overrides: Sequence[str], groups: Collection[
             raise InputError(f"{override.lstrip('+')}: there is no such key{_suggestion(key, command)}")
 
 
-def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def _resumed(given: Any, overrides: Sequence[str]) -> Any:
     """The config of the run to go on from, with what this command line names laid over it."""
     from nanogpt_mac.train import checkpoint
 
-    if cfg.run is None:
-        return cfg  # validate() words it
-    folder = checkpoint.find(cfg.run)
+    folder = checkpoint.find(given.run)
     meta = checkpoint.read_meta(folder)
-    resumed = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(_schema("config")), meta.config))
+    saved = mapped(meta.config, escaped)
+    resumed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_schema("config")), saved))
+    resumed = mapped(resumed, found_again)
     for key in ("path", "dir", "symbols"):
-        resumed.data[key] = checkpoint.anchored(resumed.data[key], folder, meta)
+        setattr(resumed.data, key, checkpoint.anchored(getattr(resumed.data, key), folder, meta))
     for override in overrides:
         key = key_of(override)
         if key in GLOBAL_GROUPS:
             raise InputError(f"{override}: a resumed run keeps its recipe; use single keys, such as max_iters")
-        key = {"logger": "wandb", "path": "data.path", "data_dir": "data.dir"}.get(key, key)
-        OmegaConf.update(resumed, key, OmegaConf.select(cfg, key), merge=False)
-    resumed.init_from, resumed.run, resumed.run_dir = "resume", cfg.run, cfg.run_dir
-    resumed.shared_machine = cfg.shared_machine  # of this run, not of the sweep that it may come from
+        *places, name = {"logger": "wandb", "path": "data.path", "data_dir": "data.dir"}.get(key, key).split(".")
+        source, target = (reduce(getattr, places, config) for config in (given, resumed))
+        setattr(target, name, getattr(source, name))
+    resumed.init_from, resumed.run, resumed.run_dir = "resume", given.run, given.run_dir
+    resumed.shared_machine = given.shared_machine  # of this run, not of the sweep that it may come from
     return resumed
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import DTYPES, MATMUL_PRECISIONS, BackendOptions
 from nanogpt_mac.corpus import DataConfig
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.files import write
 from nanogpt_mac.gpt.spec import ModelConfig
-from nanogpt_mac.overrides import key_of
+from nanogpt_mac.overrides import key_of, path_field, text_field
 
 MOST_SEED = 2**63
+WANDB_MODES = ("offline", "online", "disabled")
 
 # -- what a value may be ----------------------------------------------------------------------------------------------
 
@@ -46,7 +49,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
         key, value, rule = prefix + each.name, getattr(config, each.name), each.metadata
         if dataclasses.is_dataclass(value):
             check_fields(value, f"{key}.")
-        if "allowed" in rule:
+        if "allowed" in rule and not (value is None and each.default is None):
             check_one_of(key, value, rule["allowed"])
         if "low" in rule and value is not None:
             low, below = rule["low"], rule["below"]
@@ -93,17 +96,31 @@ else:  # `name` and every kind's own settings: a back end ignores those of other
 
 @dataclass
 class WandbConfig:
-    mode: str = one_of("offline", "online", "disabled")
-    """offline keeps everything in the run's folder, for `wandb sync`; online needs an account."""
-    project: str = "nanogpt-mac"
-    entity: str | None = None
+    """A null or an empty list stands for what wandb's own variables say (WANDB_MODE, WANDB_PROJECT, ...)."""
+
+    mode: str | None = field(default=None, metadata={"allowed": WANDB_MODES})
+    """offline (without a variable) keeps everything in the run's folder, for `wandb sync`; online needs an account."""
+    project: str | None = text_field(None)
+    """Without a variable: nanogpt-mac."""
+    entity: str | None = text_field(None)
     """The account or team; null: wandb's own default."""
-    group: str | None = None
+    group: str | None = text_field(None)
     """Runs of one group are shown together."""
-    name: str | None = None
-    """Of the run; null: its folder's name."""
-    tags: list[str] = field(default_factory=list)
+    name: str | None = text_field(None)
+    """Of the run; without a variable: its folder's name."""
+    tags: list[str] = text_field(list)
     """Beside the back end and the corpus, which every run has."""
+
+    def mode_here(self, environment: Mapping[str, str] = os.environ) -> str:
+        """The mode that the key, the environment or our default give, in this order. InputError for another one."""
+        if self.mode is not None:
+            return self.mode
+        if environment.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+            return "disabled"
+        given = environment.get("WANDB_MODE") or WANDB_MODES[0]
+        mode = {"dryrun": "offline", "run": "online"}.get(given.lower(), given.lower())
+        check_one_of("WANDB_MODE", mode if mode in WANDB_MODES else given, WANDB_MODES)
+        return mode
 
 
 @dataclass
@@ -124,15 +141,15 @@ class Config:
     seed: int = at_least(0, 1337, below=MOST_SEED)
     """Of initial weights, batches, dropout and samples."""
 
-    init_from: str = "scratch"
+    init_from: str = path_field("scratch")
     """scratch, resume, gpt2 to gpt2-xl, a Hugging Face folder, nanoGPT's ckpt.pt, or a run or checkpoint of ours."""
-    run: str | None = None
+    run: str | None = path_field(None)
     """The run or checkpoint to go on from, with init_from=resume."""
-    run_dir: str = "runs/{date}/{time}-{name}"
+    run_dir: str = path_field("runs/{date}/{time}-{name}")
     """The folder of this run; {name} is the back end's."""
-    data_dir: str = "data"
+    data_dir: str = path_field("data")
     """Where prepared corpora are kept; short for data.dir."""
-    path: str | None = None
+    path: str | None = path_field(None)
     """Short for data.path."""
     given: list[str] = field(default_factory=list)
     """Filled in by cli.py: the overrides of the command line."""
@@ -196,15 +213,15 @@ class Config:
         """.hydra/ in a run's folder, as Hydra would leave it: the config, and the overrides that were given."""
         hydra = folder / ".hydra"
         hydra.mkdir(exist_ok=True)
-        (hydra / "config.yaml").write_text(yaml.safe_dump(asdict(self), sort_keys=False))
-        (hydra / "overrides.yaml").write_text(yaml.safe_dump(self.given))
+        write(hydra / "config.yaml", yaml.safe_dump(asdict(self), sort_keys=False))
+        write(hydra / "overrides.yaml", yaml.safe_dump(self.given))
 
 
 @dataclass
 class SampleConfig:
     """Everything that `python sample.py` can be told."""
 
-    run: str = "???"
+    run: str = path_field("???")
     """What to sample from: a run, a checkpoint, or anything that init_from takes."""
     checkpoint: str = one_of("last", "best")
     """Which of the run's checkpoints."""
@@ -215,11 +232,11 @@ class SampleConfig:
     """Of float32 products."""
     data: DataConfig = field(default_factory=lambda: DataConfig(name="text"))
     """The text that the model was trained on, where its file does not say what its tokens mean."""
-    data_dir: str = "data"
+    data_dir: str = path_field("data")
     """Where prepared corpora are kept; short for data.dir."""
-    path: str | None = None
+    path: str | None = path_field(None)
     """Short for data.path."""
-    prompt: str = "\n"
+    prompt: str = text_field("\n")
     """The text to go on from; FILE:path reads a file, as nanoGPT does."""
     num_samples: int = at_least(1, 1)
     """How many texts."""

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,9 +26,53 @@ TELL = "NANOGPT_MAC_RUN_FOLDER_TO"  # in the environment: the file that the firs
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
+_unfinished: set[Path] = set()
+_numbers = itertools.count()
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[None]:
+    """Within, `path`, a file or a folder, is being made; where that fails, or a signal ends it, it is removed."""
+    _unfinished.add(path)
+    try:
+        yield
+    except BaseException:
+        remove(path)
+        raise
+    finally:
+        _unfinished.discard(path)
+
+
+def remove_unfinished() -> None:
+    for path in tuple(_unfinished):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there, whatever else is still writing to it."""
+    for _ in range(3):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        if not path.exists():
+            break
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError of writing names no file: it gets the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
+
+
 def write(path: Path, data: str | bytes) -> None:
     """Write `path` and wait until it is on the disk."""
-    with path.open("wb") as file:
+    with named(path), path.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
@@ -39,15 +84,12 @@ def write_aside(path: Path, data: str | bytes, durable: bool = False) -> None:
     `durable` waits for the disk, so that this holds after a power cut as well. OSError leaves the old file.
     """
     aside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
+    with unfinished(aside), named(path):
         if durable:
             write(aside, data)
         else:
             aside.write_bytes(data.encode() if isinstance(data, str) else data)
         aside.replace(path)
-    except BaseException:  # a full disk, a signal
-        aside.unlink(missing_ok=True)
-        raise
     if durable:
         sync_folder(path.parent)
 
@@ -140,6 +182,17 @@ def lock(path: Path, waiting: str = "", refuse: str = "") -> Iterator[None]:
         held.release()
 
 
+@contextmanager
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
+    """An empty folder that is gone afterwards, also after a signal."""
+    folder = (parent or Path(tempfile.gettempdir())) / f".{NAME}-{os.getpid()}-{next(_numbers)}"
+    with unfinished(folder):
+        remove(folder)  # of a process that had this number before
+        folder.mkdir(mode=0o700)
+        yield folder
+        remove(folder)
+
+
 def make_once(target: Path, make: Callable[[Path], Path]) -> Path:
     """`target`, a file or a folder, put in place of what `make(empty folder)` returns unless it is there already.
 
@@ -150,8 +203,8 @@ def make_once(target: Path, make: Callable[[Path], Path]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with lock(target.with_name(f"{target.name}.lock")):
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                make(Path(folder)).replace(target)
+            with temporary_folder(target.parent) as folder:
+                make(folder).replace(target)
     return target
 
 

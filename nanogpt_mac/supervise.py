@@ -22,7 +22,7 @@ POLL_S = 0.1  # seldom enough to leave the cores alone
 GRACE_S = 60.0  # for a run that was asked to end to finish its iteration
 FEWEST_PILOT = 4  # iterations, before a pilot run is asked to end
 
-OOM = re.compile(r"out of memory|MemoryError|bad_alloc|annot allocate memory", re.IGNORECASE)  # of any program
+OOM = re.compile(r"out of memory|MemoryError|bad_alloc|an(no|')t allocate memory", re.IGNORECASE)  # of any program
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from nanogpt_mac.config import BackendConfig, Config, at_least, check_fields, one_of
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.overrides import path_field
 
 BUDGET_MINUTES = 9.0  # ten, less what a slower or busier machine adds
 FEW, LEVER_MINUTES = 4, 2.0  # more for each variant of levers=true beyond the first few
@@ -37,9 +38,9 @@ class CompareConfig(Config):
     """Its name narrows the variants to those of one back end; its settings go to every run."""
     compile: Any = one_of("auto", True, False)
     """Narrows the variants to those that are compiled, or are not; auto: both."""
-    run: str | None = None
+    run: str | None = path_field(None)
     """The comparison to go on with, as it was planned."""
-    run_dir: str = "runs/{date}/{time}-{name}"
+    run_dir: str = path_field("runs/{date}/{time}-{name}")
     """The folder of a new comparison."""
     seed: int = at_least(0, 1337, below=2**63)
     """Of every run, and of the order in which variants run."""
@@ -74,8 +75,8 @@ class CompareConfig(Config):
 class ReportConfig:
     """What `python report.py runs/a runs/b output=folder` takes; bare paths become `runs`."""
 
-    runs: list[str] = field(default_factory=list)  # folders of compare.py and train.py
-    output: str | None = None  # null: a comparison's own folder, for several runs/{date}/{time}-report
+    runs: list[str] = path_field(list)  # folders of compare.py and train.py
+    output: str | None = path_field(None)  # null: a comparison's own folder, for several runs/{date}/{time}-report
     details: bool = False  # true: the whole report in the terminal, not its verdict and one table
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 import nanogpt_mac
-from nanogpt_mac import cli
+from nanogpt_mac import cli, memory
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.compare import levers
 from nanogpt_mac.compare.config import BUDGET_MINUTES, FEW, LEVER_MINUTES, CompareConfig, entries
@@ -138,6 +138,7 @@ def _checked(variant: Variant, common: Sequence[str]) -> Config:
     config = _compose(variant, common)
     config.given = [key_of(override) for override in common]  # of the work: the same for all
     validate_run(config)
+    memory.check(config, config.backend.name)
     return config
 
 

@@ -6,11 +6,9 @@ import contextlib
 import errno
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from nanogpt_mac import signals
 from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.compare.config import CompareConfig, chips, validate
 from nanogpt_mac.compare.runner import ComparisonRunner
@@ -24,13 +22,6 @@ from nanogpt_mac.records.plan import Plan
 from nanogpt_mac.train.display import say
 
 LOCK = ".lock"  # held by the process at work: a second one would end the first one's runs
-
-
-class Stopped(BaseException):
-    """A signal has asked for the end."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
 
 
 def run(config: CompareConfig) -> int:
@@ -58,12 +49,12 @@ def run(config: CompareConfig) -> int:
             stack.enter_context(contextlib.chdir(plan.cwd))
             configs = plans.configs_of(plan)
         try:
-            with _signals(), probe.awake():
+            with signals.watched("compare.py"), probe.awake():
                 return _compare(folder, plan, configs)
-        except Stopped as stopped:
+        except signals.Stop as stopped:
             name = signal.Signals(stopped.signum).name
             print(f"\n{name}: stopped; go on with: {again}", file=sys.stderr, flush=True)
-            return 128 + stopped.signum
+            return stopped.code
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -148,22 +139,3 @@ def _again(folder: Path) -> str:
 
 def _alone(folder: Path) -> contextlib.AbstractContextManager[None]:
     return lock(folder / LOCK, refuse=f"run={folder}: another process is using it; wait until it ends")
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise `Stopped`, but for those that are ignored: nohup's."""
-    candidates = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handled = [s for s in candidates if signal.getsignal(s) != signal.SIG_IGN]
-
-    def handle(signum: int, _frame: Any) -> None:
-        for one in handled:
-            signal.signal(one, signal.SIG_IGN)  # a second one must not interrupt the tidying up
-        raise Stopped(signum)
-
-    previous = {s: signal.signal(s, handle) for s in handled}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

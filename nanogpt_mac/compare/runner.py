@@ -19,7 +19,7 @@ from nanogpt_mac.files import write_json
 from nanogpt_mac.machine import probe
 from nanogpt_mac.measure.rounds import Cost
 from nanogpt_mac.measure.runner import PILOT, Runner, Shown, Task
-from nanogpt_mac.overrides import key_of, merged, quoted
+from nanogpt_mac.overrides import key_of, merged
 from nanogpt_mac.parity import gate
 from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.plan import ParityState, Plan, Spent, Variant
@@ -71,7 +71,7 @@ class Training:
         elif task.round == 0:
             sizes |= {"eval_interval": task.iters, "eval_iters": EVAL_ITERS}
         spelt = [f"{key}={value}" for key, value in sizes.items()]
-        fixed = [*KEEP_NOTHING, quoted("run_dir", str(task.folder))]
+        fixed = [*KEEP_NOTHING, f"run_dir={task.folder}"]
         config = replace(
             self.config,
             **sizes,

@@ -7,6 +7,7 @@ from typing import Any
 
 from nanogpt_mac.corpus.encoders import MAX_VOCAB, PADDED_GPT2_TOKENS
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.overrides import PATH, path_field
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -16,11 +17,15 @@ TOKENIZERS = ("char", "gpt2", "bpe")
 
 
 def _limited(
-    default: Any, ok: Callable[[Any], object] = lambda value: True, use: str = "", only: Sequence[str] = NAMES
+    default: Any,
+    ok: Callable[[Any], object] = lambda value: True,
+    use: str = "",
+    only: Sequence[str] = NAMES,
+    text: str | None = None,
 ) -> Any:
     """A field whose value, unless it is null, must pass `ok` (else the error says what to `use`) and whose corpora are
     `only` these."""
-    return field(default=default, metadata={"ok": ok, "use": use, "only": only})
+    return field(default=default, metadata={"ok": ok, "use": use, "only": only, "text": text})
 
 
 @dataclass
@@ -30,14 +35,14 @@ class DataConfig:
     name: str = _limited("shakespeare_char", NAMES.__contains__, f"one of {', '.join(NAMES)}")
     """Which corpus."""
 
-    dir: str = "data"
+    dir: str = path_field("data")
     """Folder that holds the prepared corpora, one folder each."""
 
-    path: str | None = None
+    path: str | None = path_field(None)
     """shakespeare, shakespeare_char: a local copy, under the same checksum. text: the file. openwebtext: a file, folder
     or glob of documents (jsonl, json, csv, parquet with a column `text`; txt) in place of the Hub."""
 
-    url: str | None = _limited(None, only=("shakespeare_char", "shakespeare"))
+    url: str | None = _limited(None, only=("shakespeare_char", "shakespeare"), text=PATH)
     """Where to download tiny Shakespeare. null: from its usual address."""
 
     sha256: str | None = _limited(
@@ -45,13 +50,14 @@ class DataConfig:
         re.compile("[0-9a-f]{64}").fullmatch,
         "64 hexadecimal digits in lower case",
         only=("shakespeare_char", "shakespeare", "text"),
+        text=PATH,
     )
     """Checksum that the text, or its file, must have. null: tiny Shakespeare's; for text, none."""
 
     tokenizer: str = _limited("char", TOKENIZERS.__contains__, f"one of {', '.join(TOKENIZERS)}")
     """One token a character, GPT-2's BPE, or a BPE trained on the training split."""
 
-    symbols: str | None = _limited(None, only=("text",))
+    symbols: str | None = _limited(None, only=("text",), text=PATH)
     """The characters, where they are not the text's own: nanoGPT's meta.pkl, or another text that has them."""
 
     vocab_size: int | None = _limited(
@@ -64,7 +70,7 @@ class DataConfig:
     val_fraction: float = _limited(0.1, lambda share: 0 < share < 1, "a number between 0 and 1, both excluded")
     """Share of the text (its end) or of the documents (shuffled) that is held out for validation."""
 
-    dataset: str | None = _limited(None, only=("openwebtext",))
+    dataset: str | None = _limited(None, only=("openwebtext",), text=PATH)
     """NAME or NAME@REVISION on the Hugging Face Hub. null: Skylion007/openwebtext."""
 
     num_proc: int = _limited(8, lambda processes: processes >= 1, "at least 1")
@@ -78,7 +84,7 @@ def check(cfg: DataConfig) -> None:
         value = getattr(cfg, key)
         return InputError(f"data.{key}={'null' if value is None else value}: {why}")
 
-    for key, limits in ((item.name, item.metadata) for item in fields(cfg) if item.metadata):
+    for key, limits in ((item.name, item.metadata) for item in fields(cfg) if "ok" in item.metadata):
         value = getattr(cfg, key)
         if value is not None and not limits["ok"](value):
             raise refuse(key, f"use {limits['use']}")

@@ -2,16 +2,14 @@
 
 import logging
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.files import temporary_folder
+from nanogpt_mac.network import NoNetwork, reaching
 
-TIMEOUT_S = (4, 30)  # to connect to one address, and between two pieces of the answer
-
-
-class NoNetwork(Exception):  # noqa: N818 - a state, not a fault
-    """No connection to the address: no name service, no route, refused, or timed out."""
+TIMEOUT_S = (4, 10)  # to connect to one address, and between two pieces of the answer
 
 
 def download(url: str, sha256: str) -> bytes:
@@ -27,9 +25,10 @@ def download(url: str, sha256: str) -> bytes:
     pooch.get_logger().setLevel(logging.WARNING)
     print(f"downloading {url}", file=sys.stderr)
     fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=TIMEOUT_S)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         try:
-            file = pooch.retrieve(url, f"sha256:{sha256}", "download", folder, downloader=fetch)
+            retrieve = partial(pooch.retrieve, url, f"sha256:{sha256}", "download", folder, downloader=fetch)
+            file = reaching(url, retrieve)
         except requests.RequestException as error:
             if error.response is not None:
                 error.response.close()  # pooch leaves it open

@@ -10,12 +10,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
+from nanogpt_mac.network import NoNetwork, reaching
+from nanogpt_mac.report.progress import progress
 
 MAX_VOCAB = 65535  # token numbers are stored as uint16
 GPT2_TOKENS = 50257
 PADDED_GPT2_TOKENS = 50304  # nanoGPT trains from scratch with GPT-2's 50,257 rounded up to a multiple of 64
+GPT2_TABLES = "https://openaipublic.blob.core.windows.net"  # where tiktoken fetches them
 CHUNK = 1 << 20  # characters handed to a BPE at a time, so that memory stays flat
+LONGEST = 1 << 20  # characters of a word, or of white space, that chunks leave whole
+LONG = re.compile(r"\S{1024}(?=\S)|\s{1024}(?=\s)")  # more than a BPE learns from at once
+SAFE_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+NOTICEABLE = 4_000_000  # characters; encoding them takes about a second
 
 
 class Encoder(Protocol):
@@ -36,18 +43,27 @@ class Encoder(Protocol):
 def chunks(text: str, size: int = CHUNK) -> Iterator[str]:
     """Cuts text into pieces of about `size` characters; a GPT-2 style BPE gives them the tokens of the whole text.
 
-    Its splitting pattern never joins a line end with a printable character before it, so such a place is a
-    safe cut.
+    Its splitting pattern never joins a line end, or a blank, with a printable character before it, so such a place is a
+    safe cut. A word (or white space) of more than LONGEST characters beyond `size` is cut where it then is: the tokens
+    on both sides may differ from the whole's there, but neither memory nor time grows with the longest word.
     """
     begin = 0
-    cut = re.compile(r"(?<=\S)(?=\n)")
     while len(text) - begin > size:
-        found = cut.search(text, begin + size)
-        if found is None:
+        found = SAFE_CUT.search(text, begin + size, begin + size + LONGEST)
+        if found is None and len(text) - begin - size <= LONGEST:
             break
-        yield text[begin : found.start()]
-        begin = found.start()
+        end = found.start() if found else begin + size + LONGEST
+        yield text[begin:end]
+        begin = end
     yield text[begin:]
+
+
+def _shown(parts: Iterator[str], length: int, what: str) -> Iterator[str]:
+    """The parts of a text of `length` characters, with how far they have come."""
+    with progress(what, length, NOTICEABLE, "characters") as advance:
+        for part in parts:
+            yield part
+            advance(len(part))
 
 
 def _whole_characters(text: str) -> str:
@@ -58,6 +74,15 @@ def _whole_characters(text: str) -> str:
         broken = text[error.start : error.end]
         raise InputError(f"text with {broken!r} in it is not valid Unicode; use UTF-8 text") from None
     return text
+
+
+def _learnt(part: str) -> Iterator[str]:
+    """A part in pieces without a longer word than is learnt from; nearly always itself."""
+    begin = 0
+    for long in LONG.finditer(part):
+        yield part[begin : long.end()]
+        begin = long.end()
+    yield part[begin:]
 
 
 class CharEncoder:
@@ -119,8 +144,8 @@ class GPT2Encoder:
             import tiktoken
 
             try:
-                self._encoding = tiktoken.get_encoding("gpt2")
-            except (OSError, ValueError) as error:  # every error of requests is an OSError
+                self._encoding = reaching(GPT2_TABLES, lambda: tiktoken.get_encoding("gpt2"))
+            except (OSError, ValueError, NoNetwork) as error:  # every error of requests is an OSError
                 raise InputError(
                     f"data.tokenizer=gpt2: tiktoken could not load its GPT-2 tables ({type(error).__name__}); "
                     "connect once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has kept them before"
@@ -139,8 +164,8 @@ class GPT2Encoder:
         return list(self.encoding.encode_ordinary(_whole_characters(text)))
 
     def array(self, text: str) -> np.ndarray:
-        parts = [np.array(self.encoding.encode_ordinary(part), np.uint16) for part in chunks(text)]
-        return np.concatenate(parts)
+        parts = _shown(chunks(text), len(text), "encoding")
+        return np.concatenate([np.array(self.encoding.encode_ordinary(part), np.uint16) for part in parts])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Bytes that form no character (the tail of a stream cut mid-character) become U+FFFD.
@@ -164,7 +189,11 @@ class TrainedBPEEncoder:
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "TrainedBPEEncoder":
-        """Merges the most frequent pairs until there are `vocab_size` tokens, or no pair occurs twice."""
+        """Merges the most frequent pairs until there are `vocab_size` tokens, or no pair occurs twice.
+
+        Words are learnt from whole up to 1024 characters, longer ones in pieces of that length: the time is bounded by
+        the text's length, and a text without such words gives the same tokens as ever.
+        """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())
@@ -176,7 +205,8 @@ class TrainedBPEEncoder:
             show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         )
-        tokenizer.train_from_iterator(chunks(text, 1 << 16), trainer)
+        parts = (piece for part in chunks(text, 1 << 16) for piece in _learnt(part))
+        tokenizer.train_from_iterator(_shown(parts, len(text), "learning tokens from"), trainer)
         return cls(tokenizer)
 
     @property
@@ -187,8 +217,8 @@ class TrainedBPEEncoder:
         return list(self.tokenizer.encode(_whole_characters(text)).ids)
 
     def array(self, text: str) -> np.ndarray:
-        parts = [np.array(self.tokenizer.encode(part).ids, np.uint16) for part in chunks(text, 1 << 16)]
-        return np.concatenate(parts)
+        parts = _shown(chunks(text, 1 << 16), len(text), "encoding")
+        return np.concatenate([np.array(self.tokenizer.encode(part).ids, np.uint16) for part in parts])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Bytes that form no character (the tail of a stream cut mid-character) become U+FFFD."""
@@ -212,5 +242,5 @@ def encoder_from_json(description: object) -> Encoder:
         try:
             return TrainedBPEEncoder(Tokenizer.from_str(json.dumps(tokenizer)))
         except Exception as error:  # tokenizers raises bare Exception for JSON that is not a tokenizer
-            raise InputError(f"encoder kind=bpe: its tokenizer cannot be read ({error})") from error
+            raise InputError(f"encoder kind=bpe: its tokenizer cannot be read ({reason(error)})") from error
     raise InputError(f"encoder kind={kind!r}: use char (with chars), gpt2 or bpe (with tokenizer)")

@@ -21,7 +21,8 @@ from nanogpt_mac.corpus.download import TIMEOUT_S
 from nanogpt_mac.corpus.encoders import GPT2Encoder
 from nanogpt_mac.corpus.prepared import Corpus, key_of, open_or_build, write_meta, write_split
 from nanogpt_mac.corpus.reading import lines
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
+from nanogpt_mac.network import NoNetwork, reaching
 
 DATASET = "Skylion007/openwebtext"
 SPLIT_SEED = 2357  # nanoGPT, data/openwebtext/prepare.py
@@ -61,7 +62,7 @@ def prepare_documents(cfg: DataConfig, encoder: GPT2Encoder | None = None) -> Co
             parts = documents.train_test_split(test_size=cfg.val_fraction, seed=SPLIT_SEED, shuffle=True)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
-            raise InputError(f"{asked}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from error
+            raise InputError(f"{asked}: {type(cause).__name__}: {reason(cause)}") from error
         splits = {}
         for split, part in (("train", parts["train"]), ("val", parts["test"])):
             encoded = part.map(
@@ -133,8 +134,8 @@ def _load_hub(dataset: str, num_proc: int) -> Any:
     if not constants.HF_HUB_OFFLINE:
         # One request first: the library itself would try for half a minute.
         try:
-            requests.head(constants.ENDPOINT, timeout=TIMEOUT_S)
-        except requests.RequestException as error:
+            reaching(constants.ENDPOINT, lambda: requests.head(constants.ENDPOINT, timeout=TIMEOUT_S))
+        except (requests.RequestException, NoNetwork) as error:
             raise InputError(
                 f"data.dataset={dataset}: cannot reach the Hugging Face Hub ({type(error).__name__}); connect, "
                 "set HF_HUB_OFFLINE=1 to use its cache on this machine, or use local files with data.path="

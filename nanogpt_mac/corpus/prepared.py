@@ -3,22 +3,19 @@
 A folder is written aside under a lock and renamed into place, so it is either whole or absent.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
+from nanogpt_mac import files
 from nanogpt_mac.corpus.encoders import Encoder, encoder_from_json
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
 
 FORMAT = 1
 CHECK_BELOW_BYTES = 64 << 20  # corpora up to this size have their checksums verified whenever they are opened
@@ -58,13 +55,14 @@ def write_split(path: Path, parts: Iterable[np.ndarray]) -> Split:
     """Writes token arrays one after the other, so that a corpus larger than memory can pass through."""
     digest = hashlib.sha256()
     tokens = 0
-    with path.open("wb") as file:
+    with files.named(path), path.open("wb") as file:
         for part in parts:
             data = np.ascontiguousarray(part, "<u2").tobytes()
             digest.update(data)
             file.write(data)
             tokens += len(part)
-        _sync(file)
+        file.flush()
+        os.fsync(file.fileno())
     return Split(tokens, digest.hexdigest())
 
 
@@ -85,9 +83,7 @@ def write_meta(
         "splits": {split: asdict(splits[split]) for split in SPLITS},
         "encoder": encoder.to_json(),
     }
-    with (folder / "meta.json").open("w", encoding="utf-8") as file:
-        json.dump(meta, file)
-        _sync(file)
+    files.write(folder / "meta.json", json.dumps(meta))
 
 
 def open_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Corpus:
@@ -101,12 +97,14 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Corpus
     if not final.is_dir():
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with _lock(root / f".{key}.lock", f"another process is preparing {final}; waiting for it"):
+            with files.lock(root / f".{key}.lock", f"another process is preparing {final}; waiting for it"):
                 if not final.is_dir():
                     _build(root, key, build)
         except OSError as error:
             why = error.strerror or error
-            raise InputError(f"data.dir={root}: cannot prepare {key} there ({why})") from error
+            raise InputError(
+                f"data.dir={root}: cannot prepare {key} there ({why}); make room there, or use another folder"
+            ) from error
     return load(final)
 
 
@@ -119,7 +117,7 @@ def load(folder: Path) -> Corpus:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise damaged("meta.json", str(error).splitlines()[0]) from error
+        raise damaged("meta.json", reason(error)) from error
     try:
         if meta["format"] != FORMAT:
             raise damaged("meta.json", f"format {meta['format']!r}, not {FORMAT}")
@@ -155,48 +153,13 @@ def _build(root: Path, key: str, build: Callable[[Path], None]) -> None:
     prefix = f".{key}.tmp-"
     for stale in root.glob(f"{prefix}*"):
         shutil.rmtree(stale)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
-    try:
+    folder = root / f"{prefix}{os.getpid()}"
+    with files.unfinished(folder):
+        folder.mkdir(mode=0o755)
         build(folder)
-        folder.chmod(0o755)  # mkdtemp makes it private; a prepared corpus may be shared
-        _sync_directory(folder)
+        files.sync_folder(folder)
         folder.rename(root / key)
-        _sync_directory(root)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(path: Path, waiting: str) -> Iterator[None]:
-    """Held by one process at a time; the kernel lets go of it when that process ends, however it ends.
-
-    The file stays: removing it could give two waiting processes a lock each.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(waiting, file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        files.sync_folder(root)
 
 
 def key_of(name: str, identity: Mapping[str, object]) -> str:

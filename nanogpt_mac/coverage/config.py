@@ -11,6 +11,7 @@ from nanogpt_mac.coverage import page
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 from nanogpt_mac.operators.wheel import NIGHTLY_INDEX
+from nanogpt_mac.overrides import path_field, text_field
 
 SCOPES = ("model", "ops", "surface", "opinfo")
 FORMATS = ("table", "json", "markdown")
@@ -28,8 +29,8 @@ READ_BY = {
 class CoverageConfig:
     """What `python mps_coverage.py` can be asked."""
 
-    torch: str = "installed"  # installed | nightly | a release such as 2.15.0 | the path of a macOS arm64 wheel
-    against: str | None = None  # a second torch: what was gained and lost since
+    torch: str = path_field("installed")  # installed | nightly | a release such as 2.15.0 | a macOS arm64 wheel
+    against: str | None = path_field(None)  # a second torch: what was gained and lost since
     # model, ops (those in `op`), surface (all): whose operators are listed and judged; opinfo: torch's own samples, run
     scope: str = "model"
     op: Any = None  # scope=ops or opinfo: a name such as gelu, or op=[gelu,linalg_svd.U]; a bare one: all its overloads
@@ -40,15 +41,15 @@ class CoverageConfig:
     run: bool = False  # also run the training step with that torch, in an environment of its own
     compiled: bool = False  # what torch.compile makes of the training step
     verify: Any = False  # true: do the predictions made off a Mac hold? predict: write the predictions down
-    output: str | None = None  # verify: the JSON to write; by default mps-verify-TORCH-DATE.json
-    html: str | None = None  # also write the report as a page of HTML to this file
+    output: str | None = path_field(None)  # verify: the JSON to write; by default mps-verify-TORCH-DATE.json
+    html: str | None = path_field(None)  # also write the report as a page of HTML to this file
 
     model: ModelConfig = field(default_factory=ModelConfig)  # scope=model: the model whose training step is traced
     dtype: str = "float32"
     batch_size: int = 64  # compiled, run, verify: sequences in the iteration
 
-    python: str = "3.12"  # the Python whose wheel is looked at
-    nightly_index: str = NIGHTLY_INDEX
+    python: str = text_field("3.12")  # the Python whose wheel is looked at
+    nightly_index: str = text_field(NIGHTLY_INDEX)
 
 
 def operators(config: CoverageConfig) -> list[str]:

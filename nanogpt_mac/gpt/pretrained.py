@@ -11,13 +11,16 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import reason as because
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
+from nanogpt_mac.network import NoNetwork, reaching
 
 if TYPE_CHECKING:
     import torch
@@ -54,10 +57,6 @@ def crop(spec: GPTSpec, state: TrainState, block_size: int) -> tuple[GPTSpec, Tr
     return dataclasses.replace(spec, block_size=block_size), dataclasses.replace(state, **kinds)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def is_pretrained(source: str) -> bool:
     """Whether `load` reads `source` (and it is not a run or checkpoint of ours)."""
     path = Path(source)
@@ -81,7 +80,7 @@ def load(source: str, dropout: float, key: str = "init_from") -> Pretrained:
         if path.is_file():
             return _nanogpt(path, dropout, where)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:  # of the wrong kind
-        raise InputError(f"{where}: damaged: {type(error).__name__}: {_first_line(error)}") from error
+        raise InputError(f"{where}: damaged: {type(error).__name__}: {because(error)}") from error
     raise InputError(f"{where}: not a known name, file or folder; use {SOURCES}")
 
 
@@ -89,13 +88,14 @@ def load(source: str, dropout: float, key: str = "init_from") -> Pretrained:
 
 
 def _download(name: str, where: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
-    except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these
+        fetch = partial(snapshot_download, name, allow_patterns=["config.json", "model.safetensors"])
+        return Path(reaching(constants.ENDPOINT, fetch))
+    except (OSError, ValueError, NoNetwork) as error:  # huggingface_hub's own errors derive from these
         raise InputError(
-            f"{where}: cannot be downloaded from the Hugging Face Hub ({_first_line(error)}); connect, or use "
+            f"{where}: cannot be downloaded from the Hugging Face Hub ({because(error)}); connect, or use "
             "a folder with config.json and model.safetensors"
         ) from error
 
@@ -107,7 +107,7 @@ def _huggingface(folder: Path, dropout: float, where: str) -> Pretrained:
         tokenizer = folder / "tokenizer.json"
         encoder = {"kind": "bpe", "tokenizer": json.loads(tokenizer.read_bytes())} if tokenizer.is_file() else None
     except (OSError, ValueError) as error:
-        raise InputError(f"{where}: not a GPT-2 folder that can be read: {_first_line(error)}") from error
+        raise InputError(f"{where}: not a GPT-2 folder that can be read: {because(error)}") from error
     spec = _huggingface_spec(config, dropout, where)
     tensors: dict[str, torch.Tensor] = {}
     for file in _files(folder, where):
@@ -141,7 +141,7 @@ def _tensors(file: Path, where: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{where}: not a GPT-2 folder that can be read: {file.name}: {_first_line(error)}") from error
+        raise InputError(f"{where}: not a GPT-2 folder that can be read: {file.name}: {because(error)}") from error
 
 
 def _huggingface_spec(config: Mapping[str, object], dropout: float, where: str) -> GPTSpec:
@@ -208,7 +208,7 @@ def _nanogpt(path: Path, dropout: float, where: str) -> Pretrained:
     try:
         state = _moments(saved["optimizer"], spec, weights)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, InputError) as error:
-        why = f"{where}: its optimizer's moments do not fit ({_first_line(error)}); the weights start with fresh ones"
+        why = f"{where}: its optimizer's moments do not fit ({because(error)}); the weights start with fresh ones"
         return Pretrained(spec, TrainState.fresh(weights), notes=(f"{why}, at iteration 0",))
     state.iteration = iteration
     return Pretrained(spec, state, best, trained=True)

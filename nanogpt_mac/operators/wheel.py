@@ -31,6 +31,7 @@ from packaging.version import InvalidVersion, Version
 from nanogpt_mac import files
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.operators import native_yaml
+from nanogpt_mac.report.progress import progress
 
 NIGHTLY_INDEX = "https://download.pytorch.org/whl/nightly/cpu"  # PyTorch's own
 YAML = f"{native_yaml.FOLDER}/native_functions.yaml"
@@ -283,24 +284,14 @@ def _extract(archive: zipfile.ZipFile, wanted: Callable[[str], bool], root: Path
         if not target.resolve().is_relative_to(root.resolve()):
             raise zipfile.BadZipFile(f"{info.filename} points out of the archive")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with archive.open(info) as member, target.open("wb") as file, _bar(info) as advance:
+        with (
+            archive.open(info) as member,
+            target.open("wb") as file,
+            progress(Path(info.filename).name, info.file_size, 1 << 26, "bytes") as advance,
+        ):
             while piece := member.read(1 << 20):
                 file.write(piece)
                 advance(len(piece))
-
-
-@contextmanager
-def _bar(info: zipfile.ZipInfo) -> Iterator[Callable[[int], object]]:
-    """A progress bar on standard error for what takes long, where that is a terminal; yields its `advance`."""
-    if info.file_size < 1 << 26 or not sys.stderr.isatty():
-        yield lambda size: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task(Path(info.filename).name, total=info.file_size)
-        yield lambda size: progress.advance(bar, size)
 
 
 def _require(torch: Torch, root: Path, binary: bool) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from nanogpt_mac.overrides import QUOTED, unquoted
 from nanogpt_mac.records.base import Amount, Count, Document, Number, Record, Size
 
 
@@ -88,7 +90,7 @@ class Measurement(Document):
 class Plan(Measurement):
     """plan.json: what a comparison does."""
 
-    SCHEMA: ClassVar[int] = 2
+    SCHEMA: ClassVar[int] = 3
 
     version: str = ""
     created: str | None = None
@@ -104,7 +106,11 @@ class Plan(Measurement):
 
     @classmethod
     def migrated(cls, document: dict[str, Any], schema: int) -> dict[str, Any]:
-        document["variants"] = document.pop("ways", document.get("variants"))
+        if schema < 2:
+            document["variants"] = document.pop("ways", document.get("variants"))
+        quoted = re.compile(rf"([^=]*=)({QUOTED})", re.DOTALL)  # a text, which was then kept in Hydra's grammar
+        whole = [(each, quoted.fullmatch(str(each))) for each in document["overrides"]]
+        document["overrides"] = [match[1] + unquoted(match[2]) if match else each for each, match in whole]
         return document
 
     @model_validator(mode="after")

@@ -39,13 +39,13 @@ class Job:
 
 def run(job: Job, config: Any, board: Board) -> Member:
     """Run one member: nothing leaks to the next, and a crash ends only it. Its run lies in `job.folder` unless
-    `config.run_dir` was named. A request to stop is handed on to it."""
+    `config.run_dir` is another than the usual. A request to stop is handed on to it."""
     member = Member(number=job.number, overrides=job.overrides, state=MemberState.STOPPED)
     if board.asked():
         return board.note(member)
     print(f"== sweep member {job.number}: {member.title}", flush=True)
-    known, given = {f.name for f in fields(config)}, list(getattr(config, "given", ()))
-    if "run_dir" in known and not any(o.startswith("run_dir=") for o in job.overrides):
+    known, given = {f.name: f.default for f in fields(config)}, list(getattr(config, "given", ()))
+    if "run_dir" in known and config.run_dir == known["run_dir"]:
         config = replace(config, run_dir=job.folder)
     if job.shared_machine and "shared_machine" in known:
         config = replace(config, shared_machine=True, given=[*given, "shared_machine=true"])

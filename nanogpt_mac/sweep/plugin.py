@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -17,7 +17,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
 import nanogpt_mac
-from nanogpt_mac import child
+from nanogpt_mac import child, signals
 from nanogpt_mac.records.sweep import MAXIMIZED, SPEEDS, Member, MemberState, Sweep
 from nanogpt_mac.sweep.board import Board
 from nanogpt_mac.sweep.report import verdict
@@ -67,6 +67,8 @@ class Running:
         self._previous = {s: signal.signal(s, self._signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
         self._over = threading.Event()
+        self._patient = ExitStack()
+        self._patient.enter_context(signals.patience(signals.CHECKPOINT_S))  # members may be writing theirs
         if self.sweep.shared_machine:
             # Ctrl-C reaches a launcher's workers as well, and those without work would die of it, the rest with them.
             # What is blocked here is blocked in all that is started from here, but not in this one thread. Resource
@@ -89,6 +91,7 @@ class Running:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+        self._patient.close()
         return self.board.close(self.signum, complete and self.signum is None)
 
     def _signal(self, signum: int, frame: Any) -> None:

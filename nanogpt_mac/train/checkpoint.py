@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_mac import files
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.checkpoint import CheckpointState
@@ -40,21 +40,22 @@ def save(root: Path, state: TrainState, meta: Mapping[str, Any], best: bool) -> 
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"iter-{state.iteration:08d}"
     if not folder.exists():
-        aside = root / f".{folder.name}-{os.getpid()}"
-        aside.mkdir()
         moments = {f"exp_avg.{n}": a for n, a in state.exp_avg.items()}
         moments |= {f"exp_avg_sq.{n}": a for n, a in state.exp_avg_sq.items()}
         digests = {}
-        for name, arrays in zip(FILES, (state.weights, moments), strict=True):
-            data = to_bytes(arrays)
-            digests[name] = hashlib.sha256(data).hexdigest()
-            files.write(aside / name, data)
-        counters = {key: getattr(state, key) for key in COUNTERS}
-        document = CheckpointState(**meta, **counters, sha256=digests).document()
-        files.write(aside / "state.json", json.dumps(document, indent=1))
-        files.sync_folder(aside)
-        aside.rename(folder)
-        files.sync_folder(root)
+        aside = root / f".{folder.name}-{os.getpid()}"
+        with files.unfinished(aside):
+            aside.mkdir()
+            for name, arrays in zip(FILES, (state.weights, moments), strict=True):
+                data = to_bytes(arrays)
+                digests[name] = hashlib.sha256(data).hexdigest()
+                files.write(aside / name, data)
+            counters = {key: getattr(state, key) for key in COUNTERS}
+            document = CheckpointState(**meta, **counters, sha256=digests).document()
+            files.write(aside / "state.json", json.dumps(document, indent=1))
+            files.sync_folder(aside)
+            aside.rename(folder)
+            files.sync_folder(root)
     for link in ("last", "best") if best else ("last",):
         files.point(root / link, folder.name)
     files.sync_folder(root)
@@ -90,7 +91,7 @@ def read_meta(folder: Path) -> CheckpointState:
     try:
         meta = CheckpointState.load(folder / "state.json")
     except (FileNotFoundError, DamagedError) as error:
-        raise InputError(f"{folder}/{_first_line(error)}; use another checkpoint") from error
+        raise InputError(f"{folder}/{reason(error)}; use another checkpoint") from error
     if meta.schema_ > CheckpointState.SCHEMA:
         raise InputError(f"{folder}/state.json: schema {meta.schema_}; use the newer version that wrote it")
     return meta
@@ -164,8 +165,4 @@ def _arrays(folder: Path, name: str, meta: CheckpointState) -> dict[str, np.ndar
             raise InputError(f"{path}: its sha256 is not the one that state.json records; the file was cut or altered")
         return from_bytes(data)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not readable: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not readable: {reason(error)}") from error

@@ -94,7 +94,7 @@ def _open(config: SampleConfig) -> tuple[Source, Encoder]:
 
 def _prompt(text: str) -> str:
     if not text.startswith("FILE:"):
-        return text.replace("\\n", "\n")
+        return text
     what = f"prompt={text}"
     return read_text(read_file(text.removeprefix("FILE:"), what), what)
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import signal
 import sys
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from nanogpt_mac import memory, signals
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Backend, Tokens
 from nanogpt_mac.backends.generate import generate
 from nanogpt_mac.config import Config, backend_options, validate
 from nanogpt_mac.corpus import Corpus
+from nanogpt_mac.errors import reason
 from nanogpt_mac.fallbacks import detect as fallbacks
 from nanogpt_mac.fallbacks import report
-from nanogpt_mac.files import run_folder, write_json
+from nanogpt_mac.files import run_folder, unfinished, write_aside, write_json
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 from nanogpt_mac.machine import chips, energy, gemm, probe
 from nanogpt_mac.records.fallbacks import Fallbacks
@@ -50,10 +50,13 @@ def run(config: Config) -> int:
     """
     # What can be wrong is found out before anything is written.
     validate(config)
+    config.wandb.mode_here()
     name = kinds.resolve(config.backend.name)
+    memory.check(config, name)
     options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
     corpus = corpus_of(config)
     source = open_source(config, corpus)
+    memory.check(replace(config, model=ModelConfig(**asdict(source.spec))), name)
     config = replace(config, model=ModelConfig(**asdict(source.spec)))  # what is recorded is what runs
     tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)
     backend = kinds.create(source.spec, options, tokens)
@@ -74,8 +77,8 @@ def run(config: Config) -> int:
     folder = run_folder(config.run_dir, label)
     facts = _facts(config, corpus, source, backend)
     session = Session(config, corpus, tokens, source, backend, work, folder, facts, found)
-    with _signals() as stop, probe.awake():
-        code = session.train(environment, stop)
+    with signals.watched("train.py"), probe.awake():
+        code = session.train(environment)
     if code == 0 and config.sample_tokens:
         session.sample()
     display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
@@ -96,16 +99,23 @@ class Session:
     facts: RunFacts
     fallbacks: Fallbacks | None
 
-    def train(self, environment: Mapping[str, object], stop: list[int]) -> int:
-        """Train and record; the exit code. `stop` receives the signal that asks for the end."""
+    def train(self, environment: Mapping[str, object]) -> int:
+        """Train and record; the exit code. A signal asks for the end after the iteration under way."""
         config, start = self.config, self.source.state.iteration
-        wandb = open_wandb(config, self.folder, self.facts)  # may refuse, and then nothing has been written yet
-        screen = display.make(config.max_iters, config.log_interval, start)
-        recorder = Recorder(self.work, [Folder(self.folder), wandb, screen])
-        self._write_inputs(environment)
-        if self.fallbacks is not None:
-            recorder.fallbacks(self.fallbacks, start)
-        self._announce(screen)
+        new = not any(self.folder.iterdir())  # a folder of the user's own may hold other things
+        with unfinished(self.folder) if new else nullcontext():
+            wandb = open_wandb(config, self.folder, self.facts)  # may refuse, and then nothing has been written yet
+            screen = display.make(config.max_iters, config.log_interval, start)
+            recorder = Recorder(self.work, [Folder(self.folder), wandb, screen])
+            self._write_inputs(environment)
+            if self.fallbacks is not None:
+                recorder.fallbacks(self.fallbacks, start)
+            self._announce(screen)
+        with signals.asked() as stop:
+            return self._loop(recorder, screen, stop)
+
+    def _loop(self, recorder: Recorder, screen: display.Lines, stop: list[int]) -> int:
+        config, start = self.config, self.source.state.iteration
         loop = Loop(
             config,
             self.backend,
@@ -121,7 +131,7 @@ class Session:
         try:
             state = loop.train(start)
         except BaseException as raised:
-            error = "".join(traceback.format_exception_only(raised)).strip()
+            error = f"{type(raised).__name__}: {reason(raised)}"
             raise
         finally:
             screen.close()
@@ -134,8 +144,10 @@ class Session:
                 energy=meter.stop(),
                 fallbacks=self.fallbacks.counts() if self.fallbacks else None,
             )
-            recorder.summary(self.facts, ending)
-            recorder.close()
+            try:
+                recorder.summary(self.facts, ending)
+            finally:
+                recorder.close()
         return 128 + stop[0] if stop else int(state is not ExitState.FINISHED)
 
     def save(self, best: float, is_best: bool) -> None:
@@ -149,7 +161,8 @@ class Session:
             "cwd": str(Path.cwd()),
             "written_by": {key: getattr(self.facts, key) for key in ("backend", "device", "compile", "dtype")},
         }
-        checkpoint.save(self.folder / "ckpt", self.backend.state(), meta, is_best)
+        with signals.patience(signals.CHECKPOINT_S):
+            checkpoint.save(self.folder / "ckpt", self.backend.state(), meta, is_best)
 
     def sample(self) -> None:
         """Text drawn from the model as it is now, on the console and in sample.txt."""
@@ -157,7 +170,7 @@ class Session:
         length, seed = self.config.sample_tokens, self.config.seed
         drawn = generate(self.backend, self.source.spec, prompt, length, 0.8, 200, seed, encoder.vocab_size)
         text = encoder.decode(list(drawn))
-        (self.folder / "sample.txt").write_text(text, encoding="utf-8")
+        write_aside(self.folder / "sample.txt", text)
         display.say(f"--- a sample (temperature 0.8)\n{text}\n---")
 
     def _write_inputs(self, environment: Mapping[str, object]) -> None:
@@ -234,22 +247,3 @@ def _facts(config: Config, corpus: Corpus, source: Source, backend: Backend) -> 
         init_from=source.description,
         shared_machine=config.shared_machine,
     )
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM ask for the end after the iteration under way; a second one ends at once."""
-    received: list[int] = []
-
-    def handle(signum: int, _frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
-        print(f"\n{signal.Signals(signum).name}: finishing this iteration, then a checkpoint", flush=True)
-
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

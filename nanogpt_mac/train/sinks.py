@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import ValidationError
+
 from nanogpt_mac.config import Config
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.fallbacks import report
-from nanogpt_mac.files import plain, write_json
+from nanogpt_mac.files import named, plain, write_json
+from nanogpt_mac.records.base import first
 from nanogpt_mac.records.fallbacks import Fallbacks
 from nanogpt_mac.records.run import EvaluationRow, EventRow, IterationRow, RunFacts, RunSummary, row_line
 
 FLUSH_S = 2.0
 OVERDUE_S = 60.0
+ANOTHER_RUNS = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
 PERF = ("iter_ms", "dispatch_ms", "tokens_per_s", "mfu", "mfu_measured", "mfu_a100")
 
 Row = IterationRow | EvaluationRow | EventRow
@@ -65,8 +72,9 @@ class Folder(Sink):
             self.flush()
 
     def flush(self) -> None:
-        self._file.writelines(map(row_line, self._rows))
-        self._file.flush()
+        with named(self.folder / "metrics.jsonl"):
+            self._file.writelines(map(row_line, self._rows))
+            self._file.flush()
         self._rows.clear()
         self._flushed = time.monotonic()
 
@@ -118,31 +126,57 @@ class Wandb(Sink):
 
 
 def open_wandb(config: Config, folder: Path, facts: RunFacts) -> Sink:
-    """wandb as `wandb.mode` asks for it. InputError where it refuses, and then `folder` is removed."""
-    w = config.wandb
-    if w.mode == "disabled":
+    """wandb as its keys, and where they are null its own variables, ask for it. InputError where it refuses."""
+    w, mode = config.wandb, config.wandb.mode_here()
+    if mode == "disabled":
         return Sink()
     import wandb
 
-    try:
+    given = os.environ.get
+    with _an_id_of_its_own(), _refused(folder, mode):
         run = wandb.init(
-            project=w.project,
-            entity=w.entity,
+            project=w.project or given("WANDB_PROJECT") or "nanogpt-mac",
+            entity=w.entity,  # as the group: wandb looks at its variable by itself
             group=w.group,
-            name=w.name or folder.name,
-            tags=[*w.tags, facts.backend, facts.corpus],
-            mode=cast(Any, w.mode),  # validate() has checked it
-            dir=folder,
+            name=w.name or given("WANDB_NAME") or folder.name,
+            tags=[*(w.tags or filter(None, given("WANDB_TAGS", "").split(","))), facts.backend, facts.corpus],
+            mode=cast(Any, mode),
+            dir=None if given("WANDB_DIR") else folder,
             config=asdict(config) | {"facts": plain(facts.model_dump())},
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
         )
-    except wandb.errors.Error as error:
-        shutil.rmtree(folder / "wandb", ignore_errors=True)
-        with suppress(OSError):  # a folder of the user's own may hold other things
-            folder.rmdir()
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"wandb.mode={w.mode}: {reason}; without an account use offline or disabled") from error
     return Wandb(run)
+
+
+@contextmanager
+def _refused(folder: Path, mode: str) -> Iterator[None]:
+    """Within, wandb's errors are InputError, after which `folder` is removed, but for what the user has there."""
+    import wandb
+
+    try:
+        yield
+    except (wandb.errors.Error, ValidationError) as error:
+        shutil.rmtree(folder / "wandb", ignore_errors=True)
+        with suppress(OSError):
+            folder.rmdir()
+        why = first(error) if isinstance(error, ValidationError) else reason(error)
+        raise InputError(f"wandb.mode={mode}: {why}; without an account use offline or disabled") from error
+
+
+@contextmanager
+def _an_id_of_its_own() -> Iterator[None]:
+    """Within, what is left in the shell of another run is not there: it would make several runs one in wandb.
+
+    `wandb agent` gives every run of its sweep an id, which stays.
+    """
+    names = [] if os.environ.get("WANDB_SWEEP_ID") else [name for name in ANOTHER_RUNS if name in os.environ]
+    left_out = {name: os.environ.pop(name) for name in names}
+    if left_out:
+        print(f"{', '.join(names)}: left out; every run here has an id of its own in wandb", file=sys.stderr)
+    try:
+        yield
+    finally:
+        os.environ.update(left_out)
 
 
 def _figures(row: Row) -> dict[str, float]:

@@ -187,7 +187,7 @@ def test_only_a_comparison_that_can_be_read_goes_on(plan, tmp_path):
     for broken, words in (
         ("{", "plan.json: cannot be read: JSONDecodeError; start a new comparison"),
         ("[1]", "plan.json: not a JSON object"),
-        (json.dumps(whole | {"schema": 99}), "plan.json has schema 99, this program's is 2; use the newer nanogpt-mac"),
+        (json.dumps(whole | {"schema": 99}), "plan.json has schema 99, this program's is 3; use the newer nanogpt-mac"),
         (json.dumps({k: v for k, v in whole.items() if k != "variants"}), "plan.json: has no variants"),
         (json.dumps(whole | {"cwd": str(tmp_path / "gone")}), "gone, which is gone; make that folder again"),
         (json.dumps(whole | {"cwd": 5}), "plan.json: cwd=5: "),

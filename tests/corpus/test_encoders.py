@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,6 +99,46 @@ def test_chunks_encode_as_the_whole_does(size: int, trained: TrainedBPEEncoder) 
         for encoder in (small_gpt2(), trained):
             assert [token for piece in pieces for token in encoder.encode(piece)] == encoder.encode(text)
     assert cuts > 50  # else nothing was put to the test
+
+
+def test_no_piece_grows_with_the_longest_word(monkeypatch: pytest.MonkeyPatch, trained: TrainedBPEEncoder) -> None:
+    """Every safe place is used; only a longer word than LONGEST is cut, and its text comes back whole all the same."""
+    monkeypatch.setattr("nanogpt_mac.corpus.encoders.LONGEST", 50)
+    for text in ("word " * 400, "a" * 1000, "a" * 45 + " b" + "c" * 1000 + "\n" * 400, " " * 999, "\n" * 61, "ab"):
+        pieces = list(chunks(text, 10))
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= 60
+        for encoder in (small_gpt2(), trained):
+            tokens = [token for piece in pieces for token in encoder.encode(piece)]
+            assert encoder.decode(tokens) == text
+            if text.startswith(("word", "ab")):
+                assert tokens == encoder.encode(text)
+
+
+def test_learning_from_one_endless_word_takes_its_length_not_its_square() -> None:
+    dice = random.Random(3)
+    text = "".join(dice.choice("etaoin") for _ in range(400_000))  # minutes where a word is learnt from whole
+    began = time.process_time()
+    encoder = TrainedBPEEncoder.train(text, 300)
+    assert time.process_time() - began < 20
+    assert encoder.decode(encoder.encode(text[:5000])) == text[:5000]
+
+
+def test_ordinary_words_are_learnt_from_whole() -> None:
+    from nanogpt_mac.corpus.encoders import _learnt
+
+    assert list(_learnt(TEXT)) == [TEXT]
+    assert list(_learnt("x" * 1024 + " y")) == ["x" * 1024 + " y"]
+    assert list(map(len, _learnt("x" * 2500 + " y"))) == [1024, 1024, 454]
+
+
+def test_what_takes_long_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("nanogpt_mac.corpus.encoders.NOTICEABLE", 1000)
+    small_gpt2().array(TEXT)
+    assert capsys.readouterr().err == "encoding: 0.0 million characters\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    small_gpt2().array(TEXT)
+    assert "100%" in capsys.readouterr().err
 
 
 def test_streaming_survives_a_character_cut_in_two(trained: TrainedBPEEncoder) -> None:

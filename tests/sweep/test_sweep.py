@@ -174,11 +174,13 @@ def test_a_subdir_is_obeyed_and_bad_input_alone_is_exit_code_2(tmp_path):
 def test_a_member_is_given_its_config_composed(tmp_path):
     """A folder of own configs, an environment variable, and text that would not survive being composed again."""
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
-    (tmp_path / "mine/experiment/own.yaml").write_text("# @package _global_\nlearning_rate: ${oc.env:RATE}\n")
+    (tmp_path / "mine/experiment/own.yaml").write_text(
+        "# @package _global_\nlearning_rate: ${oc.env:RATE}\nrun_dir: own/${seed}\n"
+    )
     (tmp_path / "text.txt").write_text(TEXT)
     argv = [sys.executable, str(FAKE), "--config-dir", "mine", "-m", "hydra.sweep.dir=sweep", *LAUNCHERS["joblib"]]
-    argv += ["backend=cpu", "experiment=own", "seed=1,2", "run_dir=own/${seed}", "wandb.group=null"]
-    argv.append("wandb.name='naïve ☃ (1), \"x\"'")
+    argv += ["backend=cpu", "experiment=own", "seed=1,2", "wandb.group=null"]
+    argv.append('wandb.name=naïve ☃ (1), "x" ${seed}')
     done = subprocess.run(
         argv, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "RATE": "1e-4"}
     )

@@ -1,5 +1,6 @@
 """Checkpoints: complete or not there, and nothing damaged is ever taken for whole."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -239,6 +240,18 @@ def test_tensors_of_another_model_are_refused_wherever_they_are(tmp_path, kind):
         checkpoint.load(folder, weights_only=kind == "weights")
 
 
-def test_an_error_is_its_first_line_or_its_name():
-    assert checkpoint._first_line(ValueError("one\ntwo\nthree")) == "one"
-    assert checkpoint._first_line(ValueError()) == "ValueError"
+@pytest.mark.parametrize("file", [1, 2, 3])
+def test_a_full_disk_leaves_the_former_checkpoint_and_names_the_file(saved, tmp_path, monkeypatch, file):
+    written, fsync = [], os.fsync
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        checkpoint.save(tmp_path / "ckpt", state(6), META, best=True)
+    assert error.value.filename.endswith(("weights.safetensors", "moments.safetensors", "state.json")[file - 1])
+    assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["best", "iter-00000005", "last"]

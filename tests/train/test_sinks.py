@@ -1,6 +1,8 @@
 """When and where rows are written: a run's folder, and wandb's run, which is stood in for."""
 
 import json
+import os
+import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -8,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanogpt_mac.config import Config
+from nanogpt_mac.config import Config, WandbConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.run import Denominators, EvaluationRow, EventRow, IterationRow
 from nanogpt_mac.train.clock import Completion
@@ -241,3 +243,65 @@ def test_a_summary_is_wandbs_own_and_fallbacks_are_a_file(tmp_path):
     with closing(Folder(tmp_path)) as sink:
         sink.fallbacks(SimpleNamespace(document=lambda: {"findings": []}), 3)
     assert json.loads((tmp_path / "fallbacks.json").read_text()) == {"findings": []}
+
+
+def test_the_environment_counts_where_no_key_says_otherwise(monkeypatch, tmp_path, capsys):
+    for name, value in {"PROJECT": "mine", "NAME": "first", "TAGS": "a,b", "DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_RUN_ID", "left-over")
+    wandb = FakeWandb()
+    seen = []
+    monkeypatch.setattr(wandb, "init", lambda **asked: seen.append((asked, "WANDB_RUN_ID" in os.environ)))
+    opened(monkeypatch, tmp_path / "run", wandb, tags=[])
+    opened(monkeypatch, tmp_path / "run", wandb, project="key", name="key", tags=["key"])
+    monkeypatch.setenv("WANDB_SWEEP_ID", "an agent's")
+    opened(monkeypatch, tmp_path / "run", wandb)
+    (first, first_id), (second, second_id), (_, agents_id) = seen
+    assert (first["project"], first["name"], first["dir"]) == ("mine", "first", None)
+    assert first["tags"] == ["a", "b", "cpu", "verse"]
+    assert (second["project"], second["name"], second["tags"][0]) == ("key", "key", "key")
+    assert (first_id, second_id, agents_id) == (False, False, True)
+    assert os.environ["WANDB_RUN_ID"] == "left-over"
+    assert capsys.readouterr().err.count("WANDB_RUN_ID: left out; every run here has an id of its own in wandb") == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "environment", "mode"),
+    [
+        (None, {}, "offline"),
+        (None, {"WANDB_MODE": "online"}, "online"),
+        (None, {"WANDB_MODE": "dryrun"}, "offline"),
+        (None, {"WANDB_MODE": ""}, "offline"),
+        (None, {"WANDB_DISABLED": "true"}, "disabled"),
+        (None, {"WANDB_DISABLED": "false", "WANDB_MODE": "disabled"}, "disabled"),
+        ("offline", {"WANDB_MODE": "online", "WANDB_DISABLED": "true"}, "offline"),
+        ("disabled", {"WANDB_MODE": "nonsense"}, "disabled"),
+    ],
+)
+def test_the_mode_is_the_keys_else_the_environments_else_ours(key, environment, mode):
+    assert WandbConfig(mode=key).mode_here(environment) == mode
+
+
+def test_a_mode_that_wandb_has_not_is_one_line():
+    with pytest.raises(InputError, match="WANDB_MODE=on: use offline, online or disabled"):
+        WandbConfig().mode_here({"WANDB_MODE": "on"})
+
+
+def test_wandbs_own_reader_finds_what_the_environment_said(monkeypatch, tmp_path):
+    """Two runs of one shell, with an id left in it: two runs in wandb, of the project and the group that it names."""
+    given = {"WANDB_PROJECT": "mine", "WANDB_RUN_GROUP": "together", "WANDB_TAGS": "a", "WANDB_RUN_ID": "left"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    ids = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        open_wandb(Config(), tmp_path / name, FACTS).close()
+        (log,) = (tmp_path / name).glob("wandb/offline-run-*/run-*.wandb")
+        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+        said = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+        assert '"mine"' in said
+        assert '"together"' in said
+        ids.add(log.stem)
+    assert len(ids) == 2
+    assert "run-left" not in ids
