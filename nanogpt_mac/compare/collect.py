@@ -56,7 +56,7 @@ def collect(folder: Path) -> Comparison:
     files = _Files.read(Path(folder))
     ranking = verdict.rank([_variant(variant, files) for variant in files.planned])
     variants = ranking.variants
-    said = verdict.verdict(ranking, files.complete)
+    said = verdict.verdict(ranking, files.complete, files.parity.unchecked if files.parity else ())
     if files.work.stand_in:
         more = "The corpus is the stand-in: losses say nothing about Shakespeare."
         said = said.model_copy(update={"sentence": f"{said.sentence} {more}"})
