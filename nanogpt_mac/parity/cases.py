@@ -130,7 +130,7 @@ def windows(corpus: Corpus, case: Case, config: Config, step: int) -> np.ndarray
 
 
 def val_windows(corpus: Corpus, case: Case, config: Config) -> np.ndarray:
-    """Starts (2, batch) of an evaluation."""
+    """Starts (2, batch) that windows of an evaluation are chosen from."""
     return _starts(case, config.seed, 0, "parity-val", 2, len(corpus.val))
 
 

@@ -32,7 +32,7 @@ HYPERPARAMETERS = ("weight_decay", "beta1", "beta2", "grad_clip")
 
 
 def check(
-    configs: Mapping[str, Config], folder: Path, timeout_s: float = 600.0, child: str | Sequence[str] = CHILD
+    configs: Mapping[str, Config], folder: Path, timeout_s: float = 1200.0, child: str | Sequence[str] = CHILD
 ) -> Parity:
     """Hold every variant of `configs` (by name) against the reference; write `folder`/parity.json and return it.
 
