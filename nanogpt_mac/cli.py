@@ -244,9 +244,11 @@ def _resumed(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     if cfg.run is None:
         return cfg  # validate() words it
-    path = checkpoint.find(cfg.run)
-    saved = checkpoint.read_meta(path).config
-    resumed = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(_schema("config")), saved))
+    folder = checkpoint.find(cfg.run)
+    meta = checkpoint.read_meta(folder)
+    resumed = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(_schema("config")), meta.config))
+    for key in ("path", "dir", "symbols"):
+        resumed.data[key] = checkpoint.anchored(resumed.data[key], folder, meta)
     for override in overrides:
         key = key_of(override)
         if key in GLOBAL_GROUPS:

@@ -125,7 +125,7 @@ class Config:
     """Of initial weights, batches, dropout and samples."""
 
     init_from: str = "scratch"
-    """scratch, resume, gpt2 to gpt2-xl, a Hugging Face folder, or nanoGPT's ckpt.pt."""
+    """scratch, resume, gpt2 to gpt2-xl, a Hugging Face folder, nanoGPT's ckpt.pt, or a run or checkpoint of ours."""
     run: str | None = None
     """The run or checkpoint to go on from, with init_from=resume."""
     run_dir: str = "runs/{date}/{time}-{name}"
@@ -200,7 +200,7 @@ class SampleConfig:
     """Everything that `python sample.py` can be told."""
 
     run: str = "???"
-    """The run, or the checkpoint, to sample from."""
+    """What to sample from: a run, a checkpoint, or anything that init_from takes."""
     checkpoint: str = one_of("last", "best")
     """Which of the run's checkpoints."""
     backend: BackendConfig = field(default_factory=BackendConfig)
@@ -208,8 +208,12 @@ class SampleConfig:
     """Of the matrix products."""
     matmul_precision: str = one_of(*MATMUL_PRECISIONS)
     """Of float32 products."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(name="text"))
+    """The text that the model was trained on, where its file does not say what its tokens mean."""
     data_dir: str = "data"
-    """Where prepared corpora are kept."""
+    """Where prepared corpora are kept; short for data.dir."""
+    path: str | None = None
+    """Short for data.path."""
     prompt: str = "\n"
     """The text to go on from; FILE:path reads a file, as nanoGPT does."""
     num_samples: int = at_least(1, 1)

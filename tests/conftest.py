@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two pools of threads on the same cores wait for each other most of the time
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from fakes.support import ROOT, options
+from fakes.warm import Warm
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Tokens
@@ -53,13 +57,26 @@ def starts():
     return draw
 
 
-@pytest.fixture
-def command(tmp_path):
-    """Run a root script in an empty folder, as a user would; the finished process."""
+@pytest.fixture(scope="session")
+def warm():
+    server = Warm()
+    yield server
+    server.close()
 
-    def run(script, *overrides, timeout=120, **environment):
-        argv = [sys.executable, str(ROOT / script), *overrides]
-        env = {**os.environ, **environment}
+
+@pytest.fixture
+def command(tmp_path, request):
+    """Run a root script in an empty folder, as a user would; the finished process.
+
+    It is forked from a process that has the imports behind it, unless it gets an environment of its own or is to be
+    `fresh`.
+    """
+
+    def run(script, *overrides, timeout=120, fresh=False, **environment):
+        path = str(ROOT / script)
+        if not fresh and not environment:
+            return request.getfixturevalue("warm").run([path, *overrides], tmp_path, timeout)
+        argv, env = [sys.executable, path, *overrides], {**os.environ, **environment}
         return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
     return run

@@ -14,6 +14,7 @@ from nanogpt_mac import simulator
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Meant, Tokens
 from nanogpt_mac.backends.kinds import KINDS, TorchSettings
+from nanogpt_mac.backends.torch_adamw import AdamW
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 from nanogpt_mac.gpt.torch_gpt import GPT, KVCache
@@ -90,7 +91,7 @@ class TorchBackend(Backend):
         if options.compile:
             self.loss = torch.compile(self.model.loss, dynamic=False, mode=self.settings.compile_mode)
         self.optimizer, fused = self._adamw()
-        self.scaler = torch.amp.GradScaler(
+        self.scaler: Any = torch.amp.GradScaler(  # whose types ask for an optimizer of torch's own
             self.device.type,
             INIT_LOSS_SCALE,
             base.SCALE_GROWTH,
@@ -112,30 +113,25 @@ class TorchBackend(Backend):
     def device_of(cls, kind: Kind) -> str:
         return simulator.DEVICE_NAME if kind.name == "mps" and simulator.active() else kind.name
 
-    def _adamw(self) -> tuple[torch.optim.AdamW, bool]:
-        """AdamW with nanoGPT's two groups, fused wherever torch has it for this device unless told otherwise."""
-        o, parameters = self.options, list(self.parameters.values())
-        groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": o.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        betas = (o.beta1, o.beta2)
+    def _adamw(self) -> tuple[AdamW, bool]:
+        """AdamW, fused wherever torch has it for this device unless told otherwise; whether it is."""
+        o = self.options
         why_not = "was asked for" if self.settings.fused_adamw is False else self._fused_adamw_fault()
         if why_not and self.settings.fused_adamw:
             raise InputError(f"backend.fused_adamw=true: torch {torch.__version__} {why_not}; use null or false")
-        return torch.optim.AdamW(groups, betas=betas, fused=None if why_not else True), not why_not
+        fused = None if why_not else True
+        return AdamW(self.parameters.values(), (o.beta1, o.beta2), o.weight_decay, fused), not why_not
 
     def _fused_adamw_fault(self) -> str | None:
         """What is wrong with torch's fused AdamW on this device, asked by trying it."""
         p = torch.ones(1, device=self.device, requires_grad=True)
         p.grad = torch.ones_like(p)
-        optimizer: Any
+        optimizer: Any = AdamW([p], (0.9, 0.999), weight_decay=0.0, fused=True)
+        optimizer.found_inf = torch.ones((), device=self.device)  # what GradScaler sets after an overflow
         try:
-            optimizer = torch.optim.AdamW([p], lr=1.0, fused=True)
+            optimizer.step(lr=1.0)
         except RuntimeError:  # torch's own answer where a device has none
             return f"has no fused AdamW on {self.device.type}"
-        optimizer.found_inf = torch.ones((), device=self.device)  # what GradScaler sets after an overflow
-        optimizer.step()
         if self.options.dtype == "float16" and p.item() != 1.0:  # MPS until pytorch PR 186360
             return f"updates weights after a float16 overflow in its fused AdamW on {self.device.type}"
         return None
@@ -179,11 +175,9 @@ class TorchBackend(Backend):
             limit = self.options.grad_clip or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         with self.phase("optimizer"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.scaler.step(self.optimizer)
+            self.scaler.step(self.optimizer, lr)
             self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)  # frees them now: the next forward pass has no use for them
+            self.optimizer.zero_grad()  # frees them now: the next forward pass has no use for them
         with self.phase("result"):
             return self._handle(torch.stack((total, norm)))
 
@@ -237,7 +231,7 @@ class TorchBackend(Backend):
         self.scaler.scale(loss).backward()
         scale = self.scaler.get_scale()
         grads = {n: _numpy(p.grad) / np.float32(scale) for n, p in self.parameters.items() if p.grad is not None}
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return loss.item(), grads
 
     def decode(self) -> Callable[[np.ndarray], np.ndarray]:
@@ -259,7 +253,7 @@ class TorchBackend(Backend):
 
     def recover(self) -> None:
         """Forget an iteration that an error ended: its gradients, and what its copies read from."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.sources.clear()
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -267,11 +261,10 @@ class TorchBackend(Backend):
     def state(self) -> TrainState:
         state = TrainState.fresh({name: _numpy(p) for name, p in self.parameters.items()})
         state.iteration = self.iteration
+        optimizer = self.optimizer
         for name, p in self.parameters.items():
-            if p in self.optimizer.state:
-                moments = self.optimizer.state[p]
-                state.exp_avg[name], state.exp_avg_sq[name] = _numpy(moments["exp_avg"]), _numpy(moments["exp_avg_sq"])
-                state.optimizer_steps = int(moments["step"])
+            state.exp_avg[name], state.exp_avg_sq[name] = _numpy(optimizer.exp_avg[p]), _numpy(optimizer.exp_avg_sq[p])
+            state.optimizer_steps = int(optimizer.steps[p])
         if self.scaler.is_enabled():
             scaler = self.scaler.state_dict()
             state.loss_scale, state.scale_growth = scaler["scale"], scaler["_growth_tracker"]
@@ -279,14 +272,12 @@ class TorchBackend(Backend):
 
     @torch.no_grad()
     def restore(self, state: TrainState) -> None:
-        fused = self.details["fused_adamw"]
+        optimizer = self.optimizer
         for name, p in self.parameters.items():
             p.copy_(torch.from_numpy(state.weights[name]))
-            self.optimizer.state[p] = {  # just what AdamW makes in its first step
-                "step": torch.tensor(float(state.optimizer_steps), device=self.device if fused else None),
-                "exp_avg": torch.from_numpy(state.exp_avg[name].copy()).to(self.device),
-                "exp_avg_sq": torch.from_numpy(state.exp_avg_sq[name].copy()).to(self.device),
-            }
+            optimizer.exp_avg[p].copy_(torch.from_numpy(state.exp_avg[name]))
+            optimizer.exp_avg_sq[p].copy_(torch.from_numpy(state.exp_avg_sq[name]))
+            optimizer.steps[p].fill_(float(state.optimizer_steps))
         self.iteration = state.iteration
         if self.scaler.is_enabled():
             saved = {"scale": state.loss_scale, "_growth_tracker": state.scale_growth}

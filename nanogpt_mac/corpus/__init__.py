@@ -1,9 +1,11 @@
 """Where tokens come from: `prepare` makes a Corpus from a DataConfig, `starts` says where each window begins."""
 
+from pathlib import Path
+
 from nanogpt_mac.corpus.batches import starts
 from nanogpt_mac.corpus.config import TINY_SHAKESPEARE_SYMBOLS, DataConfig, check, vocab_size
 from nanogpt_mac.corpus.encoders import CharEncoder, Encoder, GPT2Encoder, TrainedBPEEncoder, encoder_from_json
-from nanogpt_mac.corpus.prepared import Corpus
+from nanogpt_mac.corpus.prepared import Corpus, load
 
 __all__ = [
     "TINY_SHAKESPEARE_SYMBOLS",
@@ -15,6 +17,7 @@ __all__ = [
     "TrainedBPEEncoder",
     "encoder_from_json",
     "prepare",
+    "reopen",
     "starts",
     "vocab_size",
 ]
@@ -35,3 +38,14 @@ def prepare(cfg: DataConfig) -> Corpus:
     from nanogpt_mac.corpus.texts import prepare_text
 
     return prepare_text(cfg)
+
+
+def reopen(cfg: DataConfig, sha256: str) -> Corpus | None:
+    """The corpus that was prepared from `cfg` under this checksum, though its text is gone; None: it is not there."""
+    from nanogpt_mac.corpus.texts import folder_key
+
+    name = "openwebtext-*" if cfg.name == "openwebtext" else folder_key(cfg, sha256)
+    for folder in sorted(Path(cfg.dir).glob(name)):
+        if folder.is_dir() and (corpus := load(folder)).sha256 == sha256:
+            return corpus
+    return None

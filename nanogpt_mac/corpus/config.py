@@ -46,10 +46,13 @@ class DataConfig:
         "64 hexadecimal digits in lower case",
         only=("shakespeare_char", "shakespeare", "text"),
     )
-    """Checksum that the text must have. null: tiny Shakespeare's; for text, none."""
+    """Checksum that the text, or its file, must have. null: tiny Shakespeare's; for text, none."""
 
     tokenizer: str = _limited("char", TOKENIZERS.__contains__, f"one of {', '.join(TOKENIZERS)}")
     """One token a character, GPT-2's BPE, or a BPE trained on the training split."""
+
+    symbols: str | None = _limited(None, only=("text",))
+    """The characters, where they are not the text's own: nanoGPT's meta.pkl, or another text that has them."""
 
     vocab_size: int | None = _limited(
         None,
@@ -85,6 +88,8 @@ def check(cfg: DataConfig) -> None:
         raise refuse("tokenizer", "data=shakespeare_char has characters; use data=shakespeare for other tokens")
     if cfg.name == "openwebtext" and cfg.tokenizer != "gpt2":
         raise refuse("tokenizer", "data=openwebtext has GPT-2's tokens; use data.tokenizer=gpt2")
+    if cfg.symbols is not None and cfg.tokenizer != "char":
+        raise refuse("symbols", f"data.tokenizer={cfg.tokenizer} has its own; use data.tokenizer=char")
     if cfg.vocab_size is not None and cfg.tokenizer != "bpe":
         raise refuse("vocab_size", f"data.tokenizer={cfg.tokenizer} has its own size; use data.tokenizer=bpe")
     if cfg.name == "text" and cfg.path is None:

@@ -61,13 +61,11 @@ def _whole_characters(text: str) -> str:
 
 
 class CharEncoder:
-    """One token a character; the vocabulary is the sorted set of characters, as in nanoGPT."""
+    """One token a character; of a text, the sorted set of its characters, as in nanoGPT."""
 
     def __init__(self, chars: str) -> None:
-        if not 0 < len(chars) <= MAX_VOCAB or list(chars) != sorted(set(chars)):
-            raise InputError(
-                f"character vocabulary of {len(chars)}: use 1 to {MAX_VOCAB} characters, sorted, each once"
-            )
+        if not 0 < len(chars) <= MAX_VOCAB or len(chars) != len(set(chars)):
+            raise InputError(f"character vocabulary of {len(chars)}: use 1 to {MAX_VOCAB} characters, each once")
         self.chars = chars
         self._numbers = {char: number for number, char in enumerate(chars)}
 

@@ -3,14 +3,14 @@
 Documents are shuffled and split with nanoGPT's seed, encoded by several processes, and written one shard
 after the other; each document ends with GPT-2's end-of-text token. `Corpus.sha256` is the sha256 of the two
 splits' sha256 (hexadecimal, training first), so it stands for the tokens themselves, wherever the documents
-came from.
+came from. Line ends of local documents become newlines; the Hub's are left alone, as nanoGPT leaves them.
 """
 
 import glob
 import hashlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nanogpt_mac.corpus.config import DataConfig
 from nanogpt_mac.corpus.download import TIMEOUT_S
 from nanogpt_mac.corpus.encoders import GPT2Encoder
 from nanogpt_mac.corpus.prepared import Corpus, key_of, open_or_build, write_meta, write_split
+from nanogpt_mac.corpus.reading import lines
 from nanogpt_mac.errors import InputError
 
 DATASET = "Skylion007/openwebtext"
@@ -40,6 +41,8 @@ def prepare_documents(cfg: DataConfig, encoder: GPT2Encoder | None = None) -> Co
         "val_fraction": cfg.val_fraction,
         "seed": SPLIT_SEED,
     }
+    if files:
+        identity["lines"] = "\n"
 
     def build(folder: Path) -> None:
         import datasets
@@ -63,7 +66,7 @@ def prepare_documents(cfg: DataConfig, encoder: GPT2Encoder | None = None) -> Co
         for split, part in (("train", parts["train"]), ("val", parts["test"])):
             encoded = part.map(
                 _encode,
-                fn_kwargs={"encoder": encoder},
+                fn_kwargs={"encoder": encoder, "tidy": lines if files else str},
                 remove_columns=part.column_names,
                 features=datasets.Features({"ids": datasets.List(datasets.Value("uint16"))}),
                 num_proc=min(cfg.num_proc, len(part)) if cfg.num_proc > 1 else None,
@@ -79,9 +82,9 @@ def prepare_documents(cfg: DataConfig, encoder: GPT2Encoder | None = None) -> Co
     return open_or_build(Path(cfg.dir), key_of(cfg.name, identity), build)
 
 
-def _encode(document: dict[str, str | None], encoder: GPT2Encoder) -> dict[str, np.ndarray]:
+def _encode(document: dict[str, str | None], encoder: GPT2Encoder, tidy: Callable[[str], str]) -> dict[str, np.ndarray]:
     # An empty cell of a table is an empty document.
-    return {"ids": np.array([*encoder.encode(document["text"] or ""), encoder.end_of_text], np.uint16)}
+    return {"ids": np.array([*encoder.encode(tidy(document["text"] or "")), encoder.end_of_text], np.uint16)}
 
 
 def _tokens(encoded: Any) -> Iterator[np.ndarray]:

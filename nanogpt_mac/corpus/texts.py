@@ -1,8 +1,13 @@
-"""Corpora that are one text: tiny Shakespeare, any UTF-8 file, the stand-in."""
+"""Corpora that are one text: tiny Shakespeare, any UTF-8 file, the stand-in.
+
+A corpus's sha256 is that of its text, with line ends and byte order mark as `reading.lines` leaves them: one text has
+one checksum, whatever system wrote its file. `data.sha256` may also be that of the file itself.
+"""
 
 import hashlib
 import re
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +17,7 @@ from nanogpt_mac.corpus.config import TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_
 from nanogpt_mac.corpus.download import NoNetwork, download
 from nanogpt_mac.corpus.encoders import MAX_VOCAB, CharEncoder, Encoder, GPT2Encoder, TrainedBPEEncoder
 from nanogpt_mac.corpus.prepared import Corpus, key_of, open_or_build, write_meta, write_split
+from nanogpt_mac.corpus.reading import read_file, read_text, symbols
 from nanogpt_mac.errors import InputError
 
 DEFAULT_BPE_VOCAB = 4096
@@ -19,26 +25,20 @@ DEFAULT_BPE_VOCAB = 4096
 
 def prepare_text(cfg: DataConfig) -> Corpus:
     if cfg.name == "stand_in":
-        return _open(cfg, "stand_in", stand_in.SHA256, lambda: stand_in.generate().encode())
+        return _open(cfg, stand_in.SHA256, lambda: stand_in.generate().encode())
     if cfg.path is not None:
-        try:
-            data = Path(cfg.path).read_bytes()
-        except OSError as error:
-            why = f"{error.strerror}; data={cfg.name} needs a file"
-            raise InputError(f"data.path={cfg.path}: {why}") from error
-        sha256 = hashlib.sha256(data).hexdigest()
+        what = f"data.path={cfg.path}"
+        data = raw = read_file(cfg.path, what)
+        if b"\r" in raw or raw.startswith(BOM_UTF8):
+            data = read_text(raw, what).encode()
+        sha256, of_file = (hashlib.sha256(each).hexdigest() for each in (data, raw))
         expected = cfg.sha256 or (None if cfg.name == "text" else TINY_SHAKESPEARE_SHA256)
-        if expected not in (None, sha256):
-            raise InputError(
-                f"data.path={cfg.path}: sha256 is {sha256}; data={cfg.name} needs {expected}; use another file"
-            )
-        name = cfg.name
-        if name == "text":
-            name = "text-" + re.sub("[^a-z0-9]+", "_", Path(cfg.path).stem.lower())[:40]
-        return _open(cfg, name, sha256, lambda: data)
+        if expected not in (None, sha256, of_file):
+            raise InputError(f"{what}: sha256 is {sha256}; data={cfg.name} needs {expected}; use another file")
+        return _open(cfg, sha256, lambda: data)
     url, sha256 = cfg.url or TINY_SHAKESPEARE_URL, cfg.sha256 or TINY_SHAKESPEARE_SHA256
     try:
-        return _open(cfg, cfg.name, sha256, lambda: download(url, sha256))
+        return _open(cfg, sha256, lambda: download(url, sha256))
     except NoNetwork as error:
         if cfg.name != "shakespeare_char":
             raise InputError(
@@ -53,24 +53,38 @@ def prepare_text(cfg: DataConfig) -> Corpus:
         return prepare_text(replace(cfg, name="stand_in"))
 
 
-def _open(cfg: DataConfig, name: str, sha256: str, read: Callable[[], bytes]) -> Corpus:
-    """The prepared corpus of the text with this checksum; `read` is called only if it must be prepared first."""
-    vocab_size = (cfg.vocab_size or DEFAULT_BPE_VOCAB) if cfg.tokenizer == "bpe" else None
+def folder_key(cfg: DataConfig, sha256: str) -> str:
+    """The name of the folder of the prepared text with this checksum."""
+    name = cfg.name
+    if name == "text":
+        name = "text-" + re.sub("[^a-z0-9]+", "_", Path(cfg.path or "").stem.lower())[:40]
     identity = {
         "sha256": sha256,
         "tokenizer": cfg.tokenizer,
-        "vocab_size": vocab_size,
+        "vocab_size": (cfg.vocab_size or DEFAULT_BPE_VOCAB) if cfg.tokenizer == "bpe" else None,
         "val_fraction": cfg.val_fraction,
     }
+    if cfg.symbols is not None:
+        identity["symbols"] = hashlib.sha256(read_file(cfg.symbols, f"data.symbols={cfg.symbols}")).hexdigest()
+    return key_of(name, identity)
+
+
+def _open(cfg: DataConfig, sha256: str, read: Callable[[], bytes]) -> Corpus:
+    """The prepared corpus of the text with this checksum; `read` is called only if it must be prepared first."""
 
     def build(folder: Path) -> None:
-        text = _decode(read(), cfg)
+        text = read_text(read(), f"data.path={cfg.path}")
+        if not text:
+            raise InputError(f"data.path={cfg.path}: empty; use a file that holds text")
         cut = int(len(text) * (1 - cfg.val_fraction))
         train, val = text[:cut], text[cut:]
-        encoder = _encoder(cfg, text, train, vocab_size)
+        encoder = _encoder(cfg, text, train)
         splits = {}
         for split, part in (("train", train), ("val", val)):
-            tokens = encoder.array(part)
+            try:
+                tokens = encoder.array(part)
+            except InputError as error:  # a character that is not among data.symbols
+                raise InputError(f"data.path={cfg.path}: {error}") from error
             if len(tokens) < 2:
                 raise InputError(
                     f"data.val_fraction={cfg.val_fraction}: leaves {len(tokens)} {split} tokens of a text of "
@@ -80,29 +94,21 @@ def _open(cfg: DataConfig, name: str, sha256: str, read: Callable[[], bytes]) ->
         is_stand_in = cfg.name == "stand_in"
         write_meta(folder, name=cfg.name, sha256=sha256, encoder=encoder, splits=splits, stand_in=is_stand_in)
 
-    return open_or_build(Path(cfg.dir), key_of(name, identity), build)
+    return open_or_build(Path(cfg.dir), folder_key(cfg, sha256), build)
 
 
-def _decode(data: bytes, cfg: DataConfig) -> str:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"data.path={cfg.path}: byte {error.start} is not UTF-8; use a file of UTF-8 text") from error
-    if not text:
-        raise InputError(f"data.path={cfg.path}: empty; use a file that holds text")
-    return text
-
-
-def _encoder(cfg: DataConfig, text: str, train: str, vocab_size: int | None) -> Encoder:
+def _encoder(cfg: DataConfig, text: str, train: str) -> Encoder:
     if cfg.tokenizer == "gpt2":
         return GPT2Encoder()
-    if vocab_size is not None:
+    if cfg.symbols is not None:
+        return symbols(cfg.symbols, f"data.symbols={cfg.symbols}")
+    if cfg.tokenizer == "bpe":
         # Trained on the training split alone: the held-out text must not shape the tokens that it is judged by.
-        return TrainedBPEEncoder.train(train, vocab_size)
-    symbols = len(set(text))
-    if symbols > MAX_VOCAB:
+        return TrainedBPEEncoder.train(train, cfg.vocab_size or DEFAULT_BPE_VOCAB)
+    different = len(set(text))
+    if different > MAX_VOCAB:
         raise InputError(
-            f"data.tokenizer=char: the text has {symbols} different characters and at most {MAX_VOCAB} fit; "
+            f"data.tokenizer=char: the text has {different} different characters and at most {MAX_VOCAB} fit; "
             "use data.tokenizer=bpe"
         )
     return CharEncoder.of(text)

@@ -39,6 +39,7 @@ class CheckpointState(Document):
     encoder: dict[str, object]
     best_val_loss: Number | None = None
     written_by: dict[str, object] = {}
+    cwd: str | None = None  # what the config's relative paths start from; None: written by 0.1
     iteration: Count
     optimizer_steps: Count
     loss_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -65,13 +65,21 @@ def save(root: Path, state: TrainState, meta: Mapping[str, Any], best: bool) -> 
     return folder
 
 
+def _candidates(folder: Path, which: str = "last") -> tuple[Path, ...]:
+    return (folder, folder / "ckpt" / which, folder / which)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `folder` is a run's, or a checkpoint."""
+    return any((candidate / "state.json").is_file() for candidate in _candidates(folder))
+
+
 def find(run: str, which: str = "last") -> Path:
     """The checkpoint folder that `run` names: a run's folder (its `last` or `best`) or a checkpoint itself."""
     folder = Path(run)
     if not folder.exists():
         raise InputError(f"run={run}: there is no such folder; give a run's folder or a checkpoint's")
-    candidates = (folder, folder / "ckpt" / which, folder / which)
-    for candidate in candidates:
+    for candidate in _candidates(folder, which):
         if (candidate / "state.json").is_file():
             return candidate.resolve()  # a run under way may move `last` on at any moment
     raise InputError(f"run={run}: holds no checkpoint (no ckpt/{which}/state.json)")
@@ -86,6 +94,19 @@ def read_meta(folder: Path) -> CheckpointState:
     if meta.schema_ > CheckpointState.SCHEMA:
         raise InputError(f"{folder}/state.json: schema {meta.schema_}; use the newer version that wrote it")
     return meta
+
+
+def anchored(path: str | None, folder: Path, meta: CheckpointState) -> str | None:
+    """A relative path of a checkpoint's config from where it pointed when the run was made, if it is still there.
+
+    That is the folder in which the run was started; else, where the project was moved since or did not record it, the
+    nearest one above the checkpoint that has the path.
+    """
+    if path is None or Path(path).is_absolute():
+        return path
+    bases = (*([Path(meta.cwd)] if meta.cwd else []), *folder.parents)
+    base = next((base for base in bases if (base / path).exists() or any(base.glob(path))), Path.cwd())
+    return path if base == Path.cwd() else str(base / path)
 
 
 def read_spec(folder: Path, meta: CheckpointState) -> GPTSpec:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.backends.generate import generate
 from nanogpt_mac.config import SampleConfig, backend_options, validate_sample
-from nanogpt_mac.corpus import DataConfig, prepare
-from nanogpt_mac.corpus.encoders import Encoder, GPT2Encoder, encoder_from_json
+from nanogpt_mac.corpus import Corpus, prepare
+from nanogpt_mac.corpus.encoders import GPT2_TOKENS, PADDED_GPT2_TOKENS, Encoder, GPT2Encoder
+from nanogpt_mac.corpus.reading import read_file, read_text, symbols
+from nanogpt_mac.corpus.stand_in import generate as generate_stand_in
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.gpt import pretrained
-from nanogpt_mac.gpt.spec import GPTSpec, TrainState
-from nanogpt_mac.train import checkpoint
+from nanogpt_mac.train.source import Source, check_tokens, open_model, same_tokens
 
 
 def run(config: SampleConfig) -> int:
     """Print `num_samples` continuations of the prompt; tokens a second goes to stderr."""
     validate_sample(config)
     name = kinds.resolve(config.backend.name)
-    spec, state, encoder = _open(config)
+    source, encoder = _open(config)
+    spec = source.spec
     try:
         prompt = encoder.encode(_prompt(config.prompt))
     except InputError as error:
@@ -31,7 +32,7 @@ def run(config: SampleConfig) -> int:
     if not prompt:
         raise InputError("prompt='': is empty; give at least one symbol")
     backend = kinds.create(spec, backend_options(config, name), Tokens(block_size=spec.block_size))
-    backend.restore(state)
+    backend.restore(source.state)
     for number in range(config.num_samples):
         if number:
             print("\n---------------")
@@ -56,32 +57,46 @@ def run(config: SampleConfig) -> int:
     return 0
 
 
-def _open(config: SampleConfig) -> tuple[GPTSpec, TrainState, Encoder]:
-    if Path(config.run).exists() and not pretrained.is_pretrained(config.run):
-        _, (spec, state, meta) = checkpoint.open_run(config.run, config.checkpoint, weights_only=True)
-        return spec, state, encoder_from_json(meta.encoder)
-    if not pretrained.is_pretrained(config.run):
-        checkpoint.find(config.run)  # words the mistake
-    loaded = pretrained.load(config.run, dropout=0.0)
-    if loaded.dataset is None:
-        if loaded.spec.vocab_size < GPT2Encoder().vocab_size:
+def _open(config: SampleConfig) -> tuple[Source, Encoder]:
+    """The model, and what its tokens mean: by its own encoder, by what `data` names, or GPT-2's."""
+    source, data = open_model("run", config.run, which=config.checkpoint, weights_only=True), config.data
+    if data.name == "text" and (data.path or "").endswith(".pkl"):
+        data = replace(data, path=None, symbols=data.path)
+    if data.name == "text" and data.path is None and data.symbols is not None:
+        encoder: Encoder = symbols(data.symbols, f"data.symbols={data.symbols}")
+        if source.spec.vocab_size != encoder.vocab_size:
             raise InputError(
-                f"run={config.run}: its {loaded.spec.vocab_size} symbols are neither GPT-2's nor those of nanoGPT's "
-                "shakespeare_char, so its tokens cannot be read; use a checkpoint with either vocabulary"
+                f"data.symbols={data.symbols}: holds {encoder.vocab_size} symbols, and {source.description} knows "
+                f"{source.spec.vocab_size}; use the meta.pkl of the data that it was trained on"
             )
-        return loaded.spec, loaded.state, GPT2Encoder()
-    corpus = prepare(DataConfig(name=loaded.dataset, dir=config.data_dir))
-    return loaded.spec, loaded.state, corpus.encoder
+        if source.encoder is not None and not same_tokens(source.encoder, encoder):
+            raise InputError(
+                f"data.symbols={data.symbols}: not those that {source.description} came with; leave it out"
+            )
+        return source, encoder
+    if data.name != "text" or data.path is not None:
+        corpus = prepare(data)
+        check_tokens(source, corpus, data)
+        return source, source.encoder or corpus.encoder
+    if source.encoder is not None:
+        return source, source.encoder
+    if source.spec.vocab_size not in (GPT2_TOKENS, PADDED_GPT2_TOKENS):
+        raise InputError(
+            f"{source.description}: does not say which text its {source.spec.vocab_size} tokens stand for; name the "
+            "text that it was trained on (data.path=FILE), tiny Shakespeare (data=shakespeare_char), or its symbols "
+            "(data.symbols=meta.pkl)"
+        )
+    encoder = GPT2Encoder()
+    sample = encoder.array(generate_stand_in()[:40_000])
+    check_tokens(source, Corpus("English in GPT-2's tokens", sample, sample, encoder, "", True), data)
+    return source, encoder
 
 
 def _prompt(text: str) -> str:
     if not text.startswith("FILE:"):
         return text.replace("\\n", "\n")
-    path = Path(text.removeprefix("FILE:"))
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompt={text}: cannot be read: {error}") from error
+    what = f"prompt={text}"
+    return read_text(read_file(text.removeprefix("FILE:"), what), what)
 
 
 def _stream(encoder: Encoder, drawn: Iterator[int]) -> Iterator[str]:

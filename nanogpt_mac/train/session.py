@@ -17,7 +17,7 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Backend, Tokens
 from nanogpt_mac.backends.generate import generate
 from nanogpt_mac.config import Config, backend_options, validate
-from nanogpt_mac.corpus import Corpus, prepare
+from nanogpt_mac.corpus import Corpus
 from nanogpt_mac.fallbacks import detect as fallbacks
 from nanogpt_mac.fallbacks import report
 from nanogpt_mac.files import run_folder, write_json
@@ -38,7 +38,7 @@ from nanogpt_mac.train import checkpoint, display
 from nanogpt_mac.train.loop import Loop
 from nanogpt_mac.train.recorder import Recorder, Work
 from nanogpt_mac.train.sinks import Folder, open_wandb
-from nanogpt_mac.train.source import Source, open_source
+from nanogpt_mac.train.source import Source, corpus_of, open_source
 
 REFUSED = 3  # under fallbacks=error
 
@@ -52,7 +52,7 @@ def run(config: Config) -> int:
     validate(config)
     name = kinds.resolve(config.backend.name)
     options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
-    corpus = prepare(config.data)
+    corpus = corpus_of(config)
     source = open_source(config, corpus)
     config = replace(config, model=ModelConfig(**asdict(source.spec)))  # what is recorded is what runs
     tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)
@@ -146,6 +146,7 @@ class Session:
             "corpus": self.facts.corpus_facts.model_dump(),
             "encoder": self.corpus.encoder.to_json(),
             "best_val_loss": best if np.isfinite(best) else None,
+            "cwd": str(Path.cwd()),
             "written_by": {key: getattr(self.facts, key) for key in ("backend", "device", "compile", "dtype")},
         }
         checkpoint.save(self.folder / "ckpt", self.backend.state(), meta, is_best)

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from fakes.support import FRAMEWORKS, VARIANTS
+from fakes.support import EACH_VARIANT, FRAMEWORKS, VARIANTS
 
-from nanogpt_mac.backends import base
+from nanogpt_mac.backends import base, torch_adamw
 from nanogpt_mac.backends.base import Tokens, step_seed
 from nanogpt_mac.backends.generate import draw, generate
 from nanogpt_mac.errors import InputError
@@ -71,8 +71,7 @@ def test_a_state_crosses_between_frameworks(make, spec, starts):
     assert run(third, starts, 20, 30)[-1][0] == pytest.approx(reference[-1][0], abs=2e-3)
 
 
-@frameworks
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("name", "compiled"), EACH_VARIANT)
 def test_dropout_differs_by_iteration_and_is_off_in_evaluation(make, dropout_spec, starts, name, compiled):
     backend = make(name, spec=dataclasses.replace(dropout_spec, n_layer=1), compile=compiled)  # half to compile
     same_batch = [backend.wait(backend.step(starts(0), 0.0))[0] for _ in range(4)]  # lr 0: only the mask differs
@@ -232,14 +231,12 @@ def test_fused_adamw_is_used_and_can_be_switched_off(make, starts):
 
 def test_a_fused_adamw_that_ignores_overflows_is_not_used_for_float16(make, starts, monkeypatch):
     """As torch's was on MPS until 2026: found_inf has no effect. The loop over tensors takes its place."""
-    real = torch.optim.AdamW.step
+    real = torch_adamw.adamw
 
-    def ignores(self, *args, **keys):
-        if self.defaults["fused"] and hasattr(self, "found_inf"):
-            del self.found_inf
-        return real(self, *args, **keys)
+    def ignores(*args, fused, found_inf, **keys):
+        return real(*args, fused=fused, found_inf=None if fused else found_inf, **keys)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", ignores)
+    monkeypatch.setattr(torch_adamw, "adamw", ignores)
     assert make("cpu").details["fused_adamw"]
     backend = make("cpu", dtype="float16")
     assert not backend.details["fused_adamw"]

@@ -36,7 +36,7 @@ def test_the_fused_optimizer_is_one_and_its_lever_turns_it_off(make):
     for value in (True, False):
         assert lever.when(None, SimpleNamespace(backend=SimpleNamespace(fused_adamw=value))) is value
     backend = make("cpu")
-    assert backend.details["fused_adamw"] is backend.optimizer.param_groups[0]["fused"] is True
+    assert backend.details["fused_adamw"] is backend.optimizer.fused is True
 
 
 @pytest.mark.parametrize("same", [1, 0])

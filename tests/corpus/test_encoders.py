@@ -62,9 +62,9 @@ def test_char_shows_unknown_characters() -> None:
             encode("aZb#éZ")
 
 
-@pytest.mark.parametrize("chars", ["", "ba", "aab"])
+@pytest.mark.parametrize("chars", ["", "aab"])
 def test_char_refuses_a_wrong_vocabulary(chars: str) -> None:
-    with pytest.raises(InputError, match="sorted, each once"):
+    with pytest.raises(InputError, match="each once"):
         CharEncoder(chars)
 
 
@@ -141,7 +141,7 @@ def test_bpe_training_is_deterministic_and_merges(trained: TrainedBPEEncoder) ->
         {},
         {"kind": "word"},
         {"kind": "char"},
-        {"kind": "char", "chars": "ba"},
+        {"kind": "char", "chars": "bb"},
         {"kind": "bpe"},
         {"kind": "bpe", "tokenizer": {"model": "none"}},
     ],

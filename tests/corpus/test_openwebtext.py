@@ -12,7 +12,7 @@ import tiktoken
 from fakes.support import prepared
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from nanogpt_mac.corpus import DataConfig, GPT2Encoder
+from nanogpt_mac.corpus import DataConfig, GPT2Encoder, reopen
 from nanogpt_mac.corpus.openwebtext import prepare_documents
 from nanogpt_mac.errors import InputError
 
@@ -174,3 +174,17 @@ def test_hub_offline_and_nothing_in_its_cache(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(InputError, match=r"data\.dataset=nobody/has-this@v1: "):
         prepare_documents(cfg, GPT2Encoder(ENCODING))
     assert prepared(tmp_path) == []
+
+
+def test_line_ends_in_local_documents_are_newlines_and_their_corpus_is_found_again(tmp_path: Path) -> None:
+    corpora = []
+    for name, eol in (("lf", "\n"), ("crlf", "\r\n")):
+        texts = [text.replace("\n", eol) for text in DOCUMENTS]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        corpora.append(prepare_documents(config(tmp_path / f"{name}.jsonl", tmp_path / name), GPT2Encoder(ENCODING)))
+    assert corpora[0].sha256 == corpora[1].sha256
+    (tmp_path / "lf.jsonl").unlink()
+    again = reopen(config(tmp_path / "lf.jsonl", tmp_path / "lf"), corpora[0].sha256)
+    assert again is not None
+    assert np.array_equal(again.val, corpora[0].val)
+    assert reopen(config(None, tmp_path / "lf"), "0" * 64) is None

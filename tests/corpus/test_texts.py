@@ -1,8 +1,10 @@
 """Text corpora: what they hold, what is refused, the configuration files, what is imported when."""
 
+import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from fakes.support import prepared
 from omegaconf import OmegaConf
 
-from nanogpt_mac.corpus import CharEncoder, DataConfig, TrainedBPEEncoder, prepare, vocab_size
+from nanogpt_mac.corpus import CharEncoder, DataConfig, TrainedBPEEncoder, prepare, reopen, vocab_size
 from nanogpt_mac.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -71,10 +73,53 @@ def test_settings_and_contents_do_not_collide(tmp_path: Path) -> None:
 
 
 def test_a_text_has_its_own_characters(tmp_path: Path) -> None:
-    corpus = prepare(text_config(tmp_path, "\ufeffdéjà vu, déjà lu \U0001f600\r\n" * 20))
+    corpus = prepare(text_config(tmp_path, "déjà vu, déjà lu \U0001f600\n" * 20))
     assert isinstance(corpus.encoder, CharEncoder)
-    assert corpus.encoder.chars == "\n\r ,djluvàé\ufeff\U0001f600"
+    assert corpus.encoder.chars == "\n ,djluvàé\U0001f600"
     assert corpus.label == "text"
+
+
+@pytest.mark.parametrize("eol", ["\r\n", "\r"])
+def test_line_ends_and_a_mark_change_neither_tokens_nor_checksum(tmp_path: Path, eol: str) -> None:
+    expected = prepare(text_config(tmp_path))
+    other = "\ufeff" + TEXT.replace("\n", eol)
+    corpora = [prepare(text_config(tmp_path, other, dir=str(tmp_path / "again")))]
+    for data in (other, TEXT):  # the file's checksum, or the text's
+        sha256 = hashlib.sha256(data.encode()).hexdigest()
+        corpora.append(prepare(text_config(tmp_path, other, sha256=sha256)))
+    for corpus in corpora:
+        assert (corpus.sha256, corpus.encoder.to_json()) == (expected.sha256, expected.encoder.to_json())
+        assert np.array_equal(corpus.train, expected.train)
+    assert len(prepared(tmp_path / "data")) == 1
+
+
+def test_tiny_shakespeare_with_windows_line_ends_is_tiny_shakespeare(tiny_shakespeare: Path, tmp_path: Path) -> None:
+    (tmp_path / "input.txt").write_bytes(tiny_shakespeare.read_bytes().replace(b"\n", b"\r\n"))
+    corpus = prepare(DataConfig(path=str(tmp_path / "input.txt"), dir=str(tmp_path)))
+    assert (corpus.sha256, len(corpus.train), corpus.encoder.vocab_size) == (TINY_SHA256, 1_003_854, 65)
+
+
+def test_a_text_in_the_symbols_of_another(tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("xyz" + TEXT)
+    given = text_config(tmp_path, symbols=str(tmp_path / "other.txt"))
+    corpus = prepare(given)
+    assert corpus.encoder.vocab_size == prepare(text_config(tmp_path)).encoder.vocab_size + 3
+    assert corpus.encoder.decode(corpus.train.tolist()) == TEXT[: len(corpus.train)]
+    (tmp_path / "other.txt").write_text("xyz")
+    with pytest.raises(InputError, match=r"data\.path=.*text\.txt: characters .* are not in the vocabulary"):
+        prepare(given)
+
+
+def test_a_prepared_text_is_found_again_by_its_checksum(tmp_path: Path) -> None:
+    cfg = text_config(tmp_path)
+    corpus = prepare(cfg)
+    (tmp_path / "text.txt").unlink()
+    again = reopen(cfg, corpus.sha256)
+    assert again is not None
+    assert np.array_equal(again.train, corpus.train)
+    assert reopen(cfg, "0" * 64) is None
+    assert reopen(replace(cfg, val_fraction=0.3), corpus.sha256) is None
+    assert reopen(replace(cfg, tokenizer="gpt2"), corpus.sha256) is None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +139,10 @@ def test_a_text_has_its_own_characters(tmp_path: Path) -> None:
         (TEXT, {"vocab_size": 500}, r"data\.vocab_size=500: data\.tokenizer=char has its own size"),
         (TEXT, {"sha256": "0" * 64}, r"data\.path=.*: sha256 is .*; data=text needs 0000"),
         (TEXT, {"sha256": "ABC"}, r"data\.sha256=ABC: use 64 hexadecimal"),
-        (TEXT, {"path": "/no/such/file"}, r"data\.path=/no/such/file: No such file.*needs a file"),
+        (TEXT, {"path": "/no/such/file"}, r"data\.path=/no/such/file: No such file.*; use a file that can be read"),
+        (TEXT.encode("utf-16"), {}, r"data\.path=.*: is UTF-16 or not text; use UTF-8"),
+        (TEXT, {"symbols": "/no/such/file"}, r"data\.symbols=/no/such/file: No such file"),
+        (TEXT, {"symbols": "x", "tokenizer": "bpe"}, r"data\.symbols=x: data\.tokenizer=bpe has its own"),
         (TEXT, {"url": "https://a/b"}, r"data\.url=https://a/b: data=text has no use .* with data=shakespeare_char or"),
         (TEXT, {"dataset": "a/b"}, r"data\.dataset=a/b: .* with data=openwebtext"),
         (TEXT, {"path": None}, r"data\.path=null: data=text needs a file"),

@@ -20,6 +20,7 @@ from pathlib import Path
 
 TORCH_GPT, MLX_GPT = "nanogpt_mac.gpt.torch_gpt", "nanogpt_mac.gpt.mlx_gpt"
 TORCH, MLX = "nanogpt_mac.backends.torch_backend", "nanogpt_mac.backends.mlx_backend"
+ADAMW = "nanogpt_mac.backends.torch_adamw"
 SDPA = "F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)"
 FAST = 'mask="causal" if is_causal else None'
 
@@ -62,10 +63,10 @@ MUTANTS = {
     "torch: a token ignored": (TORCH_GPT, "targets.reshape(-1))", "targets.reshape(-1), ignore_index=1)"),
     "torch: label smoothing": (TORCH_GPT, "targets.reshape(-1))", "targets.reshape(-1), label_smoothing=1e-3)"),
     # the step, torch
-    "torch: decay on vectors": (TORCH, '"weight_decay": 0.0}', '"weight_decay": o.weight_decay}'),
-    "torch: no decay": (TORCH, '"weight_decay": o.weight_decay}', '"weight_decay": 0.0}'),
-    "torch: Adam for AdamW": (TORCH, "return torch.optim.AdamW(", "return torch.optim.Adam("),
-    "torch: AdamW eps 1e-6": (TORCH, "betas=betas, fused=None", "betas=betas, eps=1e-6, fused=None"),
+    "torch: decay on vectors": (ADAMW, '"weight_decay": 0.0}', '"weight_decay": weight_decay}'),
+    "torch: no decay": (ADAMW, '"weight_decay": weight_decay}', '"weight_decay": 0.0}'),
+    "torch: Adam for AdamW": (ADAMW, "import adamw", "import adam as adamw"),
+    "torch: AdamW eps 1e-6": (ADAMW, "eps=1e-8", "eps=1e-6"),
     "torch: other beta2": (TORCH, "(o.beta1, o.beta2)", "(o.beta1, 0.999)"),
     "torch: no bias correction": (TORCH, "float(state.optimizer_steps)", "float(state.optimizer_steps + 5000)"),
     "torch: no clipping": (TORCH, 'self.options.grad_clip or float("inf")', 'float("inf")'),
@@ -74,10 +75,10 @@ MUTANTS = {
     "torch: one micro-batch": (TORCH, "for micro_starts in starts:", "for micro_starts in starts[:1]:"),
     "torch: gradients kept": (
         TORCH,
-        "self.scaler.update()\n            self.optimizer.zero_grad(set_to_none=True)",
+        "self.scaler.update()\n            self.optimizer.zero_grad()",
         "self.scaler.update()",
     ),
-    "torch: lr of the first step": (TORCH, 'group["lr"] = lr', 'group["lr"] = 1e-3'),
+    "torch: lr of the first step": (ADAMW, "lr=lr", "lr=1e-3"),
     "torch: targets are the tokens": (TORCH, "window[:, :-1], window[:, 1:]", "window[:, :-1], window[:, :-1]"),
     "torch: lower precision unasked": (TORCH, "self.dtype, enabled=self.dtype != torch.float32", "torch.bfloat16"),
     "torch: norm misreported": (TORCH, "torch.stack((total, norm))", "torch.stack((total, norm * 1.01))"),
@@ -127,10 +128,10 @@ MUTANTS = {
 def changed(name):
     """The product with one source text changed: fresh modules in which the rest of the product finds each other."""
     module, old, new = MUTANTS[name]
-    pair = (MLX_GPT, MLX) if module in (MLX_GPT, MLX) else (TORCH_GPT, TORCH)
-    before = {part: sys.modules.pop(part, None) for part in pair}
+    parts = (MLX_GPT, MLX) if module in (MLX_GPT, MLX) else (TORCH_GPT, ADAMW, TORCH)
+    before = {part: sys.modules.pop(part, None) for part in parts}
     try:
-        for part in pair:
+        for part in parts:
             spec = importlib.util.find_spec(part)
             source = Path(spec.origin).read_text()
             if part == module:
@@ -140,7 +141,7 @@ def changed(name):
             exec(compile(source, spec.origin, "exec"), vars(sys.modules[part]))
         yield
     finally:
-        for part in pair:
+        for part in parts:
             sys.modules.pop(part, None)
         sys.modules.update({part: found for part, found in before.items() if found is not None})
 

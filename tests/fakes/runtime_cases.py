@@ -169,7 +169,7 @@ def syncs(backend) -> dict[str, tuple]:
         "item in optimizer": (
             "_local_scalar_dense",
             "optimizer",
-            lambda: _hook(backend.optimizer.register_step_post_hook(lambda *_: weight.sum().item())),
+            lambda: _after(backend.optimizer, "step", lambda _: weight.sum().item()),
         ),
         "cpu in result": ("copy_", "result", lambda: _after(backend, "_handle", lambda h: weight.detach().cpu())),
         "item in evaluation": ("_local_scalar_dense", "evaluation", lambda: _after(backend, "loss", evaluated)),

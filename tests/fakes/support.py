@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.config import Config, backend_options
 
@@ -11,6 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Every variant of computing the model that this machine has: (back end, compiled).
 AVAILABLE = kinds.available()
 VARIANTS = [(n, compiled) for n in AVAILABLE for compiled in ((False, True) if kinds.KINDS[n].compiler else (False,))]
+# As parameters of a test: what Inductor compiles goes to one worker, which compiles each graph once.
+EACH_VARIANT = [
+    pytest.param(*v, marks=pytest.mark.xdist_group("inductor")) if v == ("cpu", True) else v for v in VARIANTS
+]
 FRAMEWORKS = sorted({kinds.KINDS[n].framework: n for n in AVAILABLE}.values())  # one back end of each: cpu is torch's
 
 

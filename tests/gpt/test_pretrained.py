@@ -1,10 +1,16 @@
 """GPT-2 from Hugging Face against transformers itself; nanoGPT's ckpt.pt against a dictionary saved as nanoGPT does."""
 
+import copy
+import fractions
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from fakes.nanogpt_files import trained
 from fakes.support import FRAMEWORKS, options
 
 from nanogpt_mac.backends import kinds
@@ -49,9 +55,11 @@ def test_gpt2_weights_compute_what_transformers_computes(huggingface, name, acti
 
 def test_crop_keeps_the_first_positions(huggingface):
     reference, folder = huggingface()
-    loaded = pretrained.load(str(folder), dropout=0.0).crop(8)
-    backend = kinds.create(loaded.spec, options("cpu"), Tokens(block_size=8))
-    backend.restore(loaded.state)
+    loaded = pretrained.load(str(folder), dropout=0.0)
+    spec, state = pretrained.crop(loaded.spec, loaded.state, 8)
+    spec.check(state.exp_avg, "moments")
+    backend = kinds.create(spec, options("cpu"), Tokens(block_size=8))
+    backend.restore(state)
     idx = np.random.default_rng(0).integers(0, 50, (3, 8))
     with torch.no_grad():
         expected = reference(torch.from_numpy(idx)).logits.numpy()
@@ -132,7 +140,7 @@ def test_nanogpt_checkpoint_comes_with_moments_and_goes_on_as_torch_would(tmp_pa
     model, optimizer, saved = nanogpt_checkpoint(spec)
     torch.save(saved, tmp_path / "ckpt.pt")
     loaded = pretrained.load(str(tmp_path / "ckpt.pt"), dropout=0.0)
-    assert (loaded.spec, loaded.trained, loaded.dataset) == (spec, True, "shakespeare_char")
+    assert (loaded.spec, loaded.trained, loaded.encoder) == (spec, True, None)
     assert (loaded.state.iteration, loaded.state.optimizer_steps, loaded.best) == (4, 4, 2.5)
 
     data = np.random.default_rng(0).integers(0, 11, 100).astype(np.uint16)
@@ -173,18 +181,35 @@ def test_a_checkpoint_that_is_none_is_refused_and_never_run(tmp_path, capsys, co
     assert "must not run" not in capsys.readouterr().out
 
 
-def test_optimizer_of_another_model_is_refused(tmp_path):
-    _, _, saved = nanogpt_checkpoint(GPTSpec(1, 1, 8, 4, 5))
-    del saved["optimizer"]["state"][0]
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda o: o["state"].pop(0),
+        lambda o: o["state"][1].pop("exp_avg"),
+        lambda o: o["state"][1].update(step=2),
+        lambda o: o["state"][1].update(exp_avg=torch.full((4, 8), torch.nan)),
+        lambda o: o["param_groups"].pop(),
+        lambda o: o["param_groups"].reverse(),
+        lambda o: o.pop("param_groups"),
+        lambda o: o.update(state=[]),
+    ],
+)
+def test_moments_that_do_not_fit_leave_the_weights_and_a_line(tmp_path, damage):
+    model, _, saved = nanogpt_checkpoint(GPTSpec(1, 1, 8, 4, 5))
+    damage(saved["optimizer"])
     torch.save(saved, tmp_path / "ckpt.pt")
-    with pytest.raises(InputError, match="optimizer has"):
-        pretrained.load(str(tmp_path / "ckpt.pt"), dropout=0.0)
+    loaded = pretrained.load(str(tmp_path / "ckpt.pt"), dropout=0.0)
+    assert (loaded.trained, loaded.state.iteration, loaded.state.optimizer_steps) == (False, 0, 0)
+    assert not any(array.any() for array in loaded.state.exp_avg.values())
+    for name, p in model.named_parameters():
+        np.testing.assert_array_equal(loaded.state.weights[name], p.detach().numpy())
+    (note,) = loaded.notes
+    assert re.fullmatch(r"init_from=.*ckpt\.pt: its optimizer's moments do not fit \(.*\); .* at iteration 0", note)
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda s: s["optimizer"]["state"][1].pop("exp_avg"),
         lambda s: s.update(iter_num="abc"),
         lambda s: s.update(iter_num=-5),
         lambda s: s.update(best_val_loss=None),
@@ -217,3 +242,309 @@ def test_weights_without_an_optimizer_start_afresh(tmp_path):
     assert not loaded.trained
     assert isinstance(loaded.state, TrainState)
     assert loaded.state.iteration == 0
+
+
+WRAPPERS = ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod.", "model.", "model._orig_mod.module."]
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """A checkpoint after four iterations."""
+    return trained("to be or not to be, that is the question " * 20, 4)
+
+
+def read(tmp_path, saved, **options):
+    torch.save(saved, tmp_path / "ckpt.pt", **options)
+    return pretrained.load(str(tmp_path / "ckpt.pt"), dropout=0.0)
+
+
+def same(loaded, saved):
+    for name, array in loaded.state.weights.items():
+        np.testing.assert_array_equal(array, saved["model"][name].float().numpy())
+    return True
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        *(lambda name, wrapper=wrapper: wrapper + name for wrapper in WRAPPERS),
+        lambda name: name.removeprefix("transformer."),
+        lambda name: name.replace("h.0.", "h.0._orig_mod."),
+        lambda name: f"_fsdp_wrapped_module.{name.replace('h.0.', 'h.0._checkpoint_wrapped_module.')}",
+    ],
+)
+def test_wrappers_leave_no_trace(tmp_path, sound, rename):
+    loaded = read(tmp_path, sound | {"model": {rename(name): tensor for name, tensor in sound["model"].items()}})
+    assert loaded.trained
+    assert same(loaded, sound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_become_float32(tmp_path, sound, dtype):
+    saved = sound | {"model": {name: tensor.to(dtype) for name, tensor in sound["model"].items()}}
+    assert same(read(tmp_path, saved), saved)
+
+
+@pytest.mark.parametrize("gone", ["lm_head.weight", "transformer.wte.weight"])
+def test_either_of_the_tied_tensors_is_enough(tmp_path, sound, gone):
+    loaded = read(tmp_path, sound | {"model": {n: t for n, t in sound["model"].items() if n != gone}})
+    assert same(loaded, sound)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"best_val_loss": np.float64(2.5), "iter_num": np.int64(4)},
+        {"best_val_loss": np.float32(2.5), "iter_num": torch.tensor(4)},
+        {"scaler": {"scale": 65536.0}, "rng": torch.get_rng_state(), "git": "abc", "config": None},
+    ],
+)
+def test_metadata_of_any_kind_does_no_harm(tmp_path, sound, change):
+    loaded = read(tmp_path, sound | change)
+    assert (loaded.state.iteration, loaded.best, loaded.trained) == (4, 2.5, True)
+
+
+def test_steps_may_be_whole_numbers(tmp_path, sound):
+    optimizer = copy.deepcopy(sound["optimizer"])
+    for entry in optimizer["state"].values():
+        entry["step"] = int(entry["step"])
+    assert read(tmp_path, sound | {"optimizer": optimizer}).state.optimizer_steps == 4
+
+
+def test_numpys_scalars_are_read_under_numpy_1s_name(tmp_path, sound):
+    torch.save(sound | {"best_val_loss": np.float64(2.5)}, tmp_path / "new.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "new.pt").read_bytes()
+    assert b"numpy._core.multiarray" in data
+    (tmp_path / "old.pt").write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert pretrained.load(str(tmp_path / "old.pt"), dropout=0.0).best == 2.5
+
+
+def test_other_objects_in_a_checkpoint_are_named_and_not_made(tmp_path, sound):
+    with pytest.raises(InputError, match=r"it calls fractions\.Fraction$"):
+        read(tmp_path, sound | {"config": fractions.Fraction(1)})
+
+
+def test_torchs_old_format_and_a_folder_with_a_checkpoint_are_read(tmp_path, sound):
+    assert same(read(tmp_path, sound, _use_new_zipfile_serialization=False), sound)
+    assert same(pretrained.load(str(tmp_path), dropout=0.0), sound)
+    assert pretrained.is_pretrained(str(tmp_path))
+
+
+def test_what_an_older_checkpoint_does_not_say_is_seen_in_its_weights(tmp_path):
+    saved = trained("to be or not to be " * 20, 2, bias=True)
+    for key in ("bias", "dropout", "vocab_size"):
+        del saved["model_args"][key]
+    loaded = read(tmp_path, saved)
+    assert (loaded.spec.bias, loaded.spec.vocab_size) == (True, 7)
+    saved["config"] = saved.pop("model_args")
+    assert read(tmp_path, saved).spec == loaded.spec
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_moments_in_the_order_of_their_names_are_the_same_moments(tmp_path, bias):
+    """As nanoGPT numbered them until 2023; with eleven layers h.10 comes before h.2."""
+    text, sizes = "to be or not to be " * 20, {"n_layer": 11, "n_embd": 8, "bias": bias}
+    now, old = (read(tmp_path, trained(text, 2, by_name=by_name, **sizes)) for by_name in (False, True))
+    assert old.trained
+    for name, array in now.state.exp_avg_sq.items():
+        np.testing.assert_allclose(old.state.exp_avg_sq[name], array, rtol=1e-4, atol=1e-12)
+        np.testing.assert_allclose(old.state.exp_avg[name], now.state.exp_avg[name], rtol=1e-4, atol=1e-8)
+
+
+def renumbered(saved, groups):
+    """The same moments, as an optimizer with these groups of names would have saved them."""
+    shapes = GPTSpec(**saved["model_args"]).shapes()
+    order = [n for n in shapes if len(shapes[n]) >= 2] + [n for n in shapes if len(shapes[n]) < 2]
+    entries = {name: saved["optimizer"]["state"][number] for number, name in enumerate(order)}
+    ids = {name: number for number, name in enumerate(name for group in groups for name in group)}
+    state = {ids[name]: entry for name, entry in entries.items()}
+    return {"state": state, "param_groups": [{"params": [ids[name] for name in group]} for group in groups]}
+
+
+def test_moments_of_the_first_versions_whose_embeddings_do_not_decay(tmp_path, sound):
+    names = sorted(GPTSpec(**sound["model_args"]).shapes())
+    decay = [n for n in names if ".c_" in n]
+    optimizer = renumbered(sound, [decay, [n for n in names if n not in decay]])
+    loaded, expected = read(tmp_path, sound | {"optimizer": optimizer}), read(tmp_path, sound)
+    assert loaded.trained
+    for name, array in expected.state.exp_avg.items():
+        np.testing.assert_array_equal(loaded.state.exp_avg[name], array)
+
+
+def test_names_in_the_optimizer_decide_and_no_known_order_loads_the_weights_alone(tmp_path, sound):
+    groups = [list(reversed(GPTSpec(**sound["model_args"]).shapes()))]
+    optimizer = renumbered(sound, groups)
+    assert read(tmp_path, sound | {"optimizer": optimizer}).notes
+    optimizer["param_groups"][0]["param_names"] = [f"module.{name}" for name in groups[0]]
+    loaded, expected = read(tmp_path, sound | {"optimizer": optimizer}), read(tmp_path, sound)
+    for name, array in expected.state.exp_avg.items():
+        np.testing.assert_array_equal(loaded.state.exp_avg[name], array)
+
+
+MASK = torch.ones(1, 1, 16, 16).tril()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("h.0.attn.bias", MASK),
+        ("h.0.attn.bias", MASK.bool()),
+        ("h.0.attn.bias", torch.ones(40, 40, dtype=torch.uint8).tril()),
+        ("h.0.attn.masked_bias", torch.tensor(-1e4)),
+        ("h.0.attn.masked_bias", torch.tensor(-torch.inf, dtype=torch.float16)),
+        ("position_ids", torch.arange(16)[None]),
+        ("module.wte.weight", None),
+    ],
+)
+def test_what_says_nothing_new_is_left_out(tmp_path, sound, name, tensor):
+    tensor = sound["model"]["transformer.wte.weight"].clone() if tensor is None else tensor
+    assert same(read(tmp_path, sound | {"model": sound["model"] | {f"transformer.{name}": tensor}}), sound)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("transformer.h.0.attn.bias", torch.ones(1, 1, 16, 16)),
+        ("transformer.h.0.attn.bias", MASK.triu()),
+        ("transformer.h.0.attn.bias", MASK[..., :8, :8]),
+        ("transformer.h.0.attn.bias", MASK.bool() & (torch.arange(16) > 2)),
+        ("transformer.h.0.attn.masked_bias", torch.tensor(-1.0)),
+        ("transformer.h.0.attn.rotary.inv_freq", torch.ones(4)),
+        ("transformer.position_ids", torch.arange(16).flip(0)),
+        ("multiple_choice_head.summary.weight", torch.ones(1, 16)),
+        ("score.weight", torch.ones(2, 16)),
+        ("lm_head.bias", torch.zeros(13)),
+        ("module.transformer.ln_f.weight", torch.zeros(16)),
+    ],
+)
+def test_what_says_more_is_named_and_refused(tmp_path, sound, name, tensor):
+    with pytest.raises(InputError, match=r"^init_from=.*ckpt\.pt: .*" + re.escape(name)):
+        read(tmp_path, sound | {"model": sound["model"] | {name: tensor}})
+
+
+# -- variants of Hugging Face folders, each against transformers -------------------------------------------------------
+
+
+def rewrite(folder, change, file="model.safetensors"):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    changed = {name: tensor.contiguous().clone() for name, tensor in change(tensors).items()}
+    if file.endswith(".bin"):
+        torch.save(changed, folder / file, _use_new_zipfile_serialization=file.startswith("p"))
+    else:
+        safetensors.torch.save_file(changed, folder / file)  # without metadata
+
+
+def set_config(folder, gone=(), **values):
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in gone}))
+
+
+def shards(folder, suffix):
+    """Two shards and their index, as transformers writes them."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names, where = sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"{stem}-{number:05}-of-00002.{suffix}"
+        held = {name: tensors[name].clone() for name in part}
+        save = safetensors.torch.save_file if suffix == "safetensors" else torch.save
+        save(held, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors").unlink()
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def head_only(tensors):
+    embedding = tensors.pop("transformer.wte.weight")
+    return tensors | {"lm_head.weight": embedding}
+
+
+def masks(tensors):
+    mask = torch.ones(1, 1, 24, 24).tril()
+    return tensors | {"transformer.h.0.attn.bias": mask, "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+
+
+FOLDERS = {
+    "as saved": lambda f: None,
+    "base model": lambda f: rewrite(f, lambda t: {n.removeprefix("transformer."): w for n, w in t.items()}),
+    "head too": lambda f: rewrite(f, lambda t: t | {"lm_head.weight": t["transformer.wte.weight"]}),
+    "head only": lambda f: rewrite(f, head_only),
+    "masks": lambda f: rewrite(f, masks),
+    "bin": lambda f: rewrite(f, lambda t: t, "pytorch_model.bin"),
+    "shards": lambda f: shards(f, "safetensors"),
+    "shards of bin": lambda f: shards(f, "bin"),
+    "context": lambda f: set_config(f, gone=["n_positions"], n_ctx=24),
+    "bare config": lambda f: set_config(f, gone=["model_type", "activation_function", "layer_norm_epsilon", "n_inner"]),
+    "float16": lambda f: (rewrite(f, lambda t: {n: w.half() for n, w in t.items()}), set_config(f, dtype="float16")),
+    "bfloat16": lambda f: rewrite(f, lambda t: {n: w.bfloat16() for n, w in t.items()}),
+    "other head's name": lambda f: set_config(f, architectures=["GPT2DoubleHeadsModel"]),
+}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24, "vocab_size": 50}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((p + 0.05 * torch.randn_like(p)).half())  # so that float16 holds them exactly
+    folder = tmp_path_factory.mktemp("gpt2") / "hf"
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_every_kind_of_folder_computes_what_transformers_computes(gpt2, tmp_path, kind, name):
+    model, source = gpt2
+    folder = shutil.copytree(source, tmp_path / "hf")
+    FOLDERS[kind](folder)
+    loaded = pretrained.load(str(folder), dropout=0.0)
+    if kind == "bfloat16":
+        model = copy.deepcopy(model).bfloat16().float()
+    backend = kinds.create(loaded.spec, options(name), Tokens(block_size=24))
+    backend.restore(loaded.state)
+    idx = np.random.default_rng(0).integers(0, 50, (2, 24))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(idx)).logits.numpy()
+    np.testing.assert_allclose(backend.logits(idx), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (
+            lambda f: rewrite(f, lambda t: t | {"multiple_choice_head.summary.bias": torch.ones(1)}),
+            "multiple_choice_head",
+        ),
+        (
+            lambda f: rewrite(f, lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}),
+            "use .* head is tied",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), "it has neither model.safetensors nor pytorch_model.bin"),
+        (lambda f: (shards(f, "bin"), (f / "pytorch_model-00002-of-00002.bin").unlink()), "lacks pytorch_model-00002"),
+        (lambda f: (f / "model.safetensors").replace(f / "model.safetensors.index.json"), "damaged"),
+        (lambda f: set_config(f, n_layer="two"), "n_layer=two; use a whole number"),
+        (lambda f: set_config(f, n_layer=3), r"lacks transformer\.h\.2"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "not a GPT-2 folder that can be read"),
+    ],
+)
+def test_a_folder_that_does_not_hold_this_model_is_one_line(gpt2, tmp_path, damage, line):
+    folder = shutil.copytree(gpt2[1], tmp_path / "hf")
+    damage(folder)
+    with pytest.raises(InputError, match=f"^run={re.escape(str(folder))}: .*{line}") as raised:
+        pretrained.load(str(folder), 0.0, "run")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_index_cannot_name_files_elsewhere(gpt2, tmp_path):
+    folder = shutil.copytree(gpt2[1], tmp_path / "hf")
+    (folder / "model.safetensors").replace(tmp_path / "model.safetensors")
+    index = {"weight_map": {"transformer.wte.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"lacks \.\./model\.safetensors"):
+        pretrained.load(str(folder), 0.0)

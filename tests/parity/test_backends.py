@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from fakes.support import VARIANTS
+from fakes.support import EACH_VARIANT
 
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.gpt.torch_gpt import GPT
 
-variants = pytest.mark.parametrize(("name", "compiled"), VARIANTS)
+variants = pytest.mark.parametrize(("name", "compiled"), EACH_VARIANT)
 
 
 def float64(spec):
