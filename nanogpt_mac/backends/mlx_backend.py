@@ -5,6 +5,7 @@ Import it through `kinds.create`, which sets what MLX reads from the process onl
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ class MLXBackend(Backend):
         """AdamW (Loshchilov and Hutter) as torch has it: decay on matrices alone, bias correction, eps 1e-8."""
         o, opt = self.options, self.optimizer
         opt["step"] = opt["step"] + 1
-        correction1, correction2 = 1 - o.beta1 ** opt["step"], 1 - o.beta2 ** opt["step"]
+        correction1, correction2 = (_correction(beta, opt["step"]) for beta in (o.beta1, o.beta2))
         weights = self._weights()
         for name, g in grads.items():
             m = o.beta1 * opt["exp_avg"][name] + (1 - o.beta1) * g
@@ -195,8 +196,9 @@ class MLXBackend(Backend):
         return np.array(self.model(mx.array(tokens.astype(np.int32))))
 
     def gradients(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
-        # Without dropout the training graph itself is what is checked; with it only evaluation mode is deterministic.
-        self.model.train(self.spec.dropout == 0.0)
+        # Where nothing is dropped the training graph itself is what is checked; else only evaluation is deterministic.
+        self.model.train(bool(np.float32(1 - self.spec.dropout) == 1))
+        mx.random.seed(base.step_seed(self.options.seed, self.iteration))
         x, y = mx.array(tokens.astype(np.int32)), mx.array(targets.astype(np.int32))
         scale = self.optimizer["loss_scale"]
         loss, grads = self._loss_and_grads(x, y, scale)
@@ -288,6 +290,11 @@ def _loss_and_grads(model: GPT, x: mx.array, y: mx.array, scale: mx.array) -> tu
 
     (_, loss), grads = nn.value_and_grad(model, scaled)(model, x, y)
     return loss, dict(tree_flatten(grads))
+
+
+def _correction(beta: float, step: mx.array) -> mx.array | float:
+    """1 - beta**step, which float32 would round away for a beta near 1."""
+    return -mx.expm1(step * math.log(beta)) if beta else 1.0
 
 
 def _float(scalar: mx.array) -> float:

@@ -223,8 +223,9 @@ class TorchBackend(Backend):
         return logits.cpu().numpy()
 
     def gradients(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
-        # Without dropout the training graph itself is what is checked; with it only evaluation mode is deterministic.
-        self.model.train(self.spec.dropout == 0.0)
+        # Where nothing is dropped the training graph itself is what is checked; else only evaluation is deterministic.
+        self.model.train(bool(np.float32(1 - self.spec.dropout) == 1))
+        torch.manual_seed(base.step_seed(self.options.seed, self.iteration))
         with self.autocast():
             loss = self.loss(self._tokens(tokens), self._tokens(targets))
         self.scaler.scale(loss).backward()
@@ -246,7 +247,9 @@ class TorchBackend(Backend):
         return decoder
 
     def _tokens(self, tokens: np.ndarray) -> Tensor:
-        return torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+        """In the strides of a window less a token, those of `batch`: others would be compiled anew."""
+        wide = np.pad(tokens.astype(np.int64), ((0, 0), (0, 1)))
+        return torch.from_numpy(wide).to(self.device)[:, :-1]
 
     def recover(self) -> None:
         """Forget an iteration that an error ended: its gradients, and what its copies read from."""

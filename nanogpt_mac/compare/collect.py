@@ -58,7 +58,7 @@ def collect(folder: Path) -> Comparison:
     ours = {name: rounds for name, rounds in files.runs.items() if name not in peers}
     ranking = verdict.rank(losses.hold([_variant(variant, files) for variant in files.planned], ours))
     variants = ranking.variants
-    said = verdict.verdict(ranking, files.complete)
+    said = verdict.verdict(ranking, files.complete, files.parity.unchecked if files.parity else ())
     if files.work.stand_in:
         more = "The corpus is the stand-in: losses say nothing about Shakespeare."
         said = said.model_copy(update={"sentence": f"{said.sentence} {more}"})

@@ -200,16 +200,16 @@ def state_of(
     return VariantState.FAILED, reason or "no run has finished"
 
 
-def reservations(variants: Sequence[VariantResult]) -> list[str]:
+def reservations(variants: Sequence[VariantResult], unchecked: Sequence[str] = ()) -> list[str]:
     """Sentences that follow the verdict."""
     lines = []
     if simulated := [variant.label for variant in variants if variant.simulated]:
         lines.append(f"{listed(simulated)} ran on a simulated device: times mean nothing there.")
     lines += [f"{v.label} is WRONG: {_cause(v)}." for v in variants if v.state is VariantState.WRONG]
     lines += [f"{v.label} is not ranked: {_cause(v)}." for v in variants if v.state is VariantState.IN_DOUBT]
-    if unchecked := [v.label for v in variants if v.parity is ParityState.ERROR]:
-        are = "is" if len(unchecked) == 1 else "are"
-        lines.append(f"{listed(unchecked)} {are} not ranked: the parity check itself failed.")
+    if unknown := [v.label for v in variants if v.parity is ParityState.ERROR]:
+        are = "is" if len(unknown) == 1 else "are"
+        lines.append(f"{listed(unknown)} {are} not ranked: the parity check itself failed.")
     waiting = [v.label for v in variants if v.state is VariantState.WAITING]
     if waiting and len(waiting) < len(variants):
         lines.append(f"{listed(waiting)} {'has' if len(waiting) == 1 else 'have'} not been timed yet.")
@@ -219,6 +219,8 @@ def reservations(variants: Sequence[VariantResult]) -> list[str]:
         lines.append(f"{variant.label} failed in {lost} of {lost + variant.runs} runs.")
     if variants and all(v.parity is ParityState.NOT_RUN for v in variants):
         lines.append("Whether they compute the same was not checked.")
+    elif unchecked:
+        lines.append(f"Parity was not checked for {listed(unchecked)}.")
     return lines
 
 

@@ -39,13 +39,22 @@ def parity(document: Parity | None, variants: Sequence[VariantResult]) -> Sectio
         Row([t.dtype, text(t.quantity), _tiny(t.limit), text(t.reason)])
         for t in (document.tolerances if document else ())
     ]
-    columns = ["variant", "result", *map(text, quantities), "reason, or nearest to its limit", "device"]
+    columns = [
+        "variant",
+        "result",
+        *map(text, quantities),
+        "reason, or nearest to its limit",
+        "deterministic",
+        "device",
+    ]
     notes = []
     if document and rows:
         shapes = (document.shape or {}).items()
         sizes = "; ".join(f"{text(name)}: {text(dict(case))}" for name, case in shapes)
         against = text(document.reference or "the reference") + (f" ({sizes})" if sizes else "")
         notes = [f"Before any timing, each variant computed the same model on the same batches as {against}."]
+        notes += ["Deterministic: whether one step, done twice in one process, gave the same bits."]
+        notes += [f"Not checked: {text(what)}." for what in document.unchecked]
     tables = [
         Table("Largest difference from the reference", columns, rows),
         Table("Limits, and the reason for each", ["dtype", "quantity", "limit", "reason"], limits),
@@ -59,7 +68,9 @@ def _checked(name: str, entry: ParityResult, quantities: Sequence[str]) -> Row:
     differences = [_difference(checks[quantity]) if quantity in checks else DASH for quantity in quantities]
     reason = text(entry.reason) if entry.reason else _nearest(entry.checks)
     result = PARITY.get(entry.state, entry.state)
-    return Row([name, result, *differences, reason, text(entry.device)], _MARKS.get(entry.state, Mark.PARTIAL))
+    repeats = DASH if entry.deterministic is None else "yes" if entry.deterministic else f"no: {text(entry.varies)}"
+    row = [name, result, *differences, reason, repeats, text(entry.device)]
+    return Row(row, _MARKS.get(entry.state, Mark.PARTIAL))
 
 
 def _nearest(checks: Sequence[Check]) -> str:

@@ -71,7 +71,8 @@ def lever_table(variants: Sequence[VariantResult]) -> tuple[LeverRow, ...]:
     return tuple(sorted(table, key=effect))
 
 
-def verdict(ranking: Ranking, complete: bool) -> Verdict:
+def verdict(ranking: Ranking, complete: bool, unchecked: Sequence[str] = ()) -> Verdict:
+    """`unchecked`: what the parity gate left out of what the runs compute."""
     variants, ranked = ranking.variants, ranking.ranked
     sentences = [] if complete else ["The comparison is not complete; so far:"]
     ties = [variant for variant in ranked[1:] if variant.ratio and variant.ratio.tie]
@@ -85,7 +86,7 @@ def verdict(ranking: Ranking, complete: bool) -> Verdict:
     else:
         sentences.append(_nobody(variants))
     return Verdict(
-        sentence=" ".join([*sentences, *doubts.reservations(variants)]),
+        sentence=" ".join([*sentences, *doubts.reservations(variants, unchecked)]),
         fastest=ranked[0].name if ranked else None,
         ties=tuple(variant.name for variant in ties),
     )

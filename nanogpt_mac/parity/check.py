@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,21 +18,38 @@ import numpy as np
 
 from nanogpt_mac import child
 from nanogpt_mac.backends import base, kinds
-from nanogpt_mac.backends.base import Backend, Tokens
+from nanogpt_mac.backends.base import Backend
 from nanogpt_mac.config import Config, backend_options
-from nanogpt_mac.corpus import Corpus, prepare, starts
+from nanogpt_mac.corpus import Corpus, prepare
 from nanogpt_mac.files import plain, write_json
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.parity import tolerances
+from nanogpt_mac.parity.cases import (
+    RATES,
+    Case,
+    cases,
+    changed,
+    drawn_weights,
+    places,
+    probe,
+    tokens_of,
+    unchecked,
+    val_windows,
+    windows,
+)
 from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.plan import CaseShape, Check
 from nanogpt_mac.train.source import open_source
 
-RATES = [1e-3, 2e-3, 1.5e-3]  # of the three optimizer steps
-FULL_TOKENS, FULL_FLOPS = 2048, 4e9  # what a step of case `full` is at most, unless one window is more
-ODD_BATCH, ODD_LENGTH = 9, 11  # above 8 and no multiple of anything, where kernels have their special cases
-NO_DROPOUT = 1e-12  # takes the code path of dropout and drops nothing: 1 - p is 1 in float32
 LOSS_SCALE = 1024.0  # of float16: GradScaler's own first one may overflow, which skips the step by design
+LEAST_LOSS = 0.1  # nats: one nearer to 0 is a difference of logits, and as uncertain as they are
+LEAST_SHARE = 1e-6  # of the whole gradient: a tensor that has less of it has rounding alone
+MARGIN = 10.0  # times what rounding makes of the formulas is allowed, where that alone is more than a limit
+SHARES = {"bfloat16": 1.0, "float32 medium": 1.0, "float16": 1 / 8, "float32 high": 1 / 8}  # of bfloat16's rounding
+ROUNDED_FLOPS = 5e10  # of a case whose formulas are tried with rounded weights as well
+ROUNDOFF, BFLOAT16 = 6e-8, 2e-3  # unit roundoffs
+DROPPED = {"loss": 1e-4, "gradients": 1e-3, "gradients, factor": 1e-3, "weights after 3 steps": 1e-2}  # Case.drops
+VARIES = 10.0  # times what the same call varies by: a difference below is no leak
 
 
 class Task(Record):
@@ -44,9 +61,10 @@ class Task(Record):
 
 
 class Made(Record):
-    """What the reference computed: the shape of each case."""
+    """What the reference computed: the shape of each case; and what no case covers."""
 
     shape: dict[str, CaseShape]
+    unchecked: tuple[str, ...] = ()
 
 
 class Checked(Record):
@@ -54,6 +72,8 @@ class Checked(Record):
 
     device: str
     checks: tuple[Check, ...]
+    deterministic: bool | None = None  # whether one step, done twice, gave the same bits
+    varies: str | None = None
 
 
 class Figures(Record):
@@ -63,75 +83,10 @@ class Figures(Record):
     norms: tuple[float, ...]
     grad_clip: float  # 0: not clipped
     val_loss: float
-
-
-@dataclass(frozen=True)
-class Case:
-    """Weights and batches on which everything is compared."""
-
-    name: str
-    spec: GPTSpec
-    batch: int
-    accumulation: int
-    clip: float | None  # in norms of the first gradient: 0.5 binds, 4 does not; None: switched off
-    steps: int = 3  # optimizer steps
-
-    def shape(self) -> CaseShape:
-        return CaseShape(batch=self.batch, block_size=self.spec.block_size, accumulation=self.accumulation)
-
-
-def cases(config: Config, spec: GPTSpec) -> list[Case]:
-    """What is compared.
-
-    `full`: a fresh model and the run's own shape, as far as the limits above allow. `odd`: weights under which every
-    operation leaves its mark, in a shape that no kernel likes, and where the run has dropout, in its code path. `own`:
-    the weights that the run starts from, where that is not a fresh model.
-    """
-    clips = config.grad_clip > 0
-    exact = dataclasses.replace(spec, dropout=0.0)
-    most = min(FULL_TOKENS // spec.block_size, int(FULL_FLOPS / (spec.flops_per_token() * spec.block_size)))
-    dropping = NO_DROPOUT if spec.dropout else 0.0
-    short = dataclasses.replace(exact, block_size=min(ODD_LENGTH, spec.block_size), dropout=dropping)
-    compared = [
-        Case("full", exact, max(1, min(config.batch_size, most)), 1, 0.5 if clips else None),
-        Case("odd", short, ODD_BATCH, 2, 4.0 if clips else None),
-    ]
-    if config.init_from != "scratch":
-        compared.append(dataclasses.replace(compared[0], name="own", steps=1))
-    return compared
-
-
-def drawn_weights(spec: GPTSpec, seed: int) -> dict[str, np.ndarray]:
-    """Float32 weights under which every operation leaves its mark, as those of a fresh model do not.
-
-    Attention far from uniform, GELU in its bend, biases and norms other than 0 and 1.
-    """
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    weights = {}
-    for name, shape in spec.shapes().items():
-        drawn = rng.standard_normal(shape, np.float32)
-        if len(shape) == 1:
-            weights[name] = 0.3 * drawn + np.float32(name.endswith(".weight"))
-        else:
-            weights[name] = drawn * np.float32((2.0 if "transformer.w" in name else 1.5) / np.sqrt(shape[1]))
-    return weights
-
-
-def windows(corpus: Corpus, case: Case, config: Config, step: int) -> np.ndarray:
-    """Starts (accumulation, batch) of optimizer step `step`."""
-    count = case.accumulation * case.batch
-    drawn = starts(config.seed, step, f"parity-{case.name}", count, len(corpus.train), case.spec.block_size)
-    return drawn.reshape(case.accumulation, case.batch)
-
-
-def val_windows(corpus: Corpus, case: Case, config: Config) -> np.ndarray:
-    """Starts (2, batch) of an evaluation."""
-    drawn = starts(config.seed, 0, "parity-val", 2 * case.batch, len(corpus.val), case.spec.block_size)
-    return drawn.reshape(2, case.batch)
-
-
-def tokens_of(corpus: Corpus, case: Case) -> Tokens:
-    return Tokens({"train": corpus.train, "val": corpus.val}, case.spec.block_size)
+    val_starts: tuple[tuple[int, ...], ...]  # (2, batch) windows of the evaluation
+    probe_loss: float | None
+    single: dict[str, float]  # quantity -> what the formulas are off by in float32 on the CPU, at most
+    rounded: dict[str, float]  # the same with weights rounded to bfloat16; empty where that would take long
 
 
 # -- the reference --------------------------------------------------------------------------------------------------
@@ -141,14 +96,15 @@ def make_reference(config: Config, folder: Path) -> Made:
     """Compute every case in float64 and store it in `folder`; what was computed."""
     corpus = prepare(config.data)
     source = open_source(config, corpus)
-    compared = cases(config, source.spec)
-    write_json(folder / "spec.json", dataclasses.asdict(source.spec))
+    spec = source.spec
+    compared = cases(config, spec)
+    write_json(folder / "spec.json", dataclasses.asdict(spec))
     for case in compared:
         draw = {"full": GPTSpec.init_weights, "own": lambda *_: source.state.weights}.get(case.name, drawn_weights)
         arrays, figures = _reference(config, corpus, case, draw(case.spec, config.seed))
         np.savez(folder / f"{case.name}.npz", **arrays)  # type: ignore[arg-type]
         write_json(folder / f"{case.name}.json", figures.model_dump())
-    return Made(shape={case.name: case.shape() for case in compared})
+    return Made(shape={case.name: case.shape() for case in compared}, unchecked=unchecked(config, spec))
 
 
 def _reference(
@@ -164,24 +120,71 @@ def _reference(
     batches = [np.stack([tokens.windows("train", micro) for micro in step]) for step in starts_of]
     recipe = reference.Recipe(config.weight_decay, config.beta1, config.beta2, case.clip)
     trained = reference.train(start, spec, recipe, batches, RATES[: case.steps])
-    with torch.no_grad():
-        first = torch.from_numpy(batches[0][0].astype(np.int64))
-        logits = reference.logits(start, spec, first[:, :-1])
-        val = [tokens.windows("val", each).astype(np.int64) for each in val_windows(corpus, case, config)]
-        pairs = [(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])) for tokens in val]
-        w = reference.tensors(drawn_weights(spec, config.seed))
-        losses = [reference.cross_entropy(reference.logits(w, spec, idx), targets).item() for idx, targets in pairs]
-        arrays = {"logits": logits.numpy()} | {f"weights/{n}": w for n, w in weights.items()}
-        arrays |= {f"gradients/{n}": g.numpy() for n, g in trained.gradients.items()}
-        arrays |= {f"change/{n}": (w - start[n]).numpy() for n, w in trained.weights.items()}
-        arrays |= {f"size/{n}": v.sqrt().numpy() for n, v in trained.exp_avg_sq.items()}
+    looked_at = weights if case.name == "own" else drawn_weights(spec, config.seed)
+    w = reference.tensors(looked_at)
+    unique = np.unique(batches[0][0], axis=0)
+    # Two windows whose losses are far apart, a half of the first batch each: a mean of some rows is off.
+    some = np.unique(val_windows(corpus, case, config))
+    losses = [reference.loss_of(w, spec, tokens.windows("val", each[None])) for each in some]
+    low, high = int(some[np.argmin(losses)]), int(some[np.argmax(losses)])
+    half = (case.batch + 1) // 2
+    val_starts = ((low,) * half + (high,) * (case.batch - half), (high,) * case.batch)
+    val = np.concatenate([tokens.windows("val", np.array(each)) for each in val_starts])
+    arrays = {"logits": reference.logits_of(w, spec, unique[:, :-1])} | {f"weights/{n}": w for n, w in weights.items()}
+    arrays |= {f"gradients/{n}": g.numpy() for n, g in trained.gradients.items()}
+    arrays |= {f"change/{n}": (w - start[n]).detach().numpy() for n, w in trained.weights.items()}
+    arrays |= {f"size/{n}": v.sqrt().numpy() for n, v in trained.exp_avg_sq.items()}
+    asked = probe(corpus, case, config) if case.name != "own" else None
+    probed = reference.gradients(w, spec, asked.idx, asked.targets) if asked else None
+    arrays |= {f"probe/{n}": g.numpy() for n, g in (probed[1] if probed else {}).items()}
     figures = Figures(
         losses=tuple(trained.losses),
         norms=tuple(trained.norms),
         grad_clip=trained.grad_clip,
-        val_loss=float(np.mean(losses)),
+        val_loss=reference.loss_of(w, spec, val),
+        val_starts=val_starts,
+        probe_loss=probed[0] if probed else None,
+        single={},
+        rounded={},
     )
+
+    rng = np.random.Generator(np.random.Philox(key=config.seed))
+
+    def off(rounding: float) -> dict[str, float]:
+        """What this model makes of weights that are off by so much, and of float32, in the same formulas."""
+        first, looked = (
+            {
+                n: torch.from_numpy(a * np.float32(1) + a * rounding * rng.standard_normal(a.shape, np.float32))
+                .float()
+                .requires_grad_()
+                for n, a in arrays.items()
+            }
+            for arrays in (weights, looked_at)
+        )
+        rough = reference.train(first, spec, recipe, batches, RATES[: case.steps])
+        found = list(_logits(reference.logits_of(looked, spec, unique[:, :-1]), arrays["logits"], range(len(unique))))
+        found += _figures(case, figures, rough.losses, rough.norms)
+        found.append(_evaluated(reference.loss_of(looked, spec, val), figures))
+        found += _gradients(case, {n: g.numpy() for n, g in rough.gradients.items()}, arrays, "gradients")
+        found += _changes({n: (w - first[n]).detach().numpy() for n, w in rough.weights.items()}, arrays)
+        if asked:
+            loss, gradients = reference.gradients(looked, spec, asked.idx, asked.targets)
+            found += _probed(case, figures, loss, {n: g.numpy() for n, g in gradients.items()}, arrays)
+        return _largest({each.quantity: each.value} for each in found)
+
+    every = case.steps * case.accumulation * case.batch * spec.block_size
+    cheap = spec.flops_per_token() * every <= ROUNDED_FLOPS
+    single = _largest(off(u) for u in ([0.0, ROUNDOFF, ROUNDOFF, ROUNDOFF] if cheap else [0.0]))
+    rounded = _largest(off(u) for u in [BFLOAT16] * 4) if cheap else {}
+    figures = figures.model_copy(update={"single": single, "rounded": rounded})
     return {name: array.astype(np.float32) for name, array in arrays.items()}, figures
+
+
+def _largest(found: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    most: dict[str, float] = {}
+    for each in found:
+        most |= {quantity: max(value, most.get(quantity, 0.0)) for quantity, value in each.items()}
+    return most
 
 
 # -- a variant ------------------------------------------------------------------------------------------------------
@@ -189,11 +192,30 @@ def _reference(
 
 @dataclass
 class Reading:
-    """One figure of one case; `worst` names the tensor."""
+    """One figure of one case; `worst` names the tensor. `of`: the numbers that it is a mean of, where they may be few.
+
+    `least`: a limit that its own rounding needs.
+    """
 
     quantity: str
     value: float
     worst: str | None = None
+    of: int | None = None
+    least: float = 0.0
+
+
+def _limit(reading: Reading, case: Case, figures: Figures, precision: str) -> float:
+    """The table's, raised where a model magnifies rounding or has few numbers to average it over."""
+    table, quantity = tolerances.limits_of(precision), reading.quantity
+    share = SHARES.get(precision)
+    noise = {q: n * share for q, n in figures.rounded.items()} if share else figures.single
+    magnified = max((n / table[q] for q, n in noise.items() if not q.endswith("factor")), default=0.0)
+    limit = max(table[quantity], reading.least)
+    if magnified > 1.0:
+        limit = max(limit * MARGIN * magnified, MARGIN * noise.get(quantity, 0.0))
+    if reading.of:
+        limit = max(limit, table[quantity.removesuffix(", factor")] / math.sqrt(reading.of))
+    return max(limit, DROPPED.get(quantity, 0.0)) if case.drops else limit
 
 
 def check_variant(config: Config, folder: Path) -> Checked:
@@ -202,9 +224,9 @@ def check_variant(config: Config, folder: Path) -> Checked:
     options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
     corpus = prepare(config.data)
     spec = GPTSpec(**json.loads((folder / "spec.json").read_text()))
-    limits = tolerances.limits(config.dtype, config.matmul_precision)
+    precision = tolerances.precision(config.dtype, config.matmul_precision)
     worst: dict[str, Check] = {}
-    device = ""
+    device, varies = "", None
     for case in cases(config, dataclasses.replace(spec, dropout=config.model.dropout)):
         figures = Figures.model_validate_json((folder / f"{case.name}.json").read_bytes())
         own = dataclasses.replace(options, grad_clip=figures.grad_clip)
@@ -214,96 +236,206 @@ def check_variant(config: Config, folder: Path) -> Checked:
             looking = kinds.create(as_run, own, tokens_of(corpus, case))
         device = backend.device_name
         with np.load(folder / f"{case.name}.npz") as arrays:
-            for reading in _readings(config, corpus, case, backend, looking, arrays, figures):
-                before = worst.get(reading.quantity)
-                if before is None or not (reading.value <= before.value or math.isnan(before.value)):  # nan is worst
-                    worst[reading.quantity] = Check(
-                        quantity=reading.quantity,
-                        value=reading.value,
-                        limit=limits[reading.quantity],
-                        passed=reading.value <= limits[reading.quantity],  # false for nan
-                        worst=f"{reading.worst} ({case.name})" if reading.worst else f"({case.name})",
-                    )
-    return Checked(device=device, checks=tuple(worst[quantity] for quantity in limits if quantity in worst))
+            held = Held(config, corpus, case, backend, looking, arrays, figures)
+            for reading in held.readings():
+                limit = _limit(reading, case, figures, precision)
+                check = Check(
+                    quantity=reading.quantity,
+                    value=reading.value,
+                    limit=limit,
+                    passed=reading.value <= limit,  # false for nan
+                    worst=f"{reading.worst} ({case.name})" if reading.worst else f"({case.name})",
+                )
+                if reading.quantity not in worst or _nearness(check) > _nearness(worst[reading.quantity]):
+                    worst[reading.quantity] = check
+        varies = varies or held.varies
+    checks = tuple(worst[quantity] for quantity in tolerances.limits_of(precision) if quantity in worst)
+    return Checked(device=device, checks=checks, deterministic=not varies, varies=varies)
 
 
-def _readings(
-    config: Config,
-    corpus: Corpus,
-    case: Case,
-    backend: Backend,
-    looking: Backend,
-    arrays: Mapping[str, np.ndarray],
-    figures: Figures,
-) -> Iterator[Reading]:
-    """`backend` takes the steps, `looking` (the same one, where there is no dropout) does what changes nothing."""
-    before = TrainState.fresh({name: arrays[f"weights/{name}"] for name in case.spec.shapes()})
-    start, before.loss_scale = before.weights, LOSS_SCALE
-    looking.restore(before)
-    yield from _forward(config, corpus, case, looking, arrays, figures)
-    backend.restore(before)
-    for step in range(case.steps):
-        loss, norm = backend.wait(backend.step(windows(corpus, case, config, step), RATES[step]))
-        yield Reading("loss", _relative(loss, figures.losses[step]), f"step {step + 1}")
-        after = backend.state()
+def _nearness(check: Check) -> float:
+    """How near a check came to its limit, to choose the worst; nan is worst of all."""
+    return math.inf if math.isnan(check.value) else check.value / check.limit if check.limit else check.value
+
+
+@dataclass
+class Held:
+    """A variant held against the reference in one case.
+
+    `backend` takes the steps, `looking` (the same one, where there is no dropout) does what changes nothing.
+    """
+
+    config: Config
+    corpus: Corpus
+    case: Case
+    backend: Backend
+    looking: Backend
+    arrays: Mapping[str, np.ndarray]
+    figures: Figures
+    varies: str | None = None  # what the same step twice did not repeat bit for bit
+
+    def readings(self) -> Iterator[Reading]:
+        before = TrainState.fresh({name: self.arrays[f"weights/{name}"] for name in self.case.spec.shapes()})
+        before.loss_scale = LOSS_SCALE
+        looked_at = before
+        if self.case.name == "full":  # a fresh model's logits and loss hide what is wrong
+            looked_at = TrainState.fresh(drawn_weights(self.case.spec, self.config.seed))
+            looked_at.loss_scale = LOSS_SCALE
+        self.looking.restore(looked_at)
+        yield from self._forward()
+        self.backend.restore(looked_at)
+        yield from self._in_training()
+        yield from self._steps(before)
+
+    # -- the steps ----------------------------------------------------------------------------------------------
+
+    def _steps(self, before: TrainState) -> Iterator[Reading]:
+        case, backend, start = self.case, self.backend, before.weights
+        backend.restore(before)
+        losses, norms = [], []
+        for step in range(case.steps):
+            loss, norm, after = self._step(step)
+            losses.append(loss)
+            norms.append(norm)
+            if step == 0:
+                # The clip left so much of the gradients. It is undone by the norm that is compared on its own.
+                clip = backend.options.grad_clip
+                left = (1 - backend.options.beta1) * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
+                yield from _gradients(case, {n: m / left for n, m in after.exp_avg.items()}, self.arrays, "gradients")
+                if case.name == "full":
+                    backend.restore(before)
+                    self.varies = _varies((loss, norm, after), self._step(step))
+            yield from _update_rule(backend.options, before, after, RATES[step], step + 1)
+            before = after
+        yield from _figures(case, self.figures, losses, norms)
+        yield from _changes({n: before.weights[n].astype(np.float64) - w for n, w in start.items()}, self.arrays)
+
+    def _step(self, step: int) -> tuple[float, float, TrainState]:
+        starts = windows(self.corpus, self.case, self.config, step)
+        loss, norm = self.backend.wait(self.backend.step(starts, RATES[step]))
+        return loss, norm, self.backend.state()
+
+    # -- what changes nothing -----------------------------------------------------------------------------------
+
+    def _forward(self) -> Iterator[Reading]:
+        case, exact, looking = self.case, self.arrays["logits"], self.looking
+        tokens = tokens_of(self.corpus, case)
+        first = tokens.windows("train", windows(self.corpus, case, self.config, 0)[0])
+        _, which = np.unique(first, axis=0, return_inverse=True)
+        rows = slice(0, case.looked_at)
+        idx, which = first[rows, :-1], which.ravel()[rows]
+        logits = looking.logits(idx)
+        yield from _logits(logits, exact, which)
+        if case.spec.block_size > 1 and case.spec.vocab_size > 1:
+            for at in places(case.spec.block_size, len(idx), self.config.seed):
+                yield _causality(looking, idx, logits, at)
+        if case.name == "full":  # one graph for torch.compile less elsewhere
+            evaluated = looking.evaluate("val", np.array(self.figures.val_starts))
+            yield _evaluated(evaluated, self.figures)
+
+    def _in_training(self) -> Iterator[Reading]:
+        """Gradients of other weights and tokens in training mode, and whether targets see later tokens there."""
+        asked = probe(self.corpus, self.case, self.config) if self.case.name != "own" else None
+        if asked is None:
+            return
+        loss, gradients = self.backend.gradients(asked.idx, asked.targets)
+        yield from _probed(self.case, self.figures, loss, gradients, self.arrays)
+        first = gradients["transformer.wte.weight"][asked.markers]
+
+        def differs(targets: np.ndarray) -> float:
+            other = self.backend.gradients(asked.idx, targets)[1]["transformer.wte.weight"][asked.markers]
+            return float(np.abs(other - first).max() / (np.abs(first).max() or 1.0))
+
+        off = differs(asked.other)
+        if off > 0 and off <= VARIES * differs(asked.targets):
+            off = 0.0
+        yield Reading("causality, gradients", off, "of later tokens")
+
+
+# -- readings of what a variant, or float32 on the CPU, computed ------------------------------------------------------
+
+
+def _logits(logits: np.ndarray, exact: np.ndarray, which: Iterable[int]) -> Iterator[Reading]:
+    """Logits (B, T, V) against `exact` ones, of which row b of the batch is which[b]; a row at a time, for memory."""
+    which = list(which)
+    off = [np.abs(row - exact[i]).max() for row, i in zip(logits, which, strict=True)]
+    yield Reading("logits", float(np.max(off)) / float(np.abs(exact).max() or 1.0))
+    product = sum(_dot(row, exact[i]) for row, i in zip(logits, which, strict=True))
+    square = sum(_dot(exact[i], exact[i]) for i in which)
+    yield Reading("logits, factor", abs(product / square - 1.0) if square else 0.0, of=exact.size)
+
+
+def _evaluated(loss: float, exact: Figures) -> Reading:
+    return Reading("loss", _relative(loss, exact.val_loss, LEAST_LOSS), "evaluation")
+
+
+def _figures(case: Case, exact: Figures, losses: Sequence[float], norms: Sequence[float]) -> Iterator[Reading]:
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+        yield Reading("loss", _relative(loss, exact.losses[step], LEAST_LOSS), f"step {step + 1}")
+        off = _relative(norm, exact.norms[step])
         if step > 0 and case.name == "full":
-            yield Reading("gradient norm, later steps", _relative(norm, figures.norms[step]), f"step {step + 1}")
-        if step == 0:
-            if case.name != "own":  # trained weights may magnify rounding
-                yield Reading("gradient norm", _relative(norm, figures.norms[0]))
-            yield from _gradients(case, backend.options, after, arrays, norm)
-        yield from _update_rule(backend.options, before, after, RATES[step], step + 1)
-        before = after
-    for name, first in start.items():
-        ours, exact = before.weights[name].astype(np.float64) - first, arrays[f"change/{name}"]
-        size = arrays[f"size/{name}"]  # tolerances.py says why
-        yield Reading("weights after 3 steps", _difference(ours * size, exact * size)[0], name)
-
-
-def _forward(
-    config: Config, corpus: Corpus, case: Case, backend: Backend, arrays: Mapping[str, np.ndarray], figures: Figures
-) -> Iterator[Reading]:
-    idx = tokens_of(corpus, case).windows("train", windows(corpus, case, config, 0)[0])[:, :-1]
-    logits, exact = backend.logits(idx), arrays["logits"]
-    yield Reading("logits", float(np.abs(logits - exact).max() / np.abs(exact).max()))
-    yield Reading("logits, factor", abs(_difference(logits, exact)[1]))
-    T = case.spec.block_size
-    for t in sorted(({T // 2} if case.name == "full" else {1, T // 2, T - 1}) & set(range(1, T))):
-        yield Reading("causality", _causality(backend, idx, logits, t), f"before token {t}")
-    if case.name == "full":  # one graph for torch.compile less elsewhere; a fresh model's loss hides what is wrong
-        backend.load(drawn_weights(case.spec, config.seed))
-        evaluated = backend.evaluate("val", val_windows(corpus, case, config))
-        yield Reading("loss", _relative(evaluated, figures.val_loss), "evaluation")
+            yield Reading("gradient norm, later steps", off, f"step {step + 1}")
+        if step == 0 and case.name != "own":  # trained weights may magnify rounding
+            yield Reading("gradient norm", off)
 
 
 def _gradients(
-    case: Case, options: base.BackendOptions, after: TrainState, arrays: Mapping[str, np.ndarray], norm: float
+    case: Case, ours: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], kind: str, place: str = ""
 ) -> Iterator[Reading]:
-    """The gradients of the very step that is timed: what its clip left of them is in the first moments.
-
-    The clip is undone by the `norm` that the step reports, which is compared on its own.
-    """
-    clip = min(1.0, options.grad_clip / (norm + 1e-6)) if options.grad_clip else 1.0
+    """Gradients against those of the reference: of the very step that is timed, or of the probe."""
     factors: dict[str, list[float]] = {}
-    for name, moment in after.exp_avg.items():
-        ours, exact = moment / ((1 - options.beta1) * clip), arrays[f"gradients/{name}"]
-        yield Reading("gradients", _difference(ours, exact)[0], name)
-        kind = re.sub(r"\.h\.\d+\.", ".h.*.", name)
-        # Queries and keys have small gradients in a fresh model: apart, or what is wrong with them drowns in values.
-        parts = ("q", "k", "v") if kind.endswith("c_attn.weight") else ("",)
-        for part, a, b in zip(parts, np.split(ours, len(parts)), np.split(exact, len(parts)), strict=True):
-            factors.setdefault(f"{kind} {part}".rstrip(), []).append(_difference(a, b)[1])
-    if case.name != "full":  # elsewhere the factor itself is noise in 16 bits
+    counts: dict[str, int] = {}
+    least = LEAST_SHARE * _size(arrays[f"{kind}/{name}"] for name in ours)
+    for name, gradient in ours.items():
+        exact = arrays[f"{kind}/{name}"]
+        yield Reading("gradients", _difference(gradient, exact, least)[0], name + place)
+        each = re.sub(r"\.h\.\d+\.", ".h.*.", name)
+        # Queries' and keys' gradients are small in a fresh model: apart, or what is wrong drowns in the values'.
+        parts = ("q", "k", "v") if each.endswith("c_attn.weight") else ("",)
+        for part, a, b in zip(parts, np.split(gradient, len(parts)), np.split(exact, len(parts)), strict=True):
+            key = f"{each} {part}".rstrip()
+            factors.setdefault(key, []).append(_difference(a, b, least)[1])
+            counts[key] = counts.get(key, 0) + a.size
+    if case.name != "full" or kind == "probe":  # elsewhere the factor itself is noise in 16 bits
         return
-    for kind, each in factors.items():  # an operator that is off is off in every layer; rounding averages out
-        yield Reading("gradients, factor", abs(sum(each) / len(each)), kind)
+    for key, off in factors.items():  # an operator that is off is off in every layer; rounding averages out
+        yield Reading("gradients, factor", abs(sum(off) / len(off)), key, of=counts[key])
 
 
-def _causality(backend: Backend, idx: np.ndarray, logits: np.ndarray, t: int) -> float:
-    """The largest change of an earlier logit when token t changes."""
-    changed = idx.copy()
-    changed[:, t] = np.where(changed[:, t] > 0, changed[:, t] - 1, 1)
-    return float(np.abs(backend.logits(changed)[:, :t] - logits[:, :t]).max())
+def _probed(
+    case: Case, exact: Figures, loss: float, gradients: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]
+) -> Iterator[Reading]:
+    yield Reading("loss", _relative(loss, exact.probe_loss or 0.0, LEAST_LOSS), "probe")
+    yield from _gradients(case, gradients, arrays, "probe", ", probe")
+
+
+def _changes(ours: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> Iterator[Reading]:
+    exact = {name: arrays[f"change/{name}"] * arrays[f"size/{name}"] for name in ours}  # tolerances.py says why
+    least = LEAST_SHARE * _size(exact.values())
+    for name, change in ours.items():
+        off = _difference(change * arrays[f"size/{name}"], exact[name], least)[0]
+        yield Reading("weights after 3 steps", off, name)
+
+
+def _causality(looking: Backend, idx: np.ndarray, logits: np.ndarray, at: np.ndarray) -> Reading:
+    """The largest change of a logit before token at[b] of row b when that token changes."""
+
+    def differences(other: np.ndarray) -> np.ndarray:
+        return np.array([np.abs(a[:t] - b[:t]).max() for a, b, t in zip(other, logits, at, strict=True)])
+
+    found = differences(looking.logits(changed(idx, at)))
+    if found.max() > 0 and found.max() <= VARIES * differences(looking.logits(idx)).max():
+        found[:] = 0.0  # the same tokens give other logits by as much
+    worst = int(np.argmax(found))
+    return Reading("causality", float(found[worst]), f"before token {at[worst]}")
+
+
+def _varies(one: tuple[float, float, TrainState], other: tuple[float, float, TrainState]) -> str | None:
+    """What of a step, done twice, differs in its bits: the tensors' gradients in the first moments, or the figures."""
+    kept, again = one[2].exp_avg, other[2].exp_avg
+    off = [name for name in kept if not np.array_equal(kept[name], again[name], equal_nan=True)]
+    off += [what for what, a, b in zip(("loss", "gradient norm"), one, other, strict=False) if a != b and a == a]
+    return f"{off[0]}, and {len(off) - 1} more" if len(off) > 1 else off[0] if off else None
 
 
 def _update_rule(
@@ -315,20 +447,34 @@ def _update_rule(
         m, v = m / (1 - options.beta1**step), v / (1 - options.beta2**step)
         decay = options.weight_decay if w.ndim >= 2 else 0.0
         exact = -lr * (decay * w64 + m / (np.sqrt(v) + 1e-8))
-        yield Reading("update rule", _difference(after.weights[name] - w64, exact)[0], f"{name}, step {step}")
+        rounding = 2 * ROUNDOFF * float(np.linalg.norm(w64)) / (float(np.linalg.norm(exact)) or 1.0)
+        off = _difference(after.weights[name] - w64, exact)[0]
+        yield Reading("update rule", off, f"{name}, step {step}", least=rounding)
 
 
-def _relative(ours: float, exact: float) -> float:
-    return abs(ours - exact) / abs(exact)
+def _relative(ours: float, exact: float, least: float = 0.0) -> float:
+    return abs(ours - exact) / (max(abs(exact), least) or 1.0)
 
 
-def _difference(ours: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
-    """Relative 2-norm of the difference, and the least-squares factor between the two less 1."""
+def _difference(ours: np.ndarray, exact: np.ndarray, least: float = 0.0) -> tuple[float, float]:
+    """Relative 2-norm of the difference, and the least-squares factor between the two less 1.
+
+    `least`: the 2-norm that the reference counts as having, at least.
+    """
     a, b = ours.astype(np.float64).ravel(), exact.astype(np.float64).ravel()
-    square = float(b @ b)
-    if square == 0.0:
+    norm = max(float(np.linalg.norm(b)), least)
+    if norm == 0.0:
         return float(np.linalg.norm(a)), 0.0
-    return float(np.linalg.norm(a - b)) / square**0.5, float(a @ b) / square - 1.0
+    return float(np.linalg.norm(a - b)) / norm, float((a - b) @ b) / norm**2
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.dot(a.astype(np.float64).ravel(), b.astype(np.float64).ravel()))
+
+
+def _size(arrays: Iterable[np.ndarray]) -> float:
+    """The 2-norm of them all together."""
+    return math.sqrt(sum(_dot(a, a) for a in arrays))
 
 
 # -- the process ----------------------------------------------------------------------------------------------------

@@ -27,12 +27,12 @@ REFERENCE = "torch float64, CPU"
 CHILD = "nanogpt_mac.parity.check"
 MANY_CORES = 4  # fewer are busy with one variant's compilers
 # What a reference depends on: variants that agree in these share one.
-WORK = ("model", "data", "path", "data_dir", "seed", "init_from", "run", "batch_size")
+WORK = ("model", "data", "path", "data_dir", "seed", "init_from", "run", "batch_size", "gradient_accumulation_steps")
 HYPERPARAMETERS = ("weight_decay", "beta1", "beta2", "grad_clip")
 
 
 def check(
-    configs: Mapping[str, Config], folder: Path, timeout_s: float = 600.0, child: str | Sequence[str] = CHILD
+    configs: Mapping[str, Config], folder: Path, timeout_s: float = 1200.0, child: str | Sequence[str] = CHILD
 ) -> Parity:
     """Hold every variant of `configs` (by name) against the reference; write `folder`/parity.json and return it.
 
@@ -77,6 +77,7 @@ def check(
     parity = Parity(
         reference=REFERENCE,
         shape=made[0].shape if made else None,
+        unchecked=tuple(dict.fromkeys(what for each in made for what in each.unchecked)),
         seconds=time.monotonic() - began,
         tolerances=tolerances.rows(precisions),
         variants={name: results[name] for name in configs},
@@ -105,7 +106,13 @@ def _result(answer: Answer) -> ParityResult:
         more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         state, reason = ParityState.FAIL, _sentence(max(failed, key=_excess)) + more
     return ParityResult(
-        state=state, reason=reason, device=checked.device, seconds=answer.seconds, checks=checked.checks
+        state=state,
+        reason=reason,
+        device=checked.device,
+        seconds=answer.seconds,
+        checks=checked.checks,
+        deterministic=checked.deterministic,
+        varies=checked.varies,
     )
 
 

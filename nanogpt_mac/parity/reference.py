@@ -7,7 +7,7 @@ optimizer of torch's, so an error that both twins share would show. Only differe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from nanogpt_mac.gpt.spec import GPTSpec
 
 Tensors = dict[str, Tensor]
+SLICE_TOKENS, SLICE_LOGITS = 2048, 6e7  # computed at once: 2 GB or less at nanoGPT's sizes
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,47 @@ def logits(w: Tensors, spec: GPTSpec, idx: Tensor) -> Tensor:
     return norm(x, "transformer.ln_f") @ w["transformer.wte.weight"].T
 
 
-def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log softmax at the targets, in nats."""
-    chosen = scores.gather(-1, targets[..., None])[..., 0]
-    return (scores.logsumexp(-1) - chosen).mean()
+def cross_entropies(scores: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax at each target, in nats."""
+    return scores.logsumexp(-1) - scores.gather(-1, targets[..., None])[..., 0]
 
 
-def gradients(w: Tensors, spec: GPTSpec, window: np.ndarray) -> tuple[float, Tensors]:
-    """The loss of token windows (B, T + 1), and its gradients."""
-    tokens = torch.from_numpy(window.astype(np.int64))
-    loss = cross_entropy(logits(w, spec, tokens[:, :-1]), tokens[:, 1:])
-    return loss.item(), dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
+def logits_of(w: Tensors, spec: GPTSpec, idx: np.ndarray) -> np.ndarray:
+    """Float32 logits (B, T, vocab_size) of tokens (B, T), in slices, so that memory stays bounded."""
+    with torch.no_grad():
+        slices = torch.from_numpy(idx.astype(np.int64)).split(_rows(spec, idx))
+        return torch.cat([logits(w, spec, some).float() for some in slices]).numpy()
+
+
+def loss_of(w: Tensors, spec: GPTSpec, window: np.ndarray) -> float:
+    """The loss of token windows (B, T + 1)."""
+    with torch.no_grad():
+        return sum(share * loss.item() for share, loss in _losses(w, spec, window[:, :-1], window[:, 1:]))
+
+
+def gradients(w: Tensors, spec: GPTSpec, idx: np.ndarray, targets: np.ndarray) -> tuple[float, Tensors]:
+    """The loss of `targets` (B, T) after tokens `idx` (B, T), and its gradients, in the weights' own type."""
+    total, names = 0.0, list(w)
+    grads = {name: torch.zeros_like(p) for name, p in w.items()}
+    for share, loss in _losses(w, spec, idx, targets):
+        total += share * loss.item()
+        for name, g in zip(names, torch.autograd.grad(loss, list(w.values())), strict=True):
+            grads[name].add_(g, alpha=share)
+    return total, grads
+
+
+def _losses(w: Tensors, spec: GPTSpec, idx: np.ndarray, targets: np.ndarray) -> Iterator[tuple[float, Tensor]]:
+    """The mean loss of one slice after another with its share of the whole; a row that is there twice counts twice."""
+    both = np.concatenate([idx, targets], axis=1).astype(np.int64)
+    rows, counts = np.unique(both, axis=0, return_counts=True)
+    size = _rows(spec, idx)
+    for some, often in zip(torch.from_numpy(rows).split(size), torch.from_numpy(counts).split(size), strict=True):
+        each = cross_entropies(logits(w, spec, some[:, : idx.shape[1]]), some[:, idx.shape[1] :]).mean(-1)
+        yield often.sum().item() / len(idx), (each * often).sum() / often.sum()
+
+
+def _rows(spec: GPTSpec, idx: np.ndarray) -> int:
+    return max(1, min(SLICE_TOKENS // idx.shape[1], int(SLICE_LOGITS / (idx.shape[1] * spec.vocab_size))))
 
 
 def train(start: Tensors, spec: GPTSpec, recipe: Recipe, batches: list[np.ndarray], rates: list[float]) -> Trained:
@@ -100,7 +131,7 @@ def train(start: Tensors, spec: GPTSpec, recipe: Recipe, batches: list[np.ndarra
     v = {name: torch.zeros_like(p) for name, p in w.items()}
     trained = Trained([], [], 0.0, {}, w, v)
     for step, (windows, lr) in enumerate(zip(batches, rates, strict=True), 1):
-        parts = [gradients(w, spec, window) for window in windows]
+        parts = [gradients(w, spec, window[:, :-1], window[:, 1:]) for window in windows]
         trained.losses.append(sum(loss for loss, _ in parts) / len(parts))
         grads = {name: sum((g[name] for _, g in parts), torch.zeros(())) / len(parts) for name in w}
         trained.norms.append(math.sqrt(sum(g.square().sum().item() for g in grads.values())))

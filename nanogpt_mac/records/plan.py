@@ -151,12 +151,15 @@ class ParityResult(Record):
     device: str | None = None
     seconds: Amount = 0.0
     checks: tuple[Check, ...] = ()
+    deterministic: bool | None = None  # whether one step, done twice, gave the same bits; None: not asked
+    varies: str | None = None  # what did not
 
 
 class CaseShape(Record):
     batch: Size
     block_size: Size
     accumulation: Size
+    windows: Size | None = None  # of a batch that differ; the other rows repeat them
 
 
 class Tolerance(Record):
@@ -173,6 +176,7 @@ class Parity(Document):
 
     reference: str = ""
     shape: dict[str, CaseShape] | None = None  # by case
+    unchecked: tuple[str, ...] = ()  # what a run computes and no case does
     seconds: Amount
     tolerances: tuple[Tolerance, ...] = ()
     variants: dict[str, ParityResult]

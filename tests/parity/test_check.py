@@ -12,7 +12,7 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.cli import compose
 from nanogpt_mac.corpus import prepare
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
-from nanogpt_mac.parity import check, reference, tolerances
+from nanogpt_mac.parity import cases, check, reference, tolerances
 
 pytestmark = pytest.mark.xdist_group("parity")
 
@@ -42,34 +42,80 @@ def readings(config, folder):
 # -- the cases --------------------------------------------------------------------------------------------------------
 
 
-def test_cases_are_the_runs_shape_and_an_odd_one(config):
-    spec = GPTSpec(2, 2, 16, 256, 30, dropout=0.1)
-    full, odd = check.cases(dataclasses.replace(config, batch_size=64), spec)
-    assert (full.name, full.batch, full.accumulation, full.clip, full.steps) == ("full", 8, 1, 0.5, 3)  # 2048 tokens
-    assert full.spec == dataclasses.replace(spec, dropout=0.0)
+def test_cases_are_the_runs_own_shape_and_an_odd_one(config):
+    """The batch is always the run's; what shrinks is the number of windows that differ, and of steps."""
+    spec = GPTSpec(6, 6, 384, 256, 65, dropout=0.1)
+    full, odd = cases.cases(dataclasses.replace(config, batch_size=64), spec)
+    assert (full.name, full.batch, full.accumulation, full.clip, full.steps) == ("full", 64, 1, 0.5, 1)
+    assert full.distinct == int(1.5e11 / (spec.flops_per_token() * 256)) == 8
+    assert full.spec == dataclasses.replace(spec, dropout=1e-12)  # the run's path of dropout, with nothing dropped
     assert (odd.name, odd.batch, odd.accumulation, odd.clip, odd.steps) == ("odd", 9, 2, 4.0, 3)
     assert odd.spec == dataclasses.replace(spec, block_size=11, dropout=1e-12)
-    few, _ = check.cases(dataclasses.replace(config, batch_size=3), spec)
-    assert few.batch == 3
-    large = GPTSpec(12, 12, 768, 1024, 50304)  # 0.85 TFLOP a window: one, although that is more than is allowed
-    one, short = check.cases(dataclasses.replace(config, batch_size=64, grad_clip=0.0), large)
-    assert (one.batch, one.clip, short.clip) == (1, None, None)
-    assert short.spec.dropout == 0.0
-    middle = GPTSpec(2, 4, 256, 64, 65)
-    flops = middle.flops_per_token() * 64
-    assert check.cases(dataclasses.replace(config, batch_size=64), middle)[0].batch == int(4e9 / flops) == 6
-    assert check.cases(config, dataclasses.replace(spec, block_size=4))[1].spec.block_size == 4
+    quick, _ = cases.cases(dataclasses.replace(config, batch_size=12), GPTSpec(4, 4, 128, 64, 65))
+    assert (quick.batch, quick.steps, quick.spec.dropout) == (12, 3, 0.0)
+    assert quick.distinct > 12
+    large = GPTSpec(12, 12, 768, 1024, 50304)  # 0.85 TFLOP a window
+    two, short = cases.cases(dataclasses.replace(config, batch_size=12, grad_clip=0.0), large)
+    assert (two.batch, two.distinct, two.steps, two.looked_at, two.clip, short.clip) == (12, 2, 1, None, None, None)
+    assert cases.cases(config, dataclasses.replace(spec, block_size=4))[1].spec.block_size == 4
+
+
+def test_what_no_case_covers_is_said(config):
+    spec = GPTSpec(12, 12, 768, 1024, 50304)
+    assert cases.unchecked(dataclasses.replace(config, batch_size=12), spec) == ()
+    more = dataclasses.replace(config, batch_size=64, gradient_accumulation_steps=40)
+    accumulation, logits = cases.unchecked(more, spec)
+    assert accumulation.startswith("accumulation over 40 batches")
+    assert logits == "logits of 64 rows at once (of 19 they were)"
+    (causality,) = cases.unchecked(config, GPTSpec(1, 1, 8, 8, 2))
+    assert causality.startswith("causality in training")
+
+
+def test_rows_repeat_windows_without_a_pattern(config):
+    corpus = prepare(config.data)
+    case = cases.Case("full", GPTSpec(1, 1, 8, 16, corpus.encoder.vocab_size), 64, 1, None, distinct=5)
+    (rows,) = cases.windows(corpus, case, config, 0)
+    assert rows.shape == (64,)
+    assert len(set(rows)) == 5
+    for shift in range(1, 64):  # rows that are mixed up, however, are other rows
+        assert (np.roll(rows, shift) != rows).mean() > 0.5
+    (every,) = cases.windows(corpus, dataclasses.replace(case, distinct=64), config, 0)
+    assert len(set(every)) > 32
+
+
+@pytest.mark.parametrize(("length", "rows"), [(256, 64), (17, 3), (2, 4), (9, 1)])
+def test_tokens_are_changed_at_every_residue_and_at_the_last_place(length, rows):
+    at = cases.places(length, rows, 3)
+    assert at.shape[1] == rows
+    assert at.min() >= 1
+    assert at.max() == length - 1
+    assert {int(t) % 8 for t in at.ravel()} == {t % 8 for t in range(1, length)}
+
+
+def test_the_probe_keeps_later_tokens_apart(config):
+    corpus = prepare(config.data)
+    spec = GPTSpec(1, 1, 8, 16, corpus.encoder.vocab_size)
+    asked = cases.probe(corpus, cases.Case("full", spec, 12, 1, None, distinct=6), config)
+    assert asked.idx.shape == asked.targets.shape == (12, 16)
+    assert not np.isin(asked.targets, asked.markers).any()
+    for row, (old, new) in enumerate(zip(asked.targets, asked.other, strict=True)):
+        (at,) = np.flatnonzero(old != new)  # one target of each row
+        assert {old[at], new[at]}.isdisjoint(asked.markers)
+        behind = np.isin(asked.idx[row], asked.markers)
+        assert behind[at + 1 :].all()
+        assert not behind[: at + 1].any()
+    assert cases.probe(corpus, cases.Case("full", dataclasses.replace(spec, block_size=1), 12, 1, None), config) is None
 
 
 def test_weights_that_are_no_fresh_models_are_a_case_of_their_own(config):
     spec = GPTSpec(2, 2, 16, 16, 30)
-    full, _, own = check.cases(dataclasses.replace(config, init_from="gpt2"), spec)
+    full, _, own = cases.cases(dataclasses.replace(config, init_from="gpt2"), spec)
     assert own == dataclasses.replace(full, name="own", steps=1)
 
 
 def test_drawn_weights_leave_every_operation_a_mark():
     spec = GPTSpec(1, 2, 64, 300, 500, bias=True)
-    weights = check.drawn_weights(spec, 3)
+    weights = cases.drawn_weights(spec, 3)
     spec.check(weights, "drawn")
     for name, array in weights.items():
         if array.ndim == 1:
@@ -80,20 +126,20 @@ def test_drawn_weights_leave_every_operation_a_mark():
             pytest.approx(expected[0], rel=0.3),
             pytest.approx(expected[1], abs=0.15),
         )
-    assert (check.drawn_weights(spec, 4)["transformer.ln_f.weight"] != weights["transformer.ln_f.weight"]).all()
+    assert (cases.drawn_weights(spec, 4)["transformer.ln_f.weight"] != weights["transformer.ln_f.weight"]).all()
 
 
 def test_windows_are_of_their_case_step_and_split(config):
     corpus = prepare(config.data)
-    full, odd = check.cases(config, GPTSpec(2, 2, 16, 16, corpus.encoder.vocab_size))
-    drawn = [check.windows(corpus, case, config, step) for case in (full, odd) for step in range(3)]
+    full, odd = cases.cases(config, GPTSpec(2, 2, 16, 16, corpus.encoder.vocab_size))
+    drawn = [cases.windows(corpus, case, config, step) for case in (full, odd) for step in range(3)]
     assert [d.shape for d in drawn] == [(1, 3)] * 3 + [(2, 9)] * 3
     assert len({tuple(d.ravel()[:3]) for d in drawn}) == 6
     assert all(d.max() < len(corpus.train) - 11 for d in drawn)
-    assert check.val_windows(corpus, full, config).shape == (2, 3)
-    assert check.val_windows(corpus, full, config).max() < len(corpus.val) - 16
-    assert set(check.tokens_of(corpus, odd).splits) == {"train", "val"}
-    assert check.tokens_of(corpus, odd).block_size == 11
+    assert cases.val_windows(corpus, full, config).shape == (2, 3)
+    assert cases.val_windows(corpus, full, config).max() < len(corpus.val) - 16
+    assert set(cases.tokens_of(corpus, odd).splits) == {"train", "val"}
+    assert cases.tokens_of(corpus, odd).block_size == 11
 
 
 # -- the reference's files --------------------------------------------------------------------------------------------
@@ -102,32 +148,42 @@ def test_windows_are_of_their_case_step_and_split(config):
 def test_the_reference_is_written_as_the_formulas_have_it(config, folder):
     corpus = prepare(config.data)
     spec = GPTSpec(**json.loads((folder / "spec.json").read_text()))
-    for case in check.cases(config, spec):
+    for case in cases.cases(config, spec):
         figures = json.loads((folder / f"{case.name}.json").read_text())
-        draw = case.spec.init_weights if case.name == "full" else lambda seed, s=case.spec: check.drawn_weights(s, seed)
-        weights, tokens = draw(config.seed), check.tokens_of(corpus, case)
-        starts = [check.windows(corpus, case, config, step) for step in range(3)]
+        draw = case.spec.init_weights if case.name == "full" else lambda seed, s=case.spec: cases.drawn_weights(s, seed)
+        weights, tokens = draw(config.seed), cases.tokens_of(corpus, case)
+        starts = [cases.windows(corpus, case, config, step) for step in range(3)]
         batches = [np.stack([tokens.windows("train", some) for some in step]) for step in starts]
         recipe = reference.Recipe(config.weight_decay, config.beta1, config.beta2, case.clip)
         start = reference.tensors(weights)
         trained = reference.train(start, case.spec, recipe, batches, [1e-3, 2e-3, 1.5e-3])
         assert (figures["losses"], figures["norms"]) == (trained.losses, trained.norms)
         assert figures["grad_clip"] == trained.grad_clip == case.clip * trained.norms[0]
-        first = torch.from_numpy(batches[0][0].astype(np.int64))
+        first = torch.from_numpy(np.unique(batches[0][0], axis=0).astype(np.int64))
         with np.load(folder / f"{case.name}.npz") as arrays:
-            exact = reference.logits(start, case.spec, first[:, :-1]).detach().numpy()
+            looked_at = reference.tensors(cases.drawn_weights(case.spec, config.seed))
+            exact = reference.logits(looked_at, case.spec, first[:, :-1]).detach().numpy()
             np.testing.assert_allclose(arrays["logits"], exact, rtol=1e-6, atol=1e-6)
+            asked = cases.probe(corpus, case, config)
+            x, y = (torch.from_numpy(a.astype(np.int64)) for a in (asked.idx, asked.targets))
+            loss = torch.nn.functional.cross_entropy(
+                reference.logits(looked_at, case.spec, x).flatten(0, 1), y.flatten()
+            )
+            loss.backward()
+            assert figures["probe_loss"] == pytest.approx(loss.item(), rel=1e-12)
+            for name, p in looked_at.items():
+                np.testing.assert_allclose(arrays[f"probe/{name}"], p.grad.numpy(), rtol=1e-5, atol=1e-9)
             for name, w in weights.items():
                 np.testing.assert_array_equal(arrays[f"weights/{name}"], w)
                 moved = (trained.weights[name] - start[name]).detach().numpy()
                 np.testing.assert_allclose(arrays[f"change/{name}"], moved, rtol=1e-6)
                 np.testing.assert_allclose(arrays[f"gradients/{name}"], trained.gradients[name].numpy(), rtol=1e-6)
                 np.testing.assert_allclose(arrays[f"size/{name}"] ** 2, trained.exp_avg_sq[name].numpy(), 1e-5, 1e-30)
-        w, losses = reference.tensors(check.drawn_weights(case.spec, config.seed)), []
-        for some in check.val_windows(corpus, case, config):
+        w, losses = reference.tensors(cases.drawn_weights(case.spec, config.seed)), []
+        for some in np.array(figures["val_starts"]):
             window = torch.from_numpy(tokens.windows("val", some).astype(np.int64))
             scores = reference.logits(w, case.spec, window[:, :-1])
-            losses.append(reference.cross_entropy(scores, window[:, 1:]).item())
+            losses.append(torch.nn.functional.cross_entropy(scores.flatten(0, 1), window[:, 1:].flatten()).item())
         assert figures["val_loss"] == pytest.approx(np.mean(losses), rel=1e-12)
 
 
@@ -140,8 +196,8 @@ def test_a_sound_back_end_is_read_in_every_quantity(config, folder):
     assert list(found) == list(limits)
     for quantity, one in found.items():
         assert one.passed
-        assert one.limit == limits[quantity]
-        assert (one.value > 0) == (quantity != "causality"), quantity  # rounding is seen, so it is looked at
+        assert one.limit >= limits[quantity]  # raised where there are few numbers to average over
+        assert (one.value > 0) == ("causality" not in quantity), quantity  # rounding is seen, so it is looked at
         assert one.worst.endswith(("(full)", "(odd)"))
 
 
@@ -173,7 +229,7 @@ WTE, BIAS = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.bias"
 FAULTS = {
     "logits 1 % off": ({"logits": lambda x, _: x * np.float32(1.01)}, {"logits", "logits, factor"}),
     "one logit off": (
-        {"logits": lambda x, _: x + np.float32(1e-5) * (np.arange(x.size) == 5).reshape(x.shape)},
+        {"logits": lambda x, _: x + np.float32(1e-3) * (np.arange(x.size) == 5).reshape(x.shape)},
         {"logits"},
     ),
     "evaluation off": ({"evaluate": lambda x, *_: x * (1 + 1e-4)}, {"loss"}),
@@ -202,12 +258,13 @@ def test_a_fault_is_seen_in_its_own_quantity(config, folder, monkeypatch, name):
 
 def test_norms_of_the_first_step_and_of_later_ones_are_two_quantities(config, folder, monkeypatch):
     create = kinds.create
-    for wrong_step, quantity in ((0, "gradient norm"), (2, "gradient norm, later steps")):
+    # Case full does its first step twice, to see whether its bits are the same: then steps 2 and 3 are calls 3 and 4.
+    for wrong_step, quantity in ((0, "gradient norm"), (3, "gradient norm, later steps")):
         seen = []
 
         def wait(result, handle, seen=seen, wrong_step=wrong_step):
             seen.append(handle)
-            return result[0], result[1] * (1.02 if (len(seen) - 1) % 3 == wrong_step else 1)
+            return result[0], result[1] * (1.02 if len(seen) - 1 == wrong_step else 1)
 
         monkeypatch.setattr(kinds, "create", lambda *given, wait=wait: Faulty(create(*given), wait=wait))
         found = readings(config, folder)
@@ -239,37 +296,57 @@ def test_dropout_is_the_runs_where_nothing_may_drop(config, folder, monkeypatch)
     monkeypatch.setattr(kinds, "create", looking)
     dropping = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.2))
     assert all(one.passed for one in readings(dropping, folder).values())
-    assert made == [(0.0, True), (0.2, True), (1e-12, True), (0.2, True)]
+    assert made == [(1e-12, True), (0.2, True), (1e-12, True), (0.2, True)]
 
 
-@pytest.mark.parametrize(("block", "expected"), [("full", {8}), ("odd", {1, 5, 10})])
-def test_causality_is_asked_at_these_tokens(config, folder, monkeypatch, block, expected):
-    asked = []
-    monkeypatch.setattr(check, "_causality", lambda backend, idx, logits, t: asked.append((idx.shape[1], t)) or 0.0)
-    readings(config, folder)
-    assert {t for length, t in asked if length == (16 if block == "full" else 11)} == expected
+class Leaky:
+    """Each token sees the next one, in one row of the batch only; `noise` differs from call to call."""
+
+    def __init__(self, row, noise=0.0):
+        self.row, self.noise, self.calls, self.rng = row, noise, [], np.random.default_rng(0)
+
+    def logits(self, idx):
+        self.calls.append(idx)
+        out = np.zeros((*idx.shape, 2), np.float32) + self.noise * self.rng.random((*idx.shape, 2))
+        out[self.row, :-1, 0] += idx[self.row, 1:]
+        return out
 
 
-def test_causality_is_the_largest_change_before_the_changed_token():
-    class Leaky:
-        def logits(self, idx):
-            out = np.zeros((*idx.shape, 2), np.float32)
-            out[:, :-1, 0] = idx[:, 1:]  # each sees the next one
-            return out
+IDX = np.array([[0, 5, 5, 3], [4, 4, 9, 0], [2, 2, 2, 1]])
 
-    idx = np.array([[0, 5, 5, 3], [4, 4, 9, 0], [2, 2, 2, 1]])
-    before = Leaky().logits(idx)
-    assert check._causality(Leaky(), idx, before, 3) == 1.0
-    changes = []
-    leaky = Leaky()
-    monkey = leaky.logits
-    leaky.logits = lambda changed: changes.append(changed - idx) or monkey(changed)
-    check._causality(leaky, idx, before, 3)
-    assert changes[0].tolist() == [
-        [0, 0, 0, -1],
-        [0, 0, 0, 1],
-        [0, 0, 0, -1],
-    ]  # to a token that there is, in any vocabulary of two
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_causality_is_the_largest_change_before_each_rows_own_token(row):
+    leaky, at = Leaky(row), np.array([3, 1, 2])
+    found = check._causality(leaky, IDX, leaky.logits(IDX), at)
+    assert (found.value, found.worst) == (1.0, f"before token {at[row]}")
+    assert (leaky.calls[1] - IDX).tolist() == [[0, 0, 0, -1], [0, -1, 0, 0], [0, 0, -1, 0]]
+    none = Leaky(slice(0, 0))
+    assert check._causality(none, IDX, none.logits(IDX), at).value == 0.0
+    assert len(none.calls) == 2
+    assert cases.changed(IDX, np.array([0, 3, 0]))[:, [0, 3]].tolist() == [[1, 3], [4, 1], [1, 1]]  # never below 0
+
+
+def test_what_varies_by_itself_is_no_leak():
+    for leaky, expected in ((Leaky(slice(0, 0), 1e-3), 0.0), (Leaky(1, 1e-3), 1.0)):
+        found = check._causality(leaky, IDX, leaky.logits(IDX), np.array([3, 2, 2]))
+        assert found.value == pytest.approx(expected, abs=2e-3)
+        assert len(leaky.calls) == 3
+
+
+def test_a_step_that_differs_from_itself_is_not_deterministic(config, folder, monkeypatch):
+    assert check.check_variant(config, folder).deterministic is True
+    create, calls = kinds.create, []
+
+    def state(result):
+        calls.append(result)
+        scaled(1 + 1e-6 * (len(calls) % 2), ("exp_avg", WTE))(result)
+        return result
+
+    monkeypatch.setattr(kinds, "create", lambda *given: Faulty(create(*given), state=state))
+    found = check.check_variant(config, folder)
+    assert (found.deterministic, found.varies) == (False, WTE)
+    assert all(one.passed for one in found.checks)  # it is said, and nothing fails for it
 
 
 def test_differences_and_factors_are_those_of_vectors():
@@ -277,6 +354,7 @@ def test_differences_and_factors_are_those_of_vectors():
     assert check._difference(a, b) == (pytest.approx(4 / 3), pytest.approx(0.0))
     assert check._difference(1.01 * b, b) == (pytest.approx(0.01), pytest.approx(0.01))
     assert check._difference(a, 0 * b) == (5.0, 0.0)
+    assert check._difference(a, b, least=8.0) == (pytest.approx(0.5), pytest.approx(0.0))
     assert check._relative(0.9, -1.0) == pytest.approx(1.9)
     assert check._relative(3.0, 2.0) == 0.5
 
@@ -306,18 +384,15 @@ def test_the_update_rule_is_adamws():
         before = after
 
 
-def test_gradients_are_read_from_the_first_moments_and_queries_keys_values_apart():
-    options = options_of("cpu", beta1=0.9, grad_clip=2.0)
-    case = check.Case("full", GPTSpec(2, 1, 2, 4, 3), 1, 1, 0.5)
+def test_queries_keys_and_values_are_read_apart():
+    case = cases.Case("full", GPTSpec(2, 1, 2, 4, 3), 1, 1, 0.5)
     rng = np.random.default_rng(0)
     names = [f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1)] + ["transformer.ln_f.weight"]
     exact = {n: rng.standard_normal((6, 2) if "attn" in n else (2,)) for n in names}
     off = np.repeat([1.0, 1.02, 1.0], 2)[:, None]  # the keys of layer 1
     ours = {n: g * (off if n == names[1] else 1.0) for n, g in exact.items()}
-    clip = 2.0 / (8.0 + 1e-6)
-    after = TrainState({}, {n: 0.1 * clip * g for n, g in ours.items()}, {})
     arrays = {f"gradients/{n}": g for n, g in exact.items()}
-    found = list(check._gradients(case, options, after, arrays, 8.0))
+    found = list(check._gradients(case, ours, arrays, "gradients"))
     each = {r.worst: r.value for r in found if r.quantity == "gradients"}
     assert each[names[0]] == pytest.approx(0, abs=1e-12)
     keys = np.linalg.norm(0.02 * exact[names[1]][2:4]) / np.linalg.norm(exact[names[1]])
@@ -325,11 +400,18 @@ def test_gradients_are_read_from_the_first_moments_and_queries_keys_values_apart
     factors = {r.worst: r.value for r in found if r.quantity == "gradients, factor"}
     kind = "transformer.h.*.attn.c_attn.weight"
     assert factors == pytest.approx({f"{kind} q": 0, f"{kind} k": 0.01, f"{kind} v": 0, names[2]: 0}, abs=1e-9)
-    unclipped = TrainState({}, {n: 0.1 * g for n, g in exact.items()}, {})
-    for given, norm in ((options, 1.5), (dataclasses.replace(options, grad_clip=0.0), 8.0)):  # no clip that binds
-        assert all(r.value < 1e-9 for r in check._gradients(case, given, unclipped, arrays, norm))
-    odd = list(check._gradients(dataclasses.replace(case, name="odd"), options, after, arrays, 8.0))
+    assert {r.of for r in found if r.quantity == "gradients, factor"} == {2, 8}
+    odd = list(check._gradients(dataclasses.replace(case, name="odd"), ours, arrays, "gradients"))
     assert {r.quantity for r in odd} == {"gradients"}
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1e3])
+def test_gradients_are_those_of_the_step_whatever_its_clip(config, tmp_path, clip):
+    """The reference sets the clip by the gradient's norm, so here another one binds, or does not, or is off."""
+    check.make_reference(config, tmp_path)
+    for path in tmp_path.glob("[fo]*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"grad_clip": clip}))
+    assert readings(config, tmp_path)["gradients"].passed
 
 
 def test_every_reading_of_every_case(config, folder):
@@ -337,15 +419,16 @@ def test_every_reading_of_every_case(config, folder):
     corpus = prepare(config.data)
     spec = GPTSpec(**json.loads((folder / "spec.json").read_text()))
     names = list(spec.shapes())
-    full, odd = check.cases(config, spec)
-    for case in (full, odd, dataclasses.replace(full, steps=1), dataclasses.replace(odd, name="own")):
-        file = "full" if case.spec == full.spec else "odd"
+    full, odd = cases.cases(config, spec)
+    for case in (full, odd, dataclasses.replace(full, steps=1)):
+        file = case.name
         figures = check.Figures.model_validate_json((folder / f"{file}.json").read_bytes())
         given = options_of("cpu", grad_clip=figures.grad_clip)
-        backend = kinds.create(case.spec, given, check.tokens_of(corpus, case))
+        backend = kinds.create(case.spec, given, cases.tokens_of(corpus, case))
         with np.load(folder / f"{file}.npz") as arrays:
             found = [
-                (r.quantity, r.worst) for r in check._readings(config, corpus, case, backend, backend, arrays, figures)
+                (r.quantity, r.worst)
+                for r in check.Held(config, corpus, case, backend, backend, arrays, figures).readings()
             ]
 
         def of(quantity, found=found):
@@ -353,10 +436,11 @@ def test_every_reading_of_every_case(config, folder):
 
         steps = [f"step {i + 1}" for i in range(case.steps)]
         is_full = case.name == "full"
-        assert of("loss") == (["evaluation"] if is_full else []) + steps
-        assert of("gradient norm") == ([None] if case.name != "own" else [])
+        assert of("loss") == (["evaluation"] if is_full else []) + ["probe"] + steps
+        assert of("gradient norm") == [None]
         assert of("gradient norm, later steps") == (steps[1:] if is_full else [])
-        assert of("gradients") == of("weights after 3 steps") == names
+        assert of("weights after 3 steps") == names
+        assert of("gradients") == [f"{name}, probe" for name in names] + names
         assert len(of("gradients, factor")) == (
             12 + 2 + 4 if is_full else 0
         )  # a block's tensors, q k v apart, and others
@@ -366,7 +450,7 @@ def test_every_reading_of_every_case(config, folder):
 def test_the_child_answers_for_a_reference_and_for_a_variant(config, tmp_path):
     task = {"config": dataclasses.asdict(config), "folder": str(tmp_path)}
     made = check.answer(task | {"role": "reference"})
-    assert made["shape"]["full"] == {"batch": 3, "block_size": 16, "accumulation": 1}
+    assert made["shape"]["full"] == {"batch": 3, "block_size": 16, "accumulation": 1, "windows": 3}
     checks = check.answer(task | {"role": "variant"})["checks"]
     assert [one["pass"] for one in checks] == [True] * len(tolerances.limits("float32", "highest"))
 
@@ -374,8 +458,9 @@ def test_the_child_answers_for_a_reference_and_for_a_variant(config, tmp_path):
 @pytest.mark.parametrize("clip", [0.5, None])
 def test_the_references_losses_are_means_over_micro_batches(clip):
     spec = GPTSpec(1, 2, 16, 12, 20)
-    start = reference.tensors(check.drawn_weights(spec, 2))
+    start = reference.tensors(cases.drawn_weights(spec, 2))
     batches = [np.random.default_rng(i).integers(0, 20, (3, 2, 13)) for i in range(2)]
+    batches[0][1] = batches[0][0]  # a row that is there twice counts twice
     trained = reference.train(start, spec, reference.Recipe(0.1, 0.9, 0.99, clip), batches, [1e-2, 1e-2])
     idx = torch.from_numpy(batches[0].reshape(6, 13))
     loss = torch.nn.functional.cross_entropy(

@@ -20,7 +20,8 @@ from nanogpt_mac.gpt.pretrained import TRANSPOSED
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.parity import gate as parity
 from nanogpt_mac.parity import reference, tolerances
-from nanogpt_mac.parity.check import LOSS_SCALE, Task, check_variant, drawn_weights, make_reference
+from nanogpt_mac.parity.cases import drawn_weights
+from nanogpt_mac.parity.check import LOSS_SCALE, Task, check_variant, make_reference
 from nanogpt_mac.records.plan import Parity
 from nanogpt_mac.simulator import VARIABLE
 
@@ -76,7 +77,7 @@ def test_the_reference_is_transformers_gpt2(gelu):
     logits = reference.logits(reference.tensors(weights), spec, idx[:, :-1])
     torch.testing.assert_close(logits, model(idx[:, :-1]).logits, rtol=1e-12, atol=1e-12)
 
-    loss, grads = reference.gradients(reference.tensors(weights), spec, window)
+    loss, grads = reference.gradients(reference.tensors(weights), spec, window[:, :-1], window[:, 1:])
     theirs = torch.nn.functional.cross_entropy(model(idx[:, :-1]).logits.flatten(0, 1), idx[:, 1:].flatten())
     theirs.backward()
     assert loss == pytest.approx(theirs.item(), rel=1e-13)
@@ -101,7 +102,8 @@ def test_the_references_steps_are_torchs_adamw(clip):
         optimizer.zero_grad()
         for window in windows:
             idx = torch.from_numpy(window)
-            (reference.cross_entropy(reference.logits(p, spec, idx[:, :-1]), idx[:, 1:]) / 2).backward()
+            scores = reference.logits(p, spec, idx[:, :-1])
+            (torch.nn.functional.cross_entropy(scores.flatten(0, 1), idx[:, 1:].flatten()) / 2).backward()
         norm = torch.nn.utils.clip_grad_norm_(p.values(), ours.grad_clip or math.inf)
         assert ours.norms[step] == pytest.approx(norm.item(), rel=1e-10)
         assert clip is None or (clip * ours.norms[0] < norm.item()) == (clip < 1)
@@ -136,7 +138,9 @@ def test_variants_pass_fail_or_end_each_as_a_row(variant, tmp_path):
     quantities = list(tolerances.limits("float32", "highest"))
     assert [c.quantity for c in variants["mlx"].checks] == quantities
     assert [t.quantity for t in found.tolerances] == quantities
-    assert found.shape["full"].model_dump() == {"batch": 4, "block_size": 32, "accumulation": 1}
+    assert found.shape["full"].model_dump() == {"batch": 4, "block_size": 32, "accumulation": 1, "windows": 4}
+    assert found.unchecked == ()
+    assert variants["mlx"].deterministic is True
     kept = {p.name for p in (tmp_path / "new").iterdir()}  # no reference, and logs of what ended badly alone
     assert kept == {"parity.json", *(f"parity-{name}.log" for name in ("crash", "killed", "raise"))}
 
