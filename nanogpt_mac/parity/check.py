@@ -330,8 +330,13 @@ class Held:
             for at in places(case.spec.block_size, len(idx), self.config.seed):
                 yield _causality(looking, idx, logits, at)
         if case.name == "full":  # one graph for torch.compile less elsewhere
-            evaluated = looking.evaluate("val", np.array(self.figures.val_starts))
+            starts = np.array(self.figures.val_starts)
+            evaluated, again = (looking.evaluate("val", starts) for _ in range(2))
             yield _evaluated(evaluated, self.figures)
+            yield Reading("evaluation", _relative(again, evaluated, LEAST_LOSS), "once more")
+            distinct, which = np.unique(starts, return_inverse=True)
+            losses = _losses(looking, tokens.windows("val", distinct))
+            yield Reading("evaluation", _relative(evaluated, losses[which].mean(), LEAST_LOSS), "from its own logits")
 
     def _in_training(self) -> Iterator[Reading]:
         """Gradients of other weights and tokens in training mode, and whether targets see later tokens there."""
@@ -363,6 +368,14 @@ def _logits(logits: np.ndarray, exact: np.ndarray, which: Iterable[int]) -> Iter
     product = sum(_dot(row, exact[i]) for row, i in zip(logits, which, strict=True))
     square = sum(_dot(exact[i], exact[i]) for i in which)
     yield Reading("logits, factor", abs(product / square - 1.0) if square else 0.0, of=exact.size)
+
+
+def _losses(backend: Backend, tokens: np.ndarray) -> np.ndarray:
+    """The mean loss of each window, tokens (B, T + 1), made of the logits that the back end gives a few at a time."""
+    logits = backend.logits(tokens[:, :-1]).astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(logits, tokens[:, 1:, None].astype(np.int64), -1)[..., 0]
+    return (np.log(np.exp(logits).sum(-1)) - chosen).mean(1)
 
 
 def _evaluated(loss: float, exact: Figures) -> Reading:

@@ -41,6 +41,10 @@ _TABLE: dict[str, tuple[tuple[float, ...], str]] = {  # quantity -> limit for ea
     "logits": ((2e-5, 8e-3, 6e-2, 8e-3, 6e-2), "single elements: tails of the rounding noise"),
     "logits, factor": ((1e-6, 3e-4, 2e-3, 3e-4, 2e-3), "noise averages out over all logits"),
     "loss": ((1e-5, 2e-3, 6e-3, 2e-3, 6e-3), "a mean in float32; later steps add what earlier ones moved"),
+    "evaluation": (
+        (2e-6, 2e-4, 1e-3, 2e-4, 1e-3),
+        "the loss of its own logits; compilers round less often",
+    ),
     "gradients": ((3e-5, 2e-2, 1e-1, 2e-2, 1e-1), "rounding of each layer, passed back through all others"),
     "gradients, factor": (
         (1e-5, 2e-3, 4e-3, 2e-3, 4e-3),

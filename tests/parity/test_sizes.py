@@ -48,8 +48,8 @@ def caught(config, folder):
 class Planted:
     """torch.nn.functional with something wrong in `where` ("training", "evaluation"), from a batch or a length on."""
 
-    def __init__(self, fault, where, batch=1, length=1):
-        self.fault, self.where, self.batch, self.length = fault, where, batch, length
+    def __init__(self, fault, where, row, batch=1, length=1):
+        self.fault, self.where, self.row, self.batch, self.length = fault, where, row, batch, length
         self.attentions = 0
 
     def __getattr__(self, name):
@@ -67,6 +67,8 @@ class Planted:
             return exact
         if self.fault == "rows mixed up":
             return exact.roll(1, 0)
+        if self.fault == "attention 2 % off":
+            return 1.02 * exact
         if isinstance(self.fault, int) and self.attentions % 2:  # a mask for so many queries at once
             last = torch.arange(length) // self.fault * self.fault + self.fault - 1
             seen = torch.arange(length)[None, :] <= last[:, None]
@@ -84,8 +86,9 @@ class Planted:
         return y
 
     def cross_entropy(self, logits, targets):
-        if self.fault == "half of the rows" and self.here(len(targets), self.length):
-            return F.cross_entropy(logits[: len(logits) // 2], targets[: len(targets) // 2])
+        left_out = {"half of the rows": len(targets) // 2, "the last row": self.row}.get(self.fault)
+        if left_out and self.here(len(targets) // self.row, self.row):
+            return F.cross_entropy(logits[:-left_out], targets[:-left_out])
         return F.cross_entropy(logits, targets)
 
 
@@ -96,21 +99,26 @@ FAULTS = [
     ("rows mixed up", "training"),
     ("one gradient", "training"),
     ("half of the rows", "evaluation"),
+    ("the last row", "evaluation"),
+    ("attention 2 % off", "evaluation"),
+    ("attention 2 % off", "training"),
     *((group, where) for group in (2, 4, 8, 16, 32) for where in ("evaluation", "training")),
 ]
 
 
-def plant(monkeypatch, fault, where, batch=1, length=1):
-    tokens = batch * max(length, 16) if fault == "half of the rows" else batch
-    monkeypatch.setattr(torch_gpt, "F", Planted(fault, where, tokens, length))
+HIDDEN = ("attention 2 % off", "evaluation")  # less than what bfloat16 itself does to one evaluation
+
+
+def plant(monkeypatch, config, fault, where, **since):
+    monkeypatch.setattr(torch_gpt, "F", Planted(fault, where, config.model.block_size, **since))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_faults_that_begin_at_the_runs_batch_are_caught(build, monkeypatch, dtype):
     config, folder = build("batch_size=16", "model.block_size=20", "model.dropout=0.1", dtype=dtype)
     assert caught(config, folder) == set()
-    for fault, where in (*FAULTS[3:6], (2, "evaluation"), (2, "training")):
-        plant(monkeypatch, fault, where, batch=16)
+    for fault, where in (*FAULTS[3:7], (2, "evaluation"), (2, "training")):
+        plant(monkeypatch, config, fault, where, batch=16)
         assert caught(config, folder), (fault, where)
 
 
@@ -124,10 +132,10 @@ def test_faults_that_begin_at_a_size_are_caught(build, monkeypatch, batch, lengt
     assert caught(config, folder) == set()
     missed = []
     for fault, where in FAULTS:
-        plant(monkeypatch, fault, where, **since)
+        plant(monkeypatch, config, fault, where, **since)
         if not caught(config, folder):
             missed.append((fault, where))
-    assert not missed
+    assert set(missed) <= ({HIDDEN} if dtype == "bfloat16" else set())
 
 
 # -- corners ----------------------------------------------------------------------------------------------------------
