@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,18 +16,17 @@ from typing import Any, Literal
 import numpy as np
 
 from nanogpt_mac import child
-from nanogpt_mac.backends import base, kinds
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Backend
 from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.corpus import Corpus, prepare
 from nanogpt_mac.files import plain, write_json
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
-from nanogpt_mac.parity import tolerances
+from nanogpt_mac.parity import readings, tolerances
 from nanogpt_mac.parity.cases import (
     RATES,
     Case,
     cases,
-    changed,
     drawn_weights,
     places,
     probe,
@@ -37,19 +35,17 @@ from nanogpt_mac.parity.cases import (
     val_windows,
     windows,
 )
+from nanogpt_mac.parity.readings import Figures, Reading
 from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.plan import CaseShape, Check
 from nanogpt_mac.train.source import open_source
 
 LOSS_SCALE = 1024.0  # of float16: GradScaler's own first one may overflow, which skips the step by design
-LEAST_LOSS = 0.1  # nats: one nearer to 0 is a difference of logits, and as uncertain as they are
-LEAST_SHARE = 1e-6  # of the whole gradient: a tensor that has less of it has rounding alone
 MARGIN = 10.0  # times what rounding makes of the formulas is allowed, where that alone is more than a limit
 SHARES = {"bfloat16": 1.0, "float32 medium": 1.0, "float16": 1 / 8, "float32 high": 1 / 8}  # of bfloat16's rounding
 ROUNDED_FLOPS = 5e10  # of a case whose formulas are tried with rounded weights as well
-ROUNDOFF, BFLOAT16 = 6e-8, 2e-3  # unit roundoffs
+BFLOAT16 = 2e-3  # its unit roundoff
 DROPPED = {"loss": 1e-4, "gradients": 1e-3, "gradients, factor": 1e-3, "weights after 3 steps": 1e-2}  # Case.drops
-VARIES = 10.0  # times what the same call varies by: a difference below is no leak
 
 
 class Task(Record):
@@ -74,19 +70,6 @@ class Checked(Record):
     checks: tuple[Check, ...]
     deterministic: bool | None = None  # whether one step, done twice, gave the same bits
     varies: str | None = None
-
-
-class Figures(Record):
-    """What the reference knows of one case besides arrays; losses and norms (before clipping) of each step."""
-
-    losses: tuple[float, ...]
-    norms: tuple[float, ...]
-    grad_clip: float  # 0: not clipped
-    val_loss: float
-    val_starts: tuple[tuple[int, ...], ...]  # (2, batch) windows of the evaluation
-    probe_loss: float | None
-    single: dict[str, float]  # quantity -> what the formulas are off by in float32 on the CPU, at most
-    rounded: dict[str, float]  # the same with weights rounded to bfloat16; empty where that would take long
 
 
 # -- the reference --------------------------------------------------------------------------------------------------
@@ -162,19 +145,21 @@ def _reference(
             for arrays in (weights, looked_at)
         )
         rough = reference.train(first, spec, recipe, batches, RATES[: case.steps])
-        found = list(_logits(reference.logits_of(looked, spec, unique[:, :-1]), arrays["logits"], range(len(unique))))
-        found += _figures(case, figures, rough.losses, rough.norms)
-        found.append(_evaluated(reference.loss_of(looked, spec, val), figures))
-        found += _gradients(case, {n: g.numpy() for n, g in rough.gradients.items()}, arrays, "gradients")
-        found += _changes({n: (w - first[n]).detach().numpy() for n, w in rough.weights.items()}, arrays)
+        found = list(
+            readings.logits_off(reference.logits_of(looked, spec, unique[:, :-1]), arrays["logits"], range(len(unique)))
+        )
+        found += readings.figures_off(case, figures, rough.losses, rough.norms)
+        found.append(readings.evaluated(reference.loss_of(looked, spec, val), figures))
+        found += readings.gradients_off(case, {n: g.numpy() for n, g in rough.gradients.items()}, arrays, "gradients")
+        found += readings.changes({n: (w - first[n]).detach().numpy() for n, w in rough.weights.items()}, arrays)
         if asked:
             loss, gradients = reference.gradients(looked, spec, asked.idx, asked.targets)
-            found += _probed(case, figures, loss, {n: g.numpy() for n, g in gradients.items()}, arrays)
+            found += readings.probed(case, figures, loss, {n: g.numpy() for n, g in gradients.items()}, arrays)
         return _largest({each.quantity: each.value} for each in found)
 
     every = case.steps * case.accumulation * case.batch * spec.block_size
     cheap = spec.flops_per_token() * every <= ROUNDED_FLOPS
-    single = _largest(off(u) for u in ([0.0, ROUNDOFF, ROUNDOFF, ROUNDOFF] if cheap else [0.0]))
+    single = _largest(off(u) for u in ([0.0, *[readings.ROUNDOFF] * 3] if cheap else [0.0]))
     rounded = _largest(off(u) for u in [BFLOAT16] * 4) if cheap else {}
     figures = figures.model_copy(update={"single": single, "rounded": rounded})
     return {name: array.astype(np.float32) for name, array in arrays.items()}, figures
@@ -188,20 +173,6 @@ def _largest(found: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 # -- a variant ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Reading:
-    """One figure of one case; `worst` names the tensor. `of`: the numbers that it is a mean of, where they may be few.
-
-    `least`: a limit that its own rounding needs.
-    """
-
-    quantity: str
-    value: float
-    worst: str | None = None
-    of: int | None = None
-    least: float = 0.0
 
 
 def _limit(reading: Reading, case: Case, figures: Figures, precision: str) -> float:
@@ -301,14 +272,18 @@ class Held:
                 # The clip left so much of the gradients. It is undone by the norm that is compared on its own.
                 clip = backend.options.grad_clip
                 left = (1 - backend.options.beta1) * (min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
-                yield from _gradients(case, {n: m / left for n, m in after.exp_avg.items()}, self.arrays, "gradients")
+                yield from readings.gradients_off(
+                    case, {n: m / left for n, m in after.exp_avg.items()}, self.arrays, "gradients"
+                )
                 if case.name == "full":
                     backend.restore(before)
-                    self.varies = _varies((loss, norm, after), self._step(step))
-            yield from _update_rule(backend.options, before, after, RATES[step], step + 1)
+                    self.varies = readings.varying((loss, norm, after), self._step(step))
+            yield from readings.update_rule(backend.options, before, after, RATES[step], step + 1)
             before = after
-        yield from _figures(case, self.figures, losses, norms)
-        yield from _changes({n: before.weights[n].astype(np.float64) - w for n, w in start.items()}, self.arrays)
+        yield from readings.figures_off(case, self.figures, losses, norms)
+        yield from readings.changes(
+            {n: before.weights[n].astype(np.float64) - w for n, w in start.items()}, self.arrays
+        )
 
     def _step(self, step: int) -> tuple[float, float, TrainState]:
         starts = windows(self.corpus, self.case, self.config, step)
@@ -325,18 +300,22 @@ class Held:
         rows = slice(0, case.looked_at)
         idx, which = first[rows, :-1], which.ravel()[rows]
         logits = looking.logits(idx)
-        yield from _logits(logits, exact, which)
+        yield from readings.logits_off(logits, exact, which)
         if case.spec.block_size > 1 and case.spec.vocab_size > 1:
             for at in places(case.spec.block_size, len(idx), self.config.seed):
-                yield _causality(looking, idx, logits, at)
+                yield readings.causality(looking, idx, logits, at)
         if case.name == "full":  # one graph for torch.compile less elsewhere
             starts = np.array(self.figures.val_starts)
             evaluated, again = (looking.evaluate("val", starts) for _ in range(2))
-            yield _evaluated(evaluated, self.figures)
-            yield Reading("evaluation", _relative(again, evaluated, LEAST_LOSS), "once more")
+            yield readings.evaluated(evaluated, self.figures)
+            yield Reading("evaluation", readings.relative(again, evaluated, readings.LEAST_LOSS), "once more")
             distinct, which = np.unique(starts, return_inverse=True)
-            losses = _losses(looking, tokens.windows("val", distinct))
-            yield Reading("evaluation", _relative(evaluated, losses[which].mean(), LEAST_LOSS), "from its own logits")
+            losses = readings.losses_of(looking, tokens.windows("val", distinct))
+            yield Reading(
+                "evaluation",
+                readings.relative(evaluated, losses[which].mean(), readings.LEAST_LOSS),
+                "from its own logits",
+            )
 
     def _in_training(self) -> Iterator[Reading]:
         """Gradients of other weights and tokens in training mode, and whether targets see later tokens there."""
@@ -344,7 +323,7 @@ class Held:
         if asked is None:
             return
         loss, gradients = self.backend.gradients(asked.idx, asked.targets)
-        yield from _probed(self.case, self.figures, loss, gradients, self.arrays)
+        yield from readings.probed(self.case, self.figures, loss, gradients, self.arrays)
         first = gradients["transformer.wte.weight"][asked.markers]
 
         def differs(targets: np.ndarray) -> float:
@@ -352,142 +331,9 @@ class Held:
             return float(np.abs(other - first).max() / (np.abs(first).max() or 1.0))
 
         off = differs(asked.other)
-        if off > 0 and off <= VARIES * differs(asked.targets):
+        if off > 0 and off <= readings.VARIES * differs(asked.targets):
             off = 0.0
         yield Reading("causality, gradients", off, "of later tokens")
-
-
-# -- readings of what a variant, or float32 on the CPU, computed ------------------------------------------------------
-
-
-def _logits(logits: np.ndarray, exact: np.ndarray, which: Iterable[int]) -> Iterator[Reading]:
-    """Logits (B, T, V) against `exact` ones, of which row b of the batch is which[b]; a row at a time, for memory."""
-    which = list(which)
-    off = [np.abs(row - exact[i]).max() for row, i in zip(logits, which, strict=True)]
-    yield Reading("logits", float(np.max(off)) / float(np.abs(exact).max() or 1.0))
-    product = sum(_dot(row, exact[i]) for row, i in zip(logits, which, strict=True))
-    square = sum(_dot(exact[i], exact[i]) for i in which)
-    yield Reading("logits, factor", abs(product / square - 1.0) if square else 0.0, of=exact.size)
-
-
-def _losses(backend: Backend, tokens: np.ndarray) -> np.ndarray:
-    """The mean loss of each window, tokens (B, T + 1), made of the logits that the back end gives a few at a time."""
-    logits = backend.logits(tokens[:, :-1]).astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    chosen = np.take_along_axis(logits, tokens[:, 1:, None].astype(np.int64), -1)[..., 0]
-    return (np.log(np.exp(logits).sum(-1)) - chosen).mean(1)
-
-
-def _evaluated(loss: float, exact: Figures) -> Reading:
-    return Reading("loss", _relative(loss, exact.val_loss, LEAST_LOSS), "evaluation")
-
-
-def _figures(case: Case, exact: Figures, losses: Sequence[float], norms: Sequence[float]) -> Iterator[Reading]:
-    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-        yield Reading("loss", _relative(loss, exact.losses[step], LEAST_LOSS), f"step {step + 1}")
-        off = _relative(norm, exact.norms[step])
-        if step > 0 and case.name == "full":
-            yield Reading("gradient norm, later steps", off, f"step {step + 1}")
-        if step == 0 and case.name != "own":  # trained weights may magnify rounding
-            yield Reading("gradient norm", off)
-
-
-def _gradients(
-    case: Case, ours: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], kind: str, place: str = ""
-) -> Iterator[Reading]:
-    """Gradients against those of the reference: of the very step that is timed, or of the probe."""
-    factors: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
-    least = LEAST_SHARE * _size(arrays[f"{kind}/{name}"] for name in ours)
-    for name, gradient in ours.items():
-        exact = arrays[f"{kind}/{name}"]
-        yield Reading("gradients", _difference(gradient, exact, least)[0], name + place)
-        each = re.sub(r"\.h\.\d+\.", ".h.*.", name)
-        # Queries' and keys' gradients are small in a fresh model: apart, or what is wrong drowns in the values'.
-        parts = ("q", "k", "v") if each.endswith("c_attn.weight") else ("",)
-        for part, a, b in zip(parts, np.split(gradient, len(parts)), np.split(exact, len(parts)), strict=True):
-            key = f"{each} {part}".rstrip()
-            factors.setdefault(key, []).append(_difference(a, b, least)[1])
-            counts[key] = counts.get(key, 0) + a.size
-    if case.name != "full" or kind == "probe":  # elsewhere the factor itself is noise in 16 bits
-        return
-    for key, off in factors.items():  # an operator that is off is off in every layer; rounding averages out
-        yield Reading("gradients, factor", abs(sum(off) / len(off)), key, of=counts[key])
-
-
-def _probed(
-    case: Case, exact: Figures, loss: float, gradients: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]
-) -> Iterator[Reading]:
-    yield Reading("loss", _relative(loss, exact.probe_loss or 0.0, LEAST_LOSS), "probe")
-    yield from _gradients(case, gradients, arrays, "probe", ", probe")
-
-
-def _changes(ours: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> Iterator[Reading]:
-    exact = {name: arrays[f"change/{name}"] * arrays[f"size/{name}"] for name in ours}  # tolerances.py says why
-    least = LEAST_SHARE * _size(exact.values())
-    for name, change in ours.items():
-        off = _difference(change * arrays[f"size/{name}"], exact[name], least)[0]
-        yield Reading("weights after 3 steps", off, name)
-
-
-def _causality(looking: Backend, idx: np.ndarray, logits: np.ndarray, at: np.ndarray) -> Reading:
-    """The largest change of a logit before token at[b] of row b when that token changes."""
-
-    def differences(other: np.ndarray) -> np.ndarray:
-        return np.array([np.abs(a[:t] - b[:t]).max() for a, b, t in zip(other, logits, at, strict=True)])
-
-    found = differences(looking.logits(changed(idx, at)))
-    if found.max() > 0 and found.max() <= VARIES * differences(looking.logits(idx)).max():
-        found[:] = 0.0  # the same tokens give other logits by as much
-    worst = int(np.argmax(found))
-    return Reading("causality", float(found[worst]), f"before token {at[worst]}")
-
-
-def _varies(one: tuple[float, float, TrainState], other: tuple[float, float, TrainState]) -> str | None:
-    """What of a step, done twice, differs in its bits: the tensors' gradients in the first moments, or the figures."""
-    kept, again = one[2].exp_avg, other[2].exp_avg
-    off = [name for name in kept if not np.array_equal(kept[name], again[name], equal_nan=True)]
-    off += [what for what, a, b in zip(("loss", "gradient norm"), one, other, strict=False) if a != b and a == a]
-    return f"{off[0]}, and {len(off) - 1} more" if len(off) > 1 else off[0] if off else None
-
-
-def _update_rule(
-    options: base.BackendOptions, before: TrainState, after: TrainState, lr: float, step: int
-) -> Iterator[Reading]:
-    """Each update against AdamW in float64 from the variant's own moments: the same in every dtype."""
-    for name, w in before.weights.items():
-        w64, m, v = (a.astype(np.float64) for a in (w, after.exp_avg[name], after.exp_avg_sq[name]))
-        m, v = m / (1 - options.beta1**step), v / (1 - options.beta2**step)
-        decay = options.weight_decay if w.ndim >= 2 else 0.0
-        exact = -lr * (decay * w64 + m / (np.sqrt(v) + 1e-8))
-        rounding = 2 * ROUNDOFF * float(np.linalg.norm(w64)) / (float(np.linalg.norm(exact)) or 1.0)
-        off = _difference(after.weights[name] - w64, exact)[0]
-        yield Reading("update rule", off, f"{name}, step {step}", least=rounding)
-
-
-def _relative(ours: float, exact: float, least: float = 0.0) -> float:
-    return abs(ours - exact) / (max(abs(exact), least) or 1.0)
-
-
-def _difference(ours: np.ndarray, exact: np.ndarray, least: float = 0.0) -> tuple[float, float]:
-    """Relative 2-norm of the difference, and the least-squares factor between the two less 1.
-
-    `least`: the 2-norm that the reference counts as having, at least.
-    """
-    a, b = ours.astype(np.float64).ravel(), exact.astype(np.float64).ravel()
-    norm = max(float(np.linalg.norm(b)), least)
-    if norm == 0.0:
-        return float(np.linalg.norm(a)), 0.0
-    return float(np.linalg.norm(a - b)) / norm, float((a - b) @ b) / norm**2
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.dot(a.astype(np.float64).ravel(), b.astype(np.float64).ravel()))
-
-
-def _size(arrays: Iterable[np.ndarray]) -> float:
-    """The 2-norm of them all together."""
-    return math.sqrt(sum(_dot(a, a) for a in arrays))
 
 
 # -- the process ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the gate reads off a back end: a fault in each quantity moves that quantity and is named, in this process."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from nanogpt_mac.cli import compose
 from nanogpt_mac.corpus import prepare
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.parity import cases, check, reference, tolerances
+from nanogpt_mac.parity import readings as parts
 
 pytestmark = pytest.mark.xdist_group("parity")
 
@@ -225,14 +227,16 @@ def scaled(factor, part):
     return change
 
 
+DRIFT = (1 + 3e-6 * i for i in itertools.count())
 WTE, BIAS = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.bias"
 FAULTS = {
-    "logits 1 % off": ({"logits": lambda x, _: x * np.float32(1.01)}, {"logits", "logits, factor"}),
+    "logits 1 % off": ({"logits": lambda x, _: x * np.float32(1.01)}, {"logits", "logits, factor", "evaluation"}),
     "one logit off": (
         {"logits": lambda x, _: x + np.float32(1e-3) * (np.arange(x.size) == 5).reshape(x.shape)},
         {"logits"},
     ),
-    "evaluation off": ({"evaluate": lambda x, *_: x * (1 + 1e-4)}, {"loss"}),
+    "evaluation off": ({"evaluate": lambda x, *_: x * (1 + 1e-4)}, {"loss", "evaluation"}),
+    "an evaluation that does not repeat": ({"evaluate": lambda x, *_: next(DRIFT) * x}, {"evaluation"}),
     "loss off": ({"wait": lambda x, _: (x[0] * (1 - 1e-4), x[1])}, {"loss"}),
     "moment off": ({"state": scaled(1.001, ("exp_avg", BIAS))}, {"gradients", "gradients, factor", "update rule"}),
     "second moment off": ({"state": scaled(1.01, ("exp_avg_sq", BIAS))}, {"update rule"}),
@@ -318,18 +322,18 @@ IDX = np.array([[0, 5, 5, 3], [4, 4, 9, 0], [2, 2, 2, 1]])
 @pytest.mark.parametrize("row", [0, 2])
 def test_causality_is_the_largest_change_before_each_rows_own_token(row):
     leaky, at = Leaky(row), np.array([3, 1, 2])
-    found = check._causality(leaky, IDX, leaky.logits(IDX), at)
+    found = parts.causality(leaky, IDX, leaky.logits(IDX), at)
     assert (found.value, found.worst) == (1.0, f"before token {at[row]}")
     assert (leaky.calls[1] - IDX).tolist() == [[0, 0, 0, -1], [0, -1, 0, 0], [0, 0, -1, 0]]
     none = Leaky(slice(0, 0))
-    assert check._causality(none, IDX, none.logits(IDX), at).value == 0.0
+    assert parts.causality(none, IDX, none.logits(IDX), at).value == 0.0
     assert len(none.calls) == 2
     assert cases.changed(IDX, np.array([0, 3, 0]))[:, [0, 3]].tolist() == [[1, 3], [4, 1], [1, 1]]  # never below 0
 
 
 def test_what_varies_by_itself_is_no_leak():
     for leaky, expected in ((Leaky(slice(0, 0), 1e-3), 0.0), (Leaky(1, 1e-3), 1.0)):
-        found = check._causality(leaky, IDX, leaky.logits(IDX), np.array([3, 2, 2]))
+        found = parts.causality(leaky, IDX, leaky.logits(IDX), np.array([3, 2, 2]))
         assert found.value == pytest.approx(expected, abs=2e-3)
         assert len(leaky.calls) == 3
 
@@ -351,12 +355,12 @@ def test_a_step_that_differs_from_itself_is_not_deterministic(config, folder, mo
 
 def test_differences_and_factors_are_those_of_vectors():
     a, b = np.array([[3.0, 4.0]]), np.array([[3.0, 0.0]])
-    assert check._difference(a, b) == (pytest.approx(4 / 3), pytest.approx(0.0))
-    assert check._difference(1.01 * b, b) == (pytest.approx(0.01), pytest.approx(0.01))
-    assert check._difference(a, 0 * b) == (5.0, 0.0)
-    assert check._difference(a, b, least=8.0) == (pytest.approx(0.5), pytest.approx(0.0))
-    assert check._relative(0.9, -1.0) == pytest.approx(1.9)
-    assert check._relative(3.0, 2.0) == 0.5
+    assert parts.difference(a, b) == (pytest.approx(4 / 3), pytest.approx(0.0))
+    assert parts.difference(1.01 * b, b) == (pytest.approx(0.01), pytest.approx(0.01))
+    assert parts.difference(a, 0 * b) == (5.0, 0.0)
+    assert parts.difference(a, b, least=8.0) == (pytest.approx(0.5), pytest.approx(0.0))
+    assert parts.relative(0.9, -1.0) == pytest.approx(1.9)
+    assert parts.relative(3.0, 2.0) == 0.5
 
 
 def test_the_update_rule_is_adamws():
@@ -378,7 +382,7 @@ def test_the_update_rule_is_adamws():
             w.grad = torch.from_numpy(rng.standard_normal(w.shape))
         optimizer.step()
         after = state()
-        found = list(check._update_rule(options, before, after, 0.01, step))
+        found = list(parts.update_rule(options, before, after, 0.01, step))
         assert [r.worst for r in found] == [f"m, step {step}", f"v, step {step}"]
         assert all(r.value < 1e-12 for r in found)
         before = after
@@ -392,7 +396,7 @@ def test_queries_keys_and_values_are_read_apart():
     off = np.repeat([1.0, 1.02, 1.0], 2)[:, None]  # the keys of layer 1
     ours = {n: g * (off if n == names[1] else 1.0) for n, g in exact.items()}
     arrays = {f"gradients/{n}": g for n, g in exact.items()}
-    found = list(check._gradients(case, ours, arrays, "gradients"))
+    found = list(parts.gradients_off(case, ours, arrays, "gradients"))
     each = {r.worst: r.value for r in found if r.quantity == "gradients"}
     assert each[names[0]] == pytest.approx(0, abs=1e-12)
     keys = np.linalg.norm(0.02 * exact[names[1]][2:4]) / np.linalg.norm(exact[names[1]])
@@ -401,7 +405,7 @@ def test_queries_keys_and_values_are_read_apart():
     kind = "transformer.h.*.attn.c_attn.weight"
     assert factors == pytest.approx({f"{kind} q": 0, f"{kind} k": 0.01, f"{kind} v": 0, names[2]: 0}, abs=1e-9)
     assert {r.of for r in found if r.quantity == "gradients, factor"} == {2, 8}
-    odd = list(check._gradients(dataclasses.replace(case, name="odd"), ours, arrays, "gradients"))
+    odd = list(parts.gradients_off(dataclasses.replace(case, name="odd"), ours, arrays, "gradients"))
     assert {r.quantity for r in odd} == {"gradients"}
 
 

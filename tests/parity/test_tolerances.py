@@ -20,7 +20,8 @@ def test_limits_are_above_rounding_and_below_what_a_fault_does(name):
     assert limits["update rule"] == 2e-4
     for quantity, limit in limits.items():
         if quantity not in EXACT:
-            assert ROUNDOFF[name] / 4 < limit <= 0.5, quantity
+            share = 10 if quantity == "evaluation" else 4  # of a mean over many tokens there is less left
+            assert ROUNDOFF[name] / share < limit <= 0.5, quantity
     assert limits["logits, factor"] < 0.01  # one operator off by 1 % is above one of these at least
     assert limits["gradients, factor"] < 0.01
 
