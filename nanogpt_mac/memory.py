@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.config import Config
 from nanogpt_mac.corpus import vocab_size
 from nanogpt_mac.errors import InputError
@@ -78,7 +79,8 @@ def check(config: Config, backend: str, memory: int | None = None) -> None:
 
 def of(backend: str) -> int:
     """Bytes that `backend` can have here at most: a GPU's own, else the machine's (or its container's) with swap."""
-    if backend == "cuda":
+    kind = kinds.KINDS.get(backend)
+    if kind and kind.nvidia:
         try:
             with nvml.device() as (pynvml, handle):
                 return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)

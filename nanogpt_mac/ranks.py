@@ -23,8 +23,9 @@ SIZES = (  # of all processes; 1 is a launcher that started one, as submitit's d
 RANKS = ("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "MLX_RANK")
 
 
-def refuse_several(environment: Mapping[str, str] = os.environ) -> None:
+def refuse_several(environment: Mapping[str, str] | None = None) -> None:
     """InputError where this process is one of several: each would train the same run."""
+    environment = os.environ if environment is None else environment
     for names, least in ((SIZES, 2), (RANKS, 1)):
         for name in names:
             if _number(environment.get(name)) >= least:

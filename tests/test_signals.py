@@ -228,7 +228,7 @@ def test_at_random_moments_both_signals_end_it_in_time(name, moments, tmp_path):
         (folder / "text.txt").write_text(text)
         temporary = tmp_path / f"{number}-temporary"
         temporary.mkdir()
-        if name == "sample":
+        if argv is SAMPLE:
             argv = [*argv, f"run={whole / 'run'}", f"data_dir={whole / 'data'}"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
         argv = [sys.executable, str(ROOT / argv[0]), *argv[1:]]

@@ -102,6 +102,7 @@ class Kind:
     rank: Mapping[str, int] = field(default_factory=dict)  # sys.platform -> place in backend=auto; absent: never taken
     settings: type | None = None  # a dataclass of its own keys, backend.KEY; see `setting`
     caches: Mapping[str, str] = field(default_factory=dict)  # variable that says where compiled code is kept -> folder
+    nvidia: bool = False  # it computes in the memory of an NVIDIA card, not in the machine's
     out_of_memory: str = ""  # a pattern of the line in a log that says so
     missing_operator: str = ""
 

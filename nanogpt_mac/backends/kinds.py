@@ -162,6 +162,7 @@ KINDS: dict[str, Kind] = {
         ),
         Torch(
             name="cuda",
+            nvidia=True,
             label="CUDA",
             devices=(
                 Capabilities(

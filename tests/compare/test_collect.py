@@ -482,7 +482,7 @@ def test_a_newer_plan_is_read_for_what_is_known_of_it(compared):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99, "of_the_future": 1}))
 
     found, _ = compared([CPU], rounds=1, damage=newer)
-    assert found["warnings"][0].startswith("plan.json has schema 99, newer than this program's 2")
+    assert found["warnings"][0].startswith("plan.json has schema 99, newer than this program's 3")
 
 
 @pytest.mark.parametrize("damage", [{"state": None}, {"state": "fine"}, {"state": ["pass"]}, 7, None])

@@ -384,7 +384,7 @@ def test_error_ends_the_run_before_training(monkeypatch, tmp_path, capsys, found
     for document, said in ((found, "gelu.out"), (doubtful, "incomplete: not reached: clip")):
         monkeypatch.setattr(runtime, "check", lambda config, spec, resident, document=document: document)
         folder = tmp_path / said
-        assert train_run.run(cli.compose([*overrides, f"run_dir='{folder}'"])) == 3
+        assert train_run.run(cli.compose([*overrides, f"run_dir={folder}"])) == 3
         assert [p.name for p in folder.iterdir()] == ["fallbacks.json"]
         written = json.loads((folder / "fallbacks.json").read_text())
         assert tuple(written["why_incomplete"]) == document.why_incomplete

@@ -50,7 +50,7 @@ def test_uv_brings_a_python_where_python3_is_too_old(make):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "python3 is not Python 3.11 or later: uv brings 3.12\n"
     assert calls[0] == "uv venv --quiet --allow-existing --python 3.12 .venv"
-    assert calls[1] == "uv pip install --python .venv/bin/python -c requirements.lock -e .[test]"
+    assert calls[1] == "uv pip install --python .venv/bin/python -c requirements.lock -e .[test,sweep]"
 
 
 @pytest.mark.parametrize("python", [OLD, None], ids=["old", "absent"])
