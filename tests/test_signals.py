@@ -188,7 +188,7 @@ def test_what_is_made_aside_is_gone_after_a_fault_and_kept_after_none(tmp_path):
 
 TRAIN = ["train.py", "experiment=smoke", "backend=cpu", "data=text", "path=text.txt", "data.tokenizer=bpe",
          "data.vocab_size=2000", "max_iters=300", "eval_interval=50", "sample_tokens=300", "run_dir=run"]  # fmt: skip
-SAMPLE = ["sample.py", "backend=cpu", "max_new_tokens=3000", "num_samples=5"]
+SAMPLE = ["sample.py", "backend=cpu", "max_new_tokens=1000", "num_samples=2"]
 COMPARE = ["compare.py", "experiment=smoke", "variants=[cpu,mlx]", "data=text", "path=text.txt", "rounds=1", "iters=30",
            "run_dir=run"]  # fmt: skip
 

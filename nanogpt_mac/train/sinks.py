@@ -136,8 +136,8 @@ def open_wandb(config: Config, folder: Path, facts: RunFacts) -> Sink:
     with _an_id_of_its_own(), _refused(folder, mode):
         run = wandb.init(
             project=w.project or given("WANDB_PROJECT") or "nanogpt-mac",
-            entity=w.entity,  # as the group: wandb looks at its variable by itself
-            group=w.group,
+            entity=w.entity or given("WANDB_ENTITY"),
+            group=w.group or given("WANDB_RUN_GROUP"),
             name=w.name or given("WANDB_NAME") or folder.name,
             tags=[*(w.tags or filter(None, given("WANDB_TAGS", "").split(","))), facts.backend, facts.corpus],
             mode=cast(Any, mode),
