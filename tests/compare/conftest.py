@@ -1,9 +1,12 @@
-"""What tests of the runner share: plans whose variants are fakes."""
+"""What tests of the runner and of its folders share: plans whose variants are fakes, comparisons made up."""
 
+import json
 from pathlib import Path
 
 import pytest
+from fakes.comparisons import write_comparison
 
+from nanogpt_mac.compare.collect import collect
 from nanogpt_mac.compare.runner import ComparisonRunner
 from nanogpt_mac.config import BackendConfig, Config
 from nanogpt_mac.files import write_json
@@ -48,3 +51,19 @@ def plan(tmp_path):
 
     make.again = runner
     return make
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """write_comparison and collect, with small defaults; the document's variants also by name."""
+
+    def build(variants, rounds=6, iters=30, noise=0.004, seed=1, damage=None, **options):
+        folder = tmp_path / f"compare-{len(list(tmp_path.iterdir()))}"
+        write_comparison(folder, variants, rounds, iters, noise, seed, **options)
+        if damage:
+            damage(folder)
+        found = collect(folder).document()
+        json.dumps(found, allow_nan=False)  # what it is for
+        return found, {variant["name"]: variant for variant in found["variants"]}
+
+    return build
