@@ -254,8 +254,8 @@ class Tokens:
     block_size: int = 0
 
     def windows(self, split: str, starts: np.ndarray) -> np.ndarray:
-        """Gather on the host: int32 (len(starts), block_size + 1)."""
-        offsets = starts[:, None] + np.arange(self.block_size + 1)
+        """Gather on the host: int32 (..., block_size + 1)."""
+        offsets = starts[..., None] + np.arange(self.block_size + 1)
         return self.splits[split][offsets].astype(np.int32)
 
 

@@ -47,6 +47,8 @@ class TorchSettings:
     """torch.compile's `mode`."""
     fused_adamw: bool | None = setting(None)
     """AdamW as one kernel; null is "wherever torch has it"."""
+    cuda_graph: bool | None = setting(None)
+    """A whole iteration as one CUDA graph; null is "on CUDA, when it is compiled"."""
 
 
 class Torch(Kind):

@@ -1,64 +1,101 @@
-"""torch's AdamW without `torch.optim.Optimizer`, whose constructor imports Dynamo: half of an eager run's imports."""
+"""AdamW with nanoGPT's two groups on flat buffers: weights, gradients and moments of a model lie in one each.
+
+An iteration then clips and updates with a handful of kernels, where one a tensor costs more than their work on a GPU.
+`torch.optim.Optimizer` is not used: its constructor imports Dynamo, which is half of an eager run's imports.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
+
+ALIGNED = 16  # floats; vector instructions and the matrix product of a GPU want tensors to begin at 64 bytes
 
 
 class AdamW:
-    """AdamW with nanoGPT's two groups: matrices and embeddings decay, vectors do not.
+    """Matrices and embeddings decay, vectors do not; the arithmetic is torch's own.
 
-    The arithmetic is torch's own functional AdamW. Moments and steps lie open: float32, on the parameters' device
-    (steps on the host unless `fused`; None takes torch's default). GradScaler takes it for an optimizer and asks by
+    `parameters` become views of the flat float32 `weights`; `moments` holds views, first and second, by name. Steps lie
+    on the host unless the update is fused or capturable. GradScaler takes it for an optimizer and asks by
     `_step_supports_amp_scaling` whether `step` itself heeds the `found_inf` that it sets: its contract with optimizers
     that are not torch's, as grad_scaler.py says.
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], betas: tuple[float, float], weight_decay: float, fused: bool | None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        betas: tuple[float, float],
+        weight_decay: float,
+        fused: bool,
+        capturable: bool = False,
     ) -> None:
-        parameters = list(parameters)
-        self.param_groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        self.betas, self.fused, self.capturable = betas, fused, capturable
+        self._step_supports_amp_scaling = fused
+        ordered = sorted(parameters, key=lambda name: parameters[name].dim() < 2)  # stable: matrices first
+        ends = [0]
+        for name in ordered:
+            ends.append(ends[-1] + -(-parameters[name].numel() // ALIGNED) * ALIGNED)
+        device = parameters[ordered[0]].device
+        flat = [torch.zeros(ends[-1], device=device) for _ in range(4)]
+        self.weights, self.gradients, moment, square = flat
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, start in zip(ordered, ends, strict=False):
+            p = parameters[name]
+            view, *moments = (b[start : start + p.numel()].view_as(p) for b in (self.weights, moment, square))
+            p.data, self.moments[name] = view.copy_(p.data), (moments[0], moments[1])
+        self.ordered = [parameters[name] for name in ordered]
+        self._gaps = [
+            torch.zeros(end - start - p.numel(), device=device)
+            for p, start, end in zip(self.ordered, ends, ends[1:], strict=False)
         ]
-        self.betas, self.fused = betas, fused
-        self._step_supports_amp_scaling = bool(fused)
-        self.exp_avg = {p: torch.zeros_like(p) for p in parameters}
-        self.exp_avg_sq = {p: torch.zeros_like(p) for p in parameters}
-        self.steps = {p: torch.zeros((), device=p.device if fused else None) for p in parameters}
+        split = ends[sum(p.dim() >= 2 for p in self.ordered)]
+        decay, no_decay = ([part[:split] for part in flat], [part[split:] for part in flat])
+        self._groups = ((decay, weight_decay), (no_decay, 0.0))
+        first, second = (torch.zeros((), device=device if fused or capturable else None) for _ in range(2))
+        self.steps = (first, first) if fused else (first, second)  # torch's own function counts for each group
+        self.param_groups = [{"params": [weights]} for (weights, *_), _ in self._groups]  # as GradScaler reads them
+        for (weights, gradients, *_), _ in self._groups:
+            weights.grad = gradients
+
+    def take(self, gradients: Sequence[Tensor], add: bool = False) -> None:
+        """Take, or add to those taken, the gradients of `ordered`."""
+        parts = [t for g, gap in zip(gradients, self._gaps, strict=True) for t in (g.reshape(-1), gap) if t.numel()]
+        if add:
+            self.gradients.add_(torch.cat(parts))
+        else:
+            torch.cat(parts, out=self.gradients)
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients to a global norm of at most `limit` (0: leave them); the norm before, ()."""
+        norm = torch.linalg.vector_norm(self.gradients)
+        if limit:
+            self.gradients.mul_(torch.clamp(limit / (norm + 1e-6), max=1.0))  # as torch.nn.utils.clip_grad_norm_
+        return norm
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Update every parameter that has a gradient. RuntimeError where torch has no fused AdamW for the device."""
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            adamw(
-                parameters,
-                [p.grad for p in parameters],
-                [self.exp_avg[p] for p in parameters],
-                [self.exp_avg_sq[p] for p in parameters],
-                [],
-                [self.steps[p] for p in parameters],
-                fused=self.fused,
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
-                amsgrad=False,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                lr=lr,
-                weight_decay=group["weight_decay"],
-                eps=1e-8,
-                maximize=False,
-            )
-
-    def zero_grad(self) -> None:
-        """Free all gradients."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
+    def step(self, lr: float | Tensor) -> None:
+        """Update the weights. RuntimeError where torch has no fused AdamW for the device."""
+        beta1, beta2 = self.betas
+        given: dict[str, Any] = {
+            "amsgrad": False,
+            "maximize": False,
+            "lr": lr,
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": 1e-8,
+        }
+        found_inf = getattr(self, "found_inf", None)
+        if self.fused:
+            self.steps[0].add_(1.0)
+            given["found_inf"] = found_inf
+        else:
+            given["capturable"] = self.capturable
+        update: Any = torch._fused_adamw_ if self.fused else adamw
+        for (buffers, weight_decay), steps in zip(self._groups, self.steps, strict=True):
+            update(*([buffer] for buffer in buffers), [], [steps], weight_decay=weight_decay, **given)
+        if self.fused and found_inf is not None:
+            self.steps[0].sub_(found_inf)  # a step that the kernel left out

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base
@@ -49,6 +51,38 @@ def _rounds() -> bool:
         torch.set_float32_matmul_precision(before)
 
 
+class Graphed:
+    """A function of one CUDA tensor, of one shape, recorded as a CUDA graph after `warmup` calls and replayed.
+
+    A replay reads the random generator as it is then, so a seed set before decides the dropout masks. The result is
+    overwritten by the next replay.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], warmup: int = 3) -> None:
+        self.function, self.left = function, warmup
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.argument = self.result = torch.empty(0)
+
+    def __call__(self, argument: Tensor) -> Tensor:
+        if self.graph is not None:
+            self.argument.copy_(argument)
+            self.graph.replay()
+            return self.result
+        stream = torch.cuda.Stream()  # libraries prepare themselves once a stream, which a recording cannot hold
+        stream.wait_stream(torch.cuda.current_stream())
+        if self.left > 0:
+            self.left -= 1
+            with torch.cuda.stream(stream):
+                result = self.function(argument)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        self.argument, graph = argument.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self.result = self.function(self.argument)
+        self.graph = graph
+        return self(argument)
+
+
 class TorchBackend(Backend):
     LEVERS = (
         Lever(
@@ -64,6 +98,12 @@ class TorchBackend(Backend):
             lambda here, config: (
                 (here.device, config.dtype, config.matmul_precision) == ("cpu", "float32", "highest") and _rounds()
             ),
+        ),
+        Lever(
+            "backend.cuda_graph",
+            False,
+            "every kernel of an iteration sent by the host",
+            lambda here, config: here.device == "cuda" and config.backend.cuda_graph is not False,
         ),
         Lever(
             "backend.compile_mode", "reduce-overhead", "the loss as CUDA graphs", lambda here, _: here.device == "cuda"
@@ -85,12 +125,13 @@ class TorchBackend(Backend):
         self.accelerator = None if options.name == "cpu" else getattr(torch, options.name)  # torch.mps, torch.cuda
         torch.set_float32_matmul_precision(options.matmul_precision)
         self.dtype = getattr(torch, options.dtype)
-        self.model = GPT(spec).to(self.device)
-        self.parameters = dict(self.model.named_parameters())
+        self.model = GPT(spec, self._few_kernels()).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
         if options.compile:
             self.loss = torch.compile(self.model.loss, dynamic=False, mode=self.settings.compile_mode)
-        self.optimizer, fused = self._adamw()
+        graph = self._cuda_graph()
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer, fused = self._adamw(capturable=graph)
         self.scaler: Any = torch.amp.GradScaler(  # whose types ask for an optimizer of torch's own
             self.device.type,
             INIT_LOSS_SCALE,
@@ -100,33 +141,49 @@ class TorchBackend(Backend):
             enabled=options.dtype == "float16",
         )
         self.resident = {
-            split: torch.from_numpy(array.astype(np.int32)).to(self.device)
+            split: torch.from_numpy(array.astype(np.int64)).to(self.device)
             for split, array in tokens.splits.items()
             if len(array) <= options.resident_tokens
         }
         self.offsets = torch.arange(spec.block_size + 1, device=self.device)
+        self.lr: float | Tensor = torch.zeros((), device=self.device) if graph else 0.0
         self.sources: list[Tensor] = []
         self.iteration = 0
-        self.details = {"fused_adamw": fused, "resident_data": sorted(self.resident)}
+        self.train_windows: Callable[[Tensor], Tensor] = Graphed(self._train) if graph else self._train
+        self.evaluate_window: Callable[[Tensor], Tensor] = Graphed(self._evaluate) if graph else self._evaluate
+        self.details = {"fused_adamw": fused, "cuda_graph": graph, "resident_data": sorted(self.resident)}
 
     @classmethod
     def device_of(cls, kind: Kind) -> str:
         return simulator.DEVICE_NAME if kind.name == "mps" and simulator.active() else kind.name
 
-    def _adamw(self) -> tuple[AdamW, bool]:
+    def _few_kernels(self) -> bool:
+        """Where a launch costs more than its work (MPS), or torch's own attention is slow (a CPU in 16 bits)."""
+        return self.device.type == "mps" or (self.device.type == "cpu" and self.dtype != torch.float32)
+
+    def _cuda_graph(self) -> bool:
+        """Whether an iteration is one CUDA graph: when it is compiled, unless told otherwise."""
+        asked, mode = self.settings.cuda_graph, self.settings.compile_mode
+        own = self.options.compile and mode in ("reduce-overhead", "max-autotune")  # torch.compile makes graphs itself
+        if asked and (self.device.type != "cuda" or own):
+            why = f"backend.compile_mode={mode} makes graphs of its own" if own else f"{self.options.name} has none"
+            raise InputError(f"backend.cuda_graph=true: {why}; use null or false")
+        return self.device.type == "cuda" and not own and (self.options.compile if asked is None else asked)
+
+    def _adamw(self, capturable: bool) -> tuple[AdamW, bool]:
         """AdamW, fused wherever torch has it for this device unless told otherwise; whether it is."""
         o = self.options
         why_not = "was asked for" if self.settings.fused_adamw is False else self._fused_adamw_fault()
         if why_not and self.settings.fused_adamw:
             raise InputError(f"backend.fused_adamw=true: torch {torch.__version__} {why_not}; use null or false")
-        fused = None if why_not else True
-        return AdamW(self.parameters.values(), (o.beta1, o.beta2), o.weight_decay, fused), not why_not
+        fused = not why_not
+        return AdamW(self.parameters, (o.beta1, o.beta2), o.weight_decay, fused, capturable), fused
 
     def _fused_adamw_fault(self) -> str | None:
         """What is wrong with torch's fused AdamW on this device, asked by trying it."""
-        p = torch.ones(1, device=self.device, requires_grad=True)
-        p.grad = torch.ones_like(p)
-        optimizer: Any = AdamW([p], (0.9, 0.999), weight_decay=0.0, fused=True)
+        p = torch.nn.Parameter(torch.ones(1, device=self.device))
+        optimizer: Any = AdamW({"p": p}, (0.9, 0.999), weight_decay=0.0, fused=True)
+        optimizer.take([torch.ones_like(p)])
         optimizer.found_inf = torch.ones((), device=self.device)  # what GradScaler sets after an overflow
         try:
             optimizer.step(lr=1.0)
@@ -139,8 +196,8 @@ class TorchBackend(Backend):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def batch(self, split: str, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Tokens and targets, int64 (B, T) each, gathered on the device where the split lives there.
+    def windows(self, split: str, starts: np.ndarray) -> Tensor:
+        """Windows at `starts`, int64 (..., T + 1), gathered on the device where the split lives there.
 
         The copy to the device does not wait: on MPS a blocking one would drain the queue. It reads its source later
         (pytorch issue 189690), so `sources` keeps that alive until the iteration is complete.
@@ -149,9 +206,7 @@ class TorchBackend(Backend):
         source = torch.from_numpy(starts if resident else self.tokens.windows(split, starts))
         self.sources.append(source)
         moved = source.to(self.device, non_blocking=True)
-        window = self.resident[split][moved[:, None] + self.offsets] if resident else moved
-        window = window.long()
-        return window[:, :-1], window[:, 1:]
+        return self.resident[split][moved.unsqueeze(-1) + self.offsets] if resident else moved.long()
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -159,27 +214,34 @@ class TorchBackend(Backend):
         torch.manual_seed(base.step_seed(self.options.seed, self.iteration))  # dropout: a function of the iteration
         self.iteration += 1
         self.model.train()
+        self.lr = self.lr.fill_(lr) if isinstance(self.lr, Tensor) else lr
         with self.phase("forward"):
-            total = torch.zeros((), device=self.device)
-        for micro_starts in starts:
-            with self.phase("forward"):
-                x, y = self.batch("train", micro_starts)
-                with self.autocast():
-                    loss = self.loss(x, y) / len(starts)
-                total += loss.detach()
+            windows = self.windows("train", starts)  # (accumulation, B, T + 1)
+        result = self.train_windows(windows)
+        with self.phase("result"):
+            return self._handle(result)
+
+    def _train(self, windows: Tensor) -> Tensor:
+        """One iteration on `windows`, int64 (accumulation, B, T + 1): its mean loss and its gradient norm, (2,)."""
+        total = torch.zeros(())
+        for number, window in enumerate(windows):
+            with self.phase("forward"), self.autocast():
+                loss = self.loss(window[:, :-1], window[:, 1:])
+                if len(windows) > 1:
+                    loss = loss / len(windows)
                 scaled = self.scaler.scale(loss)
             with self.phase("backward"):
-                scaled.backward()
+                gradients = torch.autograd.grad(scaled, self.optimizer.ordered)
+                self.optimizer.take(gradients, add=number > 0)
+                total = total + loss.detach() if number else loss.detach()
         with self.phase("clip"):
             self.scaler.unscale_(self.optimizer)
-            limit = self.options.grad_clip or float("inf")
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+            norm = self.optimizer.clip(self.options.grad_clip)
         with self.phase("optimizer"):
-            self.scaler.step(self.optimizer, lr)
+            self.scaler.step(self.optimizer, self.lr)
             self.scaler.update()
-            self.optimizer.zero_grad()  # frees them now: the next forward pass has no use for them
         with self.phase("result"):
-            return self._handle(torch.stack((total, norm)))
+            return torch.stack((total, norm))
 
     def _handle(self, result: Tensor) -> Handle:
         """Send the result to the host behind the iteration's work, so that reading it later drains nothing."""
@@ -206,12 +268,14 @@ class TorchBackend(Backend):
         with self.phase("evaluation"):
             total = torch.zeros((), device=self.device)
             for batch_starts in starts:
-                x, y = self.batch(split, batch_starts)
-                with self.autocast():
-                    total += self.loss(x, y)
+                total += self.evaluate_window(self.windows(split, batch_starts))
             mean = total.item() / len(starts)
         self.sources.clear()
         return mean
+
+    def _evaluate(self, window: Tensor) -> Tensor:
+        with self.autocast():
+            return self.loss(window[:, :-1], window[:, 1:])
 
     # -- looking inside -----------------------------------------------------------------------------------------
 
@@ -228,23 +292,33 @@ class TorchBackend(Backend):
         torch.manual_seed(base.step_seed(self.options.seed, self.iteration))
         with self.autocast():
             loss = self.loss(self._tokens(tokens), self._tokens(targets))
-        self.scaler.scale(loss).backward()
-        scale = self.scaler.get_scale()
-        grads = {n: _numpy(p.grad) / np.float32(scale) for n, p in self.parameters.items() if p.grad is not None}
-        self.optimizer.zero_grad()
-        return loss.item(), grads
+        gradients = torch.autograd.grad(self.scaler.scale(loss), list(self.parameters.values()))
+        scale = np.float32(self.scaler.get_scale())
+        return loss.item(), {n: _numpy(g) / scale for n, g in zip(self.parameters, gradients, strict=True)}
 
     def decode(self) -> Callable[[np.ndarray], np.ndarray]:
-        cache = KVCache()
+        cache = KVCache(self.spec, self.device, self.dtype)
+
+        def logits(tokens: Tensor) -> Tensor:
+            with self.autocast(), self.decoding():
+                return self.model(tokens, cache)[0, -1]
+
+        graphed = Graphed(logits, warmup=0) if self.details["cuda_graph"] else logits  # of one token
 
         @torch.no_grad()
         def decoder(tokens: np.ndarray) -> np.ndarray:
             self.model.eval()
-            with self.phase("sampling"), self.autocast():
-                logits = self.model(self._tokens(tokens[None]), cache)
-                return logits[0, -1].cpu().numpy()
+            with self.phase("sampling"):
+                moved = torch.from_numpy(tokens[None].astype(np.int64)).to(self.device)
+                return (graphed if len(tokens) == 1 else logits)(moved).cpu().numpy()
 
         return decoder
+
+    def decoding(self) -> AbstractContextManager[Any]:
+        """Within, attention has no kernel that plans anew for every length of a prompt, as cuDNN's does."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
     def _tokens(self, tokens: np.ndarray) -> Tensor:
         """In the strides of a window less a token, those of `batch`: others would be compiled anew."""
@@ -252,8 +326,7 @@ class TorchBackend(Backend):
         return torch.from_numpy(wide).to(self.device)[:, :-1]
 
     def recover(self) -> None:
-        """Forget an iteration that an error ended: its gradients, and what its copies read from."""
-        self.optimizer.zero_grad()
+        """Forget an iteration that an error ended: what its copies read from."""
         self.sources.clear()
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -262,9 +335,9 @@ class TorchBackend(Backend):
         state = TrainState.fresh({name: _numpy(p) for name, p in self.parameters.items()})
         state.iteration = self.iteration
         optimizer = self.optimizer
-        for name, p in self.parameters.items():
-            state.exp_avg[name], state.exp_avg_sq[name] = _numpy(optimizer.exp_avg[p]), _numpy(optimizer.exp_avg_sq[p])
-            state.optimizer_steps = int(optimizer.steps[p])
+        for name in self.parameters:
+            state.exp_avg[name], state.exp_avg_sq[name] = map(_numpy, optimizer.moments[name])
+        state.optimizer_steps = int(optimizer.steps[0])
         if self.scaler.is_enabled():
             scaler = self.scaler.state_dict()
             state.loss_scale, state.scale_growth = scaler["scale"], scaler["_growth_tracker"]
@@ -275,9 +348,11 @@ class TorchBackend(Backend):
         optimizer = self.optimizer
         for name, p in self.parameters.items():
             p.copy_(torch.from_numpy(state.weights[name]))
-            optimizer.exp_avg[p].copy_(torch.from_numpy(state.exp_avg[name]))
-            optimizer.exp_avg_sq[p].copy_(torch.from_numpy(state.exp_avg_sq[name]))
-            optimizer.steps[p].fill_(float(state.optimizer_steps))
+            exp_avg, exp_avg_sq = optimizer.moments[name]
+            exp_avg.copy_(torch.from_numpy(state.exp_avg[name]))
+            exp_avg_sq.copy_(torch.from_numpy(state.exp_avg_sq[name]))
+        for steps in optimizer.steps:
+            steps.fill_(float(state.optimizer_steps))
         self.iteration = state.iteration
         if self.scaler.is_enabled():
             saved = {"scale": state.loss_scale, "_growth_tracker": state.scale_growth}

@@ -5,29 +5,41 @@ Shapes in the comments: B sequences, T tokens, C = n_embd channels, nh = n_head 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt_mac.gpt import packed
 from nanogpt_mac.gpt.spec import GPTSpec
 
 
 class KVCache:
-    """Keys and values, (B, nh, T, hs), of the tokens seen so far, one pair a layer."""
+    """Keys and values, (B, nh, block_size, hs) a layer, of the tokens so far: each token is the same work."""
 
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.length = 0
+    def __init__(self, spec: GPTSpec, device: torch.device, dtype: torch.dtype, batch: int = 1) -> None:
+        shape = (spec.n_layer, 2, batch, spec.n_head, spec.block_size, spec.n_embd // spec.n_head)
+        self.layers = torch.zeros(shape, device=device, dtype=dtype)
+        self.places = torch.arange(spec.block_size, device=device)
+        self.positions = self.places[:0]  # of the new tokens
+        self.visible = self.places[:0, None] >= self.places  # what each of them may look at, bool (T, block_size)
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def begin(self, tokens: int) -> None:
+        """Make room for so many tokens behind those that are there."""
+        self.positions = self.places[:tokens] + self.length
+        self.visible = self.positions[:, None] >= self.places
+        self.length += tokens
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens so far, after those of new ones were added."""
-        if layer in self.layers:
-            past_k, past_v = self.layers[layer]
-            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)  # (B, nh, past + T, hs)
-        self.layers[layer] = k, v
-        return k, v
+        """All keys and values of a layer, after those of the new tokens, (B, nh, T, hs), were put in their places."""
+        for kept, new in zip(self.layers[layer], (k, v), strict=True):
+            kept.index_copy_(2, self.positions, new.to(kept.dtype))
+        keys, values = self.layers[layer]
+        return keys, values
 
 
 class LayerNorm(nn.Module):
@@ -42,6 +54,18 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+@dataclass(frozen=True)
+class Few:
+    """What a forward pass in few kernels shares: the causal mask (T, T), and every dropout mask from one draw.
+
+    Masks are float32, 0 or 1 / (1 - dropout), in the order of use: of the embedding (B, T, C), then a layer of the
+    attention's weights (B, nh, T, T), of its output and of the MLP's (B, T, C). None where nothing is dropped.
+    """
+
+    causal: Tensor
+    keep: list[Tensor | None]
+
+
 class CausalSelfAttention(nn.Module):
     """Every token looks at itself and those before it, in each of nh heads."""
 
@@ -49,19 +73,22 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(spec.n_embd, 3 * spec.n_embd, bias=spec.bias)
         self.c_proj = nn.Linear(spec.n_embd, spec.n_embd, bias=spec.bias)
-        self.resid_dropout = nn.Dropout(spec.dropout)
         self.n_head, self.dropout, self.layer = spec.n_head, spec.dropout, layer
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, few: Few | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # three of (B, T, C)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        qkv = self.c_attn(x)  # (B, T, 3 C)
+        if few is not None:
+            y = packed.attention(qkv, self.n_head, few.causal, few.keep[3 * self.layer + 1])
+            return self.c_proj(y)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in qkv.split(C, dim=2))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
-        return self.resid_dropout(self.c_proj(y))
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=cache.visible)  # (B, nh, T, hs)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # the heads side by side
 
 
 class MLP(nn.Module):
@@ -71,15 +98,14 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(spec.n_embd, 4 * spec.n_embd, bias=spec.bias)
         self.c_proj = nn.Linear(4 * spec.n_embd, spec.n_embd, bias=spec.bias)
-        self.dropout = nn.Dropout(spec.dropout)
         self.gelu = nn.GELU(approximate="none" if spec.gelu == "exact" else "tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C) -> (B, T, 4 C) -> (B, T, C)
+        return self.c_proj(self.gelu(self.c_fc(x)))  # (B, T, C) -> (B, T, 4 C) -> (B, T, C)
 
 
 class Block(nn.Module):
-    """Attention, then MLP; each reads a layer norm of the residual stream and adds to it."""
+    """Attention, then MLP; each reads a layer norm of the residual stream and adds to it, with dropout."""
 
     def __init__(self, spec: GPTSpec, layer: int) -> None:
         super().__init__()
@@ -87,44 +113,67 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(spec, layer)
         self.ln_2 = LayerNorm(spec.n_embd, spec.bias)
         self.mlp = MLP(spec)
+        self.dropout, self.layer = spec.dropout, layer
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        x = x + self.mlp(self.ln_2(x))
+    def forward(self, x: Tensor, cache: KVCache | None = None, few: Few | None = None) -> Tensor:
+        x = self._add(x, self.attn(self.ln_1(x), cache, few), 2, few)
+        x = self._add(x, self.mlp(self.ln_2(x)), 3, few)
         return x
+
+    def _add(self, x: Tensor, y: Tensor, place: int, few: Few | None) -> Tensor:
+        if few is not None and (keep := few.keep[3 * self.layer + place]) is not None:
+            return packed.add_scaled(x, y, keep)
+        return x + F.dropout(y, self.dropout, self.training)
 
 
 class GPT(nn.Module):
-    """Weights are loaded, never drawn here. Mixed precision is the caller's `torch.autocast`."""
+    """Weights are loaded, never drawn here. Mixed precision is the caller's `torch.autocast`.
 
-    def __init__(self, spec: GPTSpec) -> None:
+    `few_kernels` takes packed.py's functions, with the causal mask made once and the dropout masks from one draw.
+    """
+
+    causal: Tensor  # float32 (block_size, block_size): 0 where a token may look, minus infinity elsewhere
+
+    def __init__(self, spec: GPTSpec, few_kernels: bool = False) -> None:
         super().__init__()
+        self.spec, self.few_kernels = spec, few_kernels
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(spec.vocab_size, spec.n_embd),
                 "wpe": nn.Embedding(spec.block_size, spec.n_embd),
-                "drop": nn.Dropout(spec.dropout),
                 "h": nn.ModuleList(Block(spec, i) for i in range(spec.n_layer)),
                 "ln_f": LayerNorm(spec.n_embd, spec.bias),
             }
         )
+        causal = torch.full((spec.block_size, spec.block_size), float("-inf")).triu(1)
+        self.register_buffer("causal", causal, persistent=False)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) in float32 of tokens `idx` (B, T); with a cache, they are T new tokens that follow its own.
-
-        A cache that holds tokens takes one further token at a time.
-        """
+        """Logits (B, T, V) in float32 of tokens `idx` (B, T); with a cache, T new ones that follow its own."""
         t: Any = self.transformer
-        start = cache.length if cache is not None else 0
-        # A slice, not a lookup: compiled for Metal, torch 2.13 gets a lookup's gradient wrong (docs/method.md).
-        pos = t["wpe"].weight[start : start + idx.shape[1]]  # (T, C)
-        x = t["drop"](t["wte"](idx) + pos)  # (B, T, C)
-        for block in t["h"]:
-            x = block(x, cache)
+        few = self._few(*idx.shape) if self.few_kernels and cache is None else None
         if cache is not None:
-            cache.length += idx.shape[1]
+            cache.begin(idx.shape[1])
+            pos = t["wpe"](cache.positions)  # (T, C)
+        else:  # a slice, not a lookup: compiled for Metal, torch 2.13 gets a lookup's gradient wrong (docs/method.md)
+            pos = t["wpe"].weight[: idx.shape[1]]
+        x = t["wte"](idx) + pos  # (B, T, C)
+        keep = few.keep[0] if few is not None else None
+        x = F.dropout(x, self.spec.dropout, self.training) if keep is None else x * keep
+        for block in t["h"]:
+            x = block(x, cache, few)
         # (B, T, V): the head's weight is the embedding's
         return F.linear(t["ln_f"](x), t["wte"].weight).float()
+
+    def _few(self, B: int, T: int) -> Few:
+        spec, causal = self.spec, self.causal[:T, :T]
+        if not self.training or spec.dropout == 0:
+            return Few(causal, [None] * (1 + 3 * spec.n_layer))
+        layer = ((B, spec.n_head, T, T), (B, T, spec.n_embd), (B, T, spec.n_embd))
+        shapes: list[tuple[int, ...]] = [layer[1], *(layer * spec.n_layer)]
+        sizes = [math.prod(shape) for shape in shapes]
+        drawn = torch.empty(sum(sizes), device=causal.device).bernoulli_(1 - spec.dropout).div_(1 - spec.dropout)
+        return Few(causal, [part.view(shape) for part, shape in zip(drawn.split(sizes), shapes, strict=True)])
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy, in nats, of `targets` (B, T) after tokens `idx` (B, T)."""

@@ -94,13 +94,13 @@ class Clock:
         done: list[Completion] = []
         for _ in range(0, count, share):
             items = [self._queue.popleft() for _ in range(share)]
-            self._wait(items[-1][1])
+            last = self._wait(items[-1][1])
             now, wall = self._now(), self._wall()
             assert self._last is not None
             elapsed, slept = now - self._last[0], wall - self._last[1] - (now - self._last[0]) > ASLEEP_NS
             self._last = now, wall
             for iteration, handle, dispatch_ms in items:
-                loss, norm = self._wait(handle)
+                loss, norm = last if handle is items[-1][1] else self._wait(handle)
                 why = self._left_out(slept)
                 done.append(Completion(iteration, loss, norm, elapsed / share / 1e6, dispatch_ms, why))
                 self._completed += 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fakes.support import EACH_VARIANT, FRAMEWORKS, VARIANTS
 
-from nanogpt_mac.backends import base, torch_adamw
+from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import Tokens, step_seed
 from nanogpt_mac.backends.generate import draw, generate
 from nanogpt_mac.errors import InputError
@@ -231,12 +231,8 @@ def test_fused_adamw_is_used_and_can_be_switched_off(make, starts):
 
 def test_a_fused_adamw_that_ignores_overflows_is_not_used_for_float16(make, starts, monkeypatch):
     """As torch's was on MPS until 2026: found_inf has no effect. The loop over tensors takes its place."""
-    real = torch_adamw.adamw
-
-    def ignores(*args, fused, found_inf, **keys):
-        return real(*args, fused=fused, found_inf=None if fused else found_inf, **keys)
-
-    monkeypatch.setattr(torch_adamw, "adamw", ignores)
+    real = torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, found_inf, **keys: real(*args, found_inf=None, **keys))
     assert make("cpu").details["fused_adamw"]
     backend = make("cpu", dtype="float16")
     assert not backend.details["fused_adamw"]

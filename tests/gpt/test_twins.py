@@ -1,6 +1,7 @@
 """Both twins against the formulas in float64 (the parity gate's reference): every length, every mode, with a cache."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def torch_twin(spec, weights, training):
     def loss(idx, targets):
         return model.loss(torch.from_numpy(idx), torch.from_numpy(targets)).item()
 
-    return logits, loss, KVCache
+    return logits, loss, partial(KVCache, spec, torch.device("cpu"), torch.float32, 2)
 
 
 def mlx_twin(spec, weights, training):
@@ -62,7 +63,7 @@ def mlx_twin(spec, weights, training):
 
 @pytest.fixture
 def build(twin):
-    """(logits, loss, cache's class) of a twin in evaluation or training mode, and its weights."""
+    """(logits, loss, what makes a cache) of a twin in evaluation or training mode, and its weights."""
 
     def made(spec, training=False):
         weights = drawn(spec)
