@@ -45,7 +45,7 @@ class _Attention(torch.autograd.Function):
         return packed.view(3, B, C // hs, T, hs).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * C), None, None, None
 
 
-def attention(qkv: Tensor, n_head: int, causal: Tensor, keep: Tensor | None) -> Tensor:
+def packed_attention(qkv: Tensor, n_head: int, causal: Tensor, keep: Tensor | None) -> Tensor:
     """Causal attention (B, T, C) of packed `qkv` (B, T, 3 C), in its dtype with the softmax in float32.
 
     `causal` (T, T) is added to the scores: 0 where a token may look, minus infinity where not. `keep`, of B nh T T

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt_mac.gpt import packed
+from nanogpt_mac.gpt.packed import add_scaled, packed_attention
 from nanogpt_mac.gpt.spec import GPTSpec
 
 
@@ -79,7 +79,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, 3 C)
         if few is not None:
-            y = packed.attention(qkv, self.n_head, few.causal, few.keep[3 * self.layer + 1])
+            y = packed_attention(qkv, self.n_head, few.causal, few.keep[3 * self.layer + 1])
             return self.c_proj(y)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in qkv.split(C, dim=2))
         if cache is not None:
@@ -122,7 +122,7 @@ class Block(nn.Module):
 
     def _add(self, x: Tensor, y: Tensor, place: int, few: Few | None) -> Tensor:
         if few is not None and (keep := few.keep[3 * self.layer + place]) is not None:
-            return packed.add_scaled(x, y, keep)
+            return add_scaled(x, y, keep)
         return x + F.dropout(y, self.dropout, self.training)
 
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TORCH_GPT, MLX_GPT = "nanogpt_mac.gpt.torch_gpt", "nanogpt_mac.gpt.mlx_gpt"
+PACKED = "nanogpt_mac.gpt.packed"
 TORCH, MLX = "nanogpt_mac.backends.torch_backend", "nanogpt_mac.backends.mlx_backend"
 ADAMW = "nanogpt_mac.backends.torch_adamw"
 SDPA = "F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)"
@@ -35,7 +36,11 @@ MUTANTS = {
     ),
     "torch: attention scale": (TORCH_GPT, "is_causal=T > 1)", "is_causal=T > 1, scale=self.n_head / C)"),
     "torch: attention dropout left on": (TORCH_GPT, "self.dropout if self.training else 0.0", "0.05"),
-    "torch: residual dropout left on": (TORCH_GPT, "self.dropout(self.c_proj", "nn.Dropout(0.01)(self.c_proj"),
+    "torch: residual dropout left on": (
+        TORCH_GPT,
+        "F.dropout(y, self.dropout, self.training)",
+        "F.dropout(y, 0.01)",
+    ),
     "torch: evaluates in training mode": (
         TORCH,
         'self.model.eval()\n        with self.phase("evaluation"):\n            total',
@@ -50,35 +55,50 @@ MUTANTS = {
     "torch: evaluates one batch of many": (TORCH, "for batch_starts in starts:", "for batch_starts in starts[:1]:"),
     "torch: other gelu": (TORCH_GPT, '"none" if spec.gelu == "exact"', '"none" if spec.gelu == "tanh"'),
     "torch: layer norm eps 1e-6": (TORCH_GPT, "self.bias, 1e-5", "self.bias, 1e-6"),
-    "torch: no norm before attention": (TORCH_GPT, "self.attn(self.ln_1(x), cache)", "self.attn(x, cache)"),
+    "torch: no norm before attention": (TORCH_GPT, "self.attn(self.ln_1(x), cache, few)", "self.attn(x, cache, few)"),
     "torch: ln_1 twice": (TORCH_GPT, "self.mlp(self.ln_2(x))", "self.mlp(self.ln_1(x))"),
-    "torch: q and k swapped": (TORCH_GPT, "q, k, v = self.c_attn", "k, q, v = self.c_attn"),
+    "torch: q and k swapped": (TORCH_GPT, "q, k, v = (t.view", "k, q, v = (t.view"),
     "torch: heads mixed": (
         TORCH_GPT,
         "t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)",
         "t.reshape(B, self.n_head, T, C // self.n_head)",
     ),
-    "torch: positions reversed": (TORCH_GPT, "start + idx.shape[1]]", "start + idx.shape[1]].flip(0)"),
+    "torch: positions reversed": (TORCH_GPT, "weight[: idx.shape[1]]", "weight[: idx.shape[1]].flip(0)"),
     "torch: head detached": (TORCH_GPT, 't["wte"].weight).float()', 't["wte"].weight.detach()).float()'),
     "torch: a token ignored": (TORCH_GPT, "targets.reshape(-1))", "targets.reshape(-1), ignore_index=1)"),
     "torch: label smoothing": (TORCH_GPT, "targets.reshape(-1))", "targets.reshape(-1), label_smoothing=1e-3)"),
+    # the model in few kernels, torch
+    "packed: no causal mask": (TORCH_GPT, "self.causal[:T, :T]", "0 * self.causal[:1, :1].expand(T, T)"),
+    "packed: mask one token late": (TORCH_GPT, ".triu(1)", ".triu(2)"),
+    "packed: attention scale": (PACKED, "alpha=1.0 / math.sqrt(hs)", "alpha=1.0 / hs"),
+    "packed: scale of the gradient": (
+        PACKED,
+        "scale = causal[:1, :1].to(q.dtype), 1.0",
+        "scale = causal[:1, :1], 1.01",
+    ),
+    "packed: dq and dk swapped": (PACKED, "dq, dk, dv = packed", "dk, dq, dv = packed"),
+    "packed: softmax not differentiated": (
+        PACKED,
+        "SOFTMAX_BACKWARD(dweights, weights, -1, torch.float32)",
+        "dweights",
+    ),
+    "packed: heads mixed": (PACKED, ".view(B, n_head, T, hs).transpose(1, 2)", ".view(B, T, n_head, hs)"),
+    "packed: residual gradient lost": (PACKED, "return grad, (grad * keep)", "return 0.99 * grad, (grad * keep)"),
+    "packed: masks not scaled": (TORCH_GPT, ".div_(1 - spec.dropout)", ""),
+    "packed: dropout in evaluation": (TORCH_GPT, "not self.training or spec.dropout == 0", "spec.dropout == 0"),
     # the step, torch
-    "torch: decay on vectors": (ADAMW, '"weight_decay": 0.0}', '"weight_decay": weight_decay}'),
-    "torch: no decay": (ADAMW, '"weight_decay": weight_decay}', '"weight_decay": 0.0}'),
-    "torch: Adam for AdamW": (ADAMW, "import adamw", "import adam as adamw"),
-    "torch: AdamW eps 1e-6": (ADAMW, "eps=1e-8", "eps=1e-6"),
+    "torch: decay on vectors": (ADAMW, "(no_decay, 0.0)", "(no_decay, weight_decay)"),
+    "torch: no decay": (ADAMW, "(decay, weight_decay)", "(decay, 0.0)"),
+    "torch: Adam for AdamW": (ADAMW, "torch._fused_adamw_ if", "torch._fused_adam_ if"),
+    "torch: AdamW eps 1e-6": (ADAMW, '"eps": 1e-8', '"eps": 1e-6'),
     "torch: other beta2": (TORCH, "(o.beta1, o.beta2)", "(o.beta1, 0.999)"),
     "torch: no bias correction": (TORCH, "float(state.optimizer_steps)", "float(state.optimizer_steps + 5000)"),
-    "torch: no clipping": (TORCH, 'self.options.grad_clip or float("inf")', 'float("inf")'),
-    "torch: clip 1 % off": (TORCH, "self.options.grad_clip or", "1.01 * self.options.grad_clip or"),
-    "torch: accumulation not divided": (TORCH, "self.loss(x, y) / len(starts)", "self.loss(x, y)"),
-    "torch: one micro-batch": (TORCH, "for micro_starts in starts:", "for micro_starts in starts[:1]:"),
-    "torch: gradients kept": (
-        TORCH,
-        "self.scaler.update()\n            self.optimizer.zero_grad()",
-        "self.scaler.update()",
-    ),
-    "torch: lr of the first step": (ADAMW, "lr=lr", "lr=1e-3"),
+    "torch: no clipping": (TORCH, "clip(self.options.grad_clip)", "clip(0.0)"),
+    "torch: clip 1 % off": (TORCH, "clip(self.", "clip(1.01 * self."),
+    "torch: accumulation not divided": (TORCH, "loss = loss / len(windows)", "pass"),
+    "torch: one micro-batch": (TORCH, "in enumerate(windows):", "in enumerate(windows[:1]):"),
+    "torch: gradients kept": (TORCH, "add=number > 0", "add=True"),
+    "torch: lr of the first step": (ADAMW, '"lr": lr', '"lr": 1e-3'),
     "torch: targets are the tokens": (TORCH, "window[:, :-1], window[:, 1:]", "window[:, :-1], window[:, :-1]"),
     "torch: lower precision unasked": (TORCH, "self.dtype, enabled=self.dtype != torch.float32", "torch.bfloat16"),
     "torch: norm misreported": (TORCH, "torch.stack((total, norm))", "torch.stack((total, norm * 1.01))"),
@@ -128,7 +148,7 @@ MUTANTS = {
 def changed(name):
     """The product with one source text changed: fresh modules in which the rest of the product finds each other."""
     module, old, new = MUTANTS[name]
-    parts = (MLX_GPT, MLX) if module in (MLX_GPT, MLX) else (TORCH_GPT, ADAMW, TORCH)
+    parts = (MLX_GPT, MLX) if module in (MLX_GPT, MLX) else (PACKED, TORCH_GPT, ADAMW, TORCH)
     before = {part: sys.modules.pop(part, None) for part in parts}
     try:
         for part in parts:

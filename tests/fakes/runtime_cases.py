@@ -149,23 +149,21 @@ def syncs(backend) -> dict[str, tuple]:
         return (t[0] if isinstance(t, tuple) else t).sum().item()
 
     return {
-        "item in forward": ("_local_scalar_dense", "forward", lambda: _after(backend, "batch", item)),
-        "cpu in forward": ("copy_", "forward", lambda: _after(backend, "batch", lambda t: t[0].cpu())),
-        "nonzero in forward": ("nonzero", "forward", lambda: _after(backend, "batch", lambda t: t[0].nonzero())),
+        "item in forward": ("_local_scalar_dense", "forward", lambda: _after(backend, "windows", item)),
+        "cpu in forward": ("copy_", "forward", lambda: _after(backend, "windows", lambda t: t[0].cpu())),
+        "nonzero in forward": ("nonzero", "forward", lambda: _after(backend, "windows", lambda t: t[0].nonzero())),
         "to the device in forward": (
             "copy_",
             "forward",
-            lambda: _after(backend, "batch", lambda t: torch.ones(3).to("mps")),
+            lambda: _after(backend, "windows", lambda t: torch.ones(3).to("mps")),
         ),
         "item in backward": (
             "_local_scalar_dense",
             "backward",
-            lambda: _hook(
-                weight.register_post_accumulate_grad_hook(lambda p: print(p.grad.sum().item(), file=sys.stderr))
-            ),
+            lambda: _hook(weight.register_hook(lambda grad: print(grad.sum().item(), file=sys.stderr))),
         ),
-        "item in clip": ("_local_scalar_dense", "clip", lambda: _after(torch.nn.utils, "clip_grad_norm_", item)),
-        "tolist in clip": ("copy_", "clip", lambda: _after(torch.nn.utils, "clip_grad_norm_", lambda t: t.tolist())),
+        "item in clip": ("_local_scalar_dense", "clip", lambda: _after(backend.optimizer, "clip", item)),
+        "tolist in clip": ("copy_", "clip", lambda: _after(backend.optimizer, "clip", lambda t: t.tolist())),
         "item in optimizer": (
             "_local_scalar_dense",
             "optimizer",
@@ -251,7 +249,7 @@ def stand_ins(session, look, counts) -> None:
     spec.loader.exec_module(module)
     square = torch.ones(3, 3, device="mps")
     for fault in ("missing", "hidden"):
-        with _after(session.backend, "batch", lambda _: module.call(square)), simulator.planted("mm", fault) as names:
+        with _after(session.backend, "windows", lambda _: module.call(square)), simulator.planted("mm", fault) as names:
             document = look()
         judged = judge(f"mm {fault}, generated", names, KINDS[fault], {"forward": 1, "evaluation": 1}, document)
         says = "called from Inductor's generated code: return torch.mm(x, x)"
@@ -291,7 +289,7 @@ def operators_of_others(session, look) -> None:
         library.define(f"{name}(Tensor x) -> Tensor")
         library.impl(name, function, "MPS")
         call = getattr(torch.ops.others, name)
-        with _after(session.backend, "batch", lambda _, call=call: call(square)):
+        with _after(session.backend, "windows", lambda _, call=call: call(square)):
             document = look()
         if kind is None:
             print(json.dumps(told("number", document)))

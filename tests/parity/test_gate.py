@@ -250,6 +250,10 @@ BENEATH = {
 for _dtype in ("bfloat16", "float16"):
     BENEATH[_dtype] |= {"mlx: other gelu", "torch: other gelu", "torch: label smoothing"}
 
+TORCHS_ATTENTION = {"torch: no causal mask", "torch: mask one token late", "torch: attention scale"}
+TORCHS_ATTENTION |= {"torch: attention dropout left on", "torch: attention dropout in evaluation"}
+TORCHS_ATTENTION |= {"torch: q and k swapped", "torch: heads mixed"}
+
 # Operators of a step, an evaluation and the logits whose floating-point result matters.
 OPERATORS = ["_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data", "gelu"]
 OPERATORS += ["gelu_backward", "native_layer_norm", "native_layer_norm_backward", "linear", "linear_backward", "bmm"]
@@ -266,6 +270,9 @@ COMPILED = ["mm", "bmm", "_fused_adamw_", "linalg_vector_norm"]
 @pytest.mark.parametrize("backend", FRAMEWORKS)
 def test_every_fault_of_torch_and_mlx_is_caught(variant, tmp_path, backend, dtype):
     names = [name for name in MUTANTS if name.startswith("torch:" if backend == "cpu" else "mlx:")]
+    if backend == "cpu" and dtype != "float32":  # where the model is packed, torch's own attention is not taken
+        names = [name for name in MUTANTS if name.startswith(("torch:", "packed:"))]
+        names = [name for name in names if not name.startswith("torch:") or name not in TORCHS_ATTENTION]
     config = variant(f"backend={backend}", f"dtype={dtype}", "model.dropout=0.1", "model.bias=true")
     assert survivors(mutants(config, tmp_path / "x", ["clean", *names])) <= BENEATH[dtype]
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from nanogpt_mac.cli import compose
-from nanogpt_mac.gpt import torch_gpt
+from nanogpt_mac.gpt import packed, torch_gpt
 from nanogpt_mac.parity.check import check_variant, make_reference
 
 pytestmark = pytest.mark.xdist_group("parity")
@@ -69,12 +69,31 @@ class Planted:
             return exact.roll(1, 0)
         if self.fault == "attention 2 % off":
             return 1.02 * exact
-        if isinstance(self.fault, int) and self.attentions % 2:  # a mask for so many queries at once
-            last = torch.arange(length) // self.fault * self.fault + self.fault - 1
-            seen = torch.arange(length)[None, :] <= last[:, None]
-            leaky = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout_p)
+        if isinstance(self.fault, int) and self.attentions % 2:
+            leaky = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen(length), dropout_p=dropout_p)
             return torch.cat((leaky[:, :1], exact[:, 1:]), 1)
         return exact
+
+    def packed_attention(self, qkv, n_head, causal, keep):
+        exact = packed.packed_attention(qkv, n_head, causal, keep)
+        batch, length, _ = qkv.shape
+        self.attentions += 1
+        if not self.here(batch, length):
+            return exact
+        if self.fault == "rows mixed up":
+            return exact.roll(1, 0)
+        if self.fault == "attention 2 % off":
+            return 1.02 * exact
+        if isinstance(self.fault, int) and self.attentions % 2:
+            leaky = packed.packed_attention(qkv, n_head, torch.where(self.seen(length), 0.0, float("-inf")), keep)
+            first = qkv.shape[2] // 3 // n_head  # the first head
+            return torch.cat((leaky[..., :first], exact[..., first:]), -1)
+        return exact
+
+    def seen(self, length):
+        """A mask for so many queries at once."""
+        last = torch.arange(length) // self.fault * self.fault + self.fault - 1
+        return torch.arange(length)[None, :] <= last[:, None]
 
     def linear(self, x, weight, bias=None):
         y = F.linear(x, weight, bias)
@@ -110,7 +129,9 @@ HIDDEN = ("attention 2 % off", "evaluation")  # less than what bfloat16 itself d
 
 
 def plant(monkeypatch, config, fault, where, **since):
-    monkeypatch.setattr(torch_gpt, "F", Planted(fault, where, config.model.block_size, **since))
+    planted = Planted(fault, where, config.model.block_size, **since)
+    monkeypatch.setattr(torch_gpt, "F", planted)
+    monkeypatch.setattr(torch_gpt, "packed_attention", planted.packed_attention)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
