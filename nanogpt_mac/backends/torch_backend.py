@@ -19,7 +19,7 @@ from nanogpt_mac.backends.kinds import KINDS, TorchSettings
 from nanogpt_mac.backends.torch_adamw import AdamW
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
-from nanogpt_mac.gpt.torch_gpt import GPT, KVCache
+from nanogpt_mac.gpt.torch_gpt import GPT, FewKernels, KVCache
 
 # Everything sent between host and device, or waited for, while a phase runs: change it with the code below. Copies to
 # the device that do not block wait for nothing and are not listed.
@@ -157,9 +157,11 @@ class TorchBackend(Backend):
     def device_of(cls, kind: Kind) -> str:
         return simulator.DEVICE_NAME if kind.name == "mps" and simulator.active() else kind.name
 
-    def _few_kernels(self) -> bool:
-        """Where a launch costs more than its work (MPS), or torch's own attention is slow (a CPU in 16 bits)."""
-        return self.device.type == "mps" or (self.device.type == "cpu" and self.dtype != torch.float32)
+    def _few_kernels(self) -> FewKernels:
+        """In training on MPS, where a launch costs more than its work; in 16 bits on a CPU, where flash attention is slow."""
+        if self.device.type == "mps":  # without gradients it has a fused attention
+            return "training"
+        return "always" if self.device.type == "cpu" and self.dtype != torch.float32 else "never"
 
     def _cuda_graph(self) -> bool:
         """Whether an iteration is one CUDA graph: when it is compiled, unless told otherwise."""

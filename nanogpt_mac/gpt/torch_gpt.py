@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from nanogpt_mac.gpt.packed import add_scaled, packed_attention
 from nanogpt_mac.gpt.spec import GPTSpec
+
+
+FewKernels = Literal["never", "training", "always"]
 
 
 class KVCache:
@@ -129,12 +132,12 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Weights are loaded, never drawn here. Mixed precision is the caller's `torch.autocast`.
 
-    `few_kernels` takes packed.py's functions, with the causal mask made once and the dropout masks from one draw.
+    `few_kernels` says when to take packed.py's functions, with the causal mask made once and the dropout masks from one draw.
     """
 
     causal: Tensor  # float32 (block_size, block_size): 0 where a token may look, minus infinity elsewhere
 
-    def __init__(self, spec: GPTSpec, few_kernels: bool = False) -> None:
+    def __init__(self, spec: GPTSpec, few_kernels: FewKernels = "never") -> None:
         super().__init__()
         self.spec, self.few_kernels = spec, few_kernels
         self.transformer = nn.ModuleDict(
@@ -151,7 +154,9 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V) in float32 of tokens `idx` (B, T); with a cache, T new ones that follow its own."""
         t: Any = self.transformer
-        few = self._few(*idx.shape) if self.few_kernels and cache is None else None
+        few = None
+        if cache is None and self.few_kernels in ("always", "training" if self.training else "always"):
+            few = self._few(*idx.shape)
         if cache is not None:
             cache.begin(idx.shape[1])
             pos = t["wpe"](cache.positions)  # (T, C)
