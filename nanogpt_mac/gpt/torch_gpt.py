@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from nanogpt_mac.gpt.packed import add_scaled, packed_attention
 from nanogpt_mac.gpt.spec import GPTSpec
 
-
 FewKernels = Literal["never", "training", "always"]
 
 
