@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -71,8 +72,21 @@ class Torch(Kind):
         return f"this torch is built without MPS, which exists on macOS alone ({simulator.VARIABLE}=1 simulates it)"
 
     def prepare(self, options: BackendOptions) -> None:
+        if self.name == "cpu" and sys.platform == "linux":
+            _keep_freed_memory()
         if self.name == "cpu" and options.compile:
             _require_compiler("torch.compile", os.environ.get("CXX", "g++"), "g++", "clang++")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free: every iteration asks for the same again, and Linux would clear each page anew.
+
+    An iteration of the quick recipe has 3000 page faults without it, of the full recipe a quarter of its time.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        for option, size in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_THRESHOLD, _TRIM_, M_TOP_PAD
+            libc.mallopt(option, size)
 
 
 TORCH: dict[str, Any] = {

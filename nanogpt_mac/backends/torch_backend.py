@@ -52,10 +52,10 @@ def _rounds() -> bool:
 
 
 class Graphed:
-    """A function of one CUDA tensor, of one shape, recorded as a CUDA graph after `warmup` calls and replayed.
+    """A function of one CUDA tensor, recorded as a CUDA graph after `warmup` calls and replayed from then on.
 
     A replay reads the random generator as it is then, so a seed set before decides the dropout masks. The result is
-    overwritten by the next replay.
+    overwritten by the next replay. An argument of another shape than the recorded one is not replayed.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], warmup: int = 3) -> None:
@@ -65,6 +65,8 @@ class Graphed:
 
     def __call__(self, argument: Tensor) -> Tensor:
         if self.graph is not None:
+            if argument.shape != self.argument.shape:
+                return self.function(argument)
             self.argument.copy_(argument)
             self.graph.replay()
             return self.result
@@ -158,7 +160,7 @@ class TorchBackend(Backend):
         return simulator.DEVICE_NAME if kind.name == "mps" and simulator.active() else kind.name
 
     def _few_kernels(self) -> FewKernels:
-        """In training on MPS, where a launch costs more than its work; in 16 bits on a CPU, where flash attention is slow."""
+        """On MPS, where launches cost more than their work; in 16 bits on a CPU, where flash attention is slow."""
         if self.device.type == "mps":  # without gradients it has a fused attention
             return "training"
         return "always" if self.device.type == "cpu" and self.dtype != torch.float32 else "never"

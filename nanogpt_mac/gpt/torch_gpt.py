@@ -131,7 +131,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Weights are loaded, never drawn here. Mixed precision is the caller's `torch.autocast`.
 
-    `few_kernels` says when to take packed.py's functions, with the causal mask made once and the dropout masks from one draw.
+    `few_kernels` says when to take packed.py's functions, the causal mask made once and dropout's masks from one draw.
     """
 
     causal: Tensor  # float32 (block_size, block_size): 0 where a token may look, minus infinity elsewhere

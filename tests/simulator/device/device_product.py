@@ -147,3 +147,20 @@ def test_the_clock_reports_the_planned_time(policy: str, planned: float) -> None
     print(policy, kernels, "kernels:", medians, "ms, enqueued in", dispatched)
     assert 0.98 * planned <= medians[-1] <= longest
     assert dispatched < 0.8 * planned
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 175), ("bfloat16", 265), ("float16", 275)])
+def test_an_iteration_takes_few_kernels_and_one_wait(dtype: str, most: int) -> None:
+    """Of the quick recipe's four layers with dropout. What is written out of it, tensor by tensor, takes twice as many."""
+    spec = replace(SPEC, n_layer=4, dropout=0.2)
+    backend = kinds.create(spec, replace(backend_options(Config(), "mps"), dtype=dtype), TOKENS)
+    backend.load(spec.init_weights(1337))
+    clock = Clock(backend.wait)
+    for i in range(3):
+        clock.submit(i, lambda i=i: backend.step(starts(i), 1e-3))
+    simulator.reset_counts()
+    for i in range(3, 7):
+        clock.submit(i, lambda i=i: backend.step(starts(i), 1e-3))
+    counts = simulator.counts()
+    assert counts.kernels / 4 <= most
+    assert counts.waits / 4 == 1  # the event behind the iteration before

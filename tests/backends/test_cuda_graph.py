@@ -1,0 +1,85 @@
+"""A CUDA graph of an iteration against the same iteration sent kernel by kernel. Needs an NVIDIA GPU."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+CLOSE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 5e-3}  # atomic additions come in any order
+
+
+@pytest.fixture
+def pair(make, spec):
+    """The same back end with a graph and without."""
+
+    def pair(dropout=0.2, **options):
+        own = dataclasses.replace(spec, dropout=dropout)
+        return [make("cuda", spec=own, cuda_graph=graph, **options) for graph in (True, False)]
+
+    return pair
+
+
+def losses(backend, starts, first, last, accumulation=1):
+    rates = [1e-3 * (1 + i % 3) for i in range(first, last)]
+    steps = [
+        backend.wait(backend.step(starts(i, accumulation), lr)) for i, lr in zip(range(first, last), rates, strict=True)
+    ]
+    return np.array(steps)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_ten_iterations_are_the_same(pair, starts, dtype, accumulation):
+    graph, plain = pair(dtype=dtype)
+    assert (graph.details["cuda_graph"], plain.details["cuda_graph"]) == (True, False)
+    one, other = (losses(b, starts, 0, 10, accumulation) for b in (graph, plain))
+    assert graph.train_windows.graph is not None
+    np.testing.assert_allclose(one, other, rtol=CLOSE[dtype])
+
+
+def test_a_seed_decides_the_masks_of_a_replay(pair, starts):
+    graph, _ = pair()
+    losses(graph, starts, 0, 5)
+    state = graph.state()
+    first = losses(graph, starts, 5, 8)
+    graph.restore(state)
+    np.testing.assert_allclose(losses(graph, starts, 5, 8), first, rtol=1e-5)
+    same_batch = [graph.wait(graph.step(starts(0), 0.0))[0] for _ in range(3)]
+    assert len(set(same_batch)) == 3
+
+
+def test_a_resumed_run_goes_on_as_the_whole(pair, starts):
+    whole, _ = pair()
+    part, _ = pair()
+    resumed, _ = pair()
+    expected = losses(whole, starts, 0, 12)
+    losses(part, starts, 0, 7)
+    resumed.restore(part.state())
+    np.testing.assert_allclose(losses(resumed, starts, 7, 12), expected[7:], rtol=1e-5)
+
+
+def test_an_overflow_is_left_out_and_halves_the_scale(pair, starts):
+    graph, _ = pair(dtype="float16")
+    losses(graph, starts, 0, 5)
+    state = graph.state()
+    state.loss_scale = 2.0**40
+    graph.restore(state)
+    graph.wait(graph.step(starts(5), 1e-3))
+    after = graph.state()
+    assert all((after.weights[n] == w).all() for n, w in state.weights.items())
+    assert (after.loss_scale, after.optimizer_steps) == (2.0**39, state.optimizer_steps)
+
+
+def test_evaluation_and_decoding_are_the_same(pair, starts, tokens):
+    graph, plain = pair()
+    val = np.arange(24).reshape(6, 4)
+    assert graph.evaluate("val", val) == pytest.approx(plain.evaluate("val", val), rel=1e-6)
+    assert graph.evaluate("val", val[:, :2]) == pytest.approx(plain.evaluate("val", val[:, :2]), rel=1e-6)
+    text = tokens.splits["val"][:12].astype(np.int32)
+    decoders = [b.decode() for b in (graph, plain)]
+    for part in (text[:5], *text[5:].reshape(-1, 1)):
+        one, other = (decode(part) for decode in decoders)
+        np.testing.assert_allclose(one, other, atol=1e-5)
