@@ -151,7 +151,7 @@ def test_the_clock_reports_the_planned_time(policy: str, planned: float) -> None
 
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 175), ("bfloat16", 265), ("float16", 275)])
 def test_an_iteration_takes_few_kernels_and_one_wait(dtype: str, most: int) -> None:
-    """Of the quick recipe's four layers with dropout. What is written out of it, tensor by tensor, takes twice as many."""
+    """Of four layers with dropout; one kernel a tensor would be twice as many."""
     spec = replace(SPEC, n_layer=4, dropout=0.2)
     backend = kinds.create(spec, replace(backend_options(Config(), "mps"), dtype=dtype), TOKENS)
     backend.load(spec.init_weights(1337))
