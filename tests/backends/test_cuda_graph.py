@@ -83,3 +83,12 @@ def test_evaluation_and_decoding_are_the_same(pair, starts, tokens):
     for part in (text[:5], *text[5:].reshape(-1, 1)):
         one, other = (decode(part) for decode in decoders)
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_iterations_with_accumulation_are_the_eager_ones(make, starts, mode):
+    """torch's own graphs once failed here: each forward pass overwrote the loss and gradients of the one before."""
+    compiled, eager = make("cuda", compile=True, compile_mode=mode), make("cuda")
+    assert compiled.details["cuda_graph"] == (mode == "default")
+    one, other = (losses(b, starts, 0, 7, 3) for b in (compiled, eager))
+    np.testing.assert_allclose(one, other, rtol=1e-4)
