@@ -7,6 +7,7 @@ each round, so that whatever else the machine does meanwhile hits all sides alik
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
@@ -15,8 +16,8 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+# That change how fast something is, less those that hold a path.
+VARIABLES = ("OMP_", "MKL_", "NANOGPT_MAC_", "PYTORCH_", "TORCHINDUCTOR_AUTOGRAD", "MLX_")
 PACKAGES = ("torch", "triton", "mlx", "mlx-lm", "numpy", "wandb")
 
 
@@ -126,10 +129,11 @@ def machine() -> dict[str, Any]:
         "card": card,
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(),
+        "system": " ".join(filter(None, (platform.system(), platform.mac_ver()[0], platform.machine()))),
         "python": platform.python_version(),
         "versions": versions,
         "threads": torch.get_num_threads() if torch is not None else None,
+        "variables": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
         "load": [round(value, 2) for value in os.getloadavg()],
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
@@ -175,6 +179,27 @@ def parser(about: str | None, rounds: int) -> argparse.ArgumentParser:
     made.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="start no round that ends later")
     made.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes beside standard output")
     return made
+
+
+def add_turns(parser: argparse.ArgumentParser) -> None:
+    """For scripts that compile for long: several started together compile side by side and are timed one by one."""
+    parser.add_argument("--turns", type=Path, metavar="FOLDER", help="shared with others, which are timed in turn")
+    parser.add_argument("--others", type=int, default=0, help="that share it: timing starts when all have compiled")
+
+
+@contextmanager
+def turn(args: argparse.Namespace, deadline: float) -> Iterator[None]:
+    """Within, nothing that shares `--turns` compiles or is timed. Waits for that, but no longer than `deadline`."""
+    if args.turns is None:
+        yield
+        return
+    args.turns.mkdir(parents=True, exist_ok=True)
+    (args.turns / f"{os.getpid()}.ready").touch()
+    while len(list(args.turns.glob("*.ready"))) <= args.others and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with (args.turns / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def deadline(args: argparse.Namespace) -> float:

@@ -187,6 +187,7 @@ class Ours:
         self.work = work
         self.backend = kinds.create(work.spec, options, Tokens({"train": work.tokens}, recipe.block_size))
         self.backend.load(work.weights())
+        self.dispatched: list[float] = []  # ms of the host, to enqueue an iteration
         self.clock = Clock(self.backend.wait, ahead=self.backend.runs_ahead)
         self.facts = {
             "program": "nanogpt-mac",
@@ -209,10 +210,12 @@ class Ours:
             done = self.clock.submit(number, partial(self.step, number))
             if number == first + count - 1:
                 done += self.clock.drain()
+            self.dispatched += [completion.dispatch_ms for completion in done]
             for _ in done:
                 completed += 1
                 if completed % every == 0:
                     marks.append(time.perf_counter())
+        self.facts["dispatch_ms"] = float(np.median(self.dispatched))
         return _blocks(marks, every)
 
 
@@ -326,7 +329,6 @@ class NanoGPT:
 
     def run(self, first: int, count: int, every: int) -> list[float]:
         marks = [time.perf_counter()]
-        self.batch = None
         for number in range(count):
             loss = self.step(first + number)
             if (number + 1) % every == 0:  # as train.py with log_interval

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--log", type=int, default=10, help="iterations that are timed together")
     parser.add_argument("--warmup", type=int, default=100, help="iterations before the first round")
     parser.add_argument("--check", type=int, default=20, help="iterations of the check; 0 leaves it out")
+    beside.add_turns(parser)
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
     hows = [How.parse(side) for side in args.sides or ("peer+compile", "ours+compile")]
@@ -77,7 +78,8 @@ def measure(args: Any, hows: Sequence[How], work: Work, deadline: float) -> dict
         }
         sides.append(beside.Side(how.name, rounds(program, args.warmup + 10, args.iterations, args.log), program.facts))
         beside.say(f"ready {how.name}: first iteration after {first:.1f} s, loss {program.facts['warmup_loss']}")
-    beside.interleave(sides, args.rounds, deadline)
+    with beside.turn(args, deadline):
+        beside.interleave(sides, args.rounds, deadline)
     recipe = {"recipe": args.recipe, "iterations_a_round": args.iterations}
     return {**recipe, "check": checked, **beside.compared(sides)}
 

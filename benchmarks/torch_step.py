@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", type=int, default=20, help="iterations of the check; 0 leaves it out")
     parser.add_argument("--check-layers", type=int, default=2)
     parser.add_argument("--graph-cache", action="store_true")
+    beside.add_turns(parser)
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
     if not args.graph_cache:
@@ -55,30 +56,62 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(args: Any, hows: Sequence[How], work: Work, deadline: float) -> dict[str, Any]:
+    reference = How.parse("peer")
+
     def build(work: Work, how: How) -> Program:
+        precision = "highest" if how is reference else args.precision
         if how.ours:
-            return Ours(work, args.device, how, args.precision)
-        return NanoGPT(work, args.peer, args.device, how, args.precision)
+            return Ours(work, args.device, how, precision)
+        return NanoGPT(work, args.peer, args.device, how, precision)
 
     checked = None
     if args.check:
         plain = work if not work.recipe.dropout else work.without_dropout(args.check_layers)
-        reference = How.parse("peer")
         checked = same_losses(build, plain, hows, reference, args.check, args.precision != "highest")
-    sides = []
+        if any(how.compile for how in hows):  # else what differed from the check's model might be compiled as variable
+            import torch._dynamo
+
+            torch._dynamo.reset()
+    sides, programs = [], []
     for how in hows:
         begin = time.perf_counter()
         program = build(work, how)
         program.loss(0)
         first = time.perf_counter() - begin
         losses = [program.loss(i) for i in range(1, args.warmup)]
+        programs.append(program)
         sides.append(beside.Side(how.name, rounds(program, args.warmup, args.iterations, args.log), program.facts))
         program.facts |= {"first_iteration_s": first, "warmup_loss": float(np.mean(losses[-10:])) if losses else None}
         beside.say(f"ready {how.name}: first iteration after {first:.1f} s, loss {program.facts['warmup_loss']}")
-    beside.interleave(sides, args.rounds, deadline)
+    with beside.turn(args, deadline):
+        beside.interleave(sides, args.rounds, deadline)
+        for program in programs if args.device == "cuda" else ():
+            program.facts["gpu"] = busy(program)
     peer = beside.checksum(args.peer, "*.py")
     recipe = {"recipe": args.recipe, "iterations_a_round": args.iterations, "losses_read_every": args.log}
     return {"peer": peer, **recipe, "check": checked, **beside.compared(sides), **_memory(args.device)}
+
+
+def busy(program: Program, iterations: int = 10) -> dict[str, float]:
+    """How long the GPU computes in an iteration, ms, and in how many kernels: the union of what the profiler saw."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        program.run(0, iterations, iterations)
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    spans = [(e.time_range.start, e.time_range.end) for e in profiled.events() or () if e.device_type == cuda]
+    return {"busy_ms": union(spans) / iterations / 1e3, "kernels": len(spans) / iterations}
+
+
+def union(spans: Sequence[tuple[float, float]]) -> float:
+    """The length that intervals cover together."""
+    covered, end = 0.0, float("-inf")
+    for begin, stop in sorted(spans):
+        covered += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    return covered
 
 
 def _memory(device: str) -> dict[str, Any]:

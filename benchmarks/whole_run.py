@@ -106,26 +106,29 @@ def read(lines: Sequence[tuple[float, str]]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = beside.parser(__doc__, rounds=5)
-    parser.add_argument("--peer", type=Path, required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT; without it ours runs alone")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     parser.add_argument("--recipe", choices=("quick", "full"), default="full")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--compile", action="store_true", help="both; without it neither")
     parser.add_argument("--until", choices=("first", "exit"), default="first")
+    parser.add_argument("--no-cold", action="store_true", help="leave the cold round out: then the first round is cold")
     parser.add_argument("--text", type=Path, help="train on it (default: the built-in stand-in)")
     parser.add_argument("--iterations", type=int, help="of a whole run (default: the recipe's)")
     parser.add_argument("--ours", action="append", default=[], metavar="KEY=VALUE", help="another override of train.py")
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
     with tempfile.TemporaryDirectory() as name:
-        programs = [nanogpt(args, Path(name)), ours(args, Path(name))]
-        for program in programs:
+        programs = [make(args, Path(name)) for make in ((nanogpt, ours) if args.peer else (ours,))]
+        for program in [] if args.no_cold else programs:
             program()
         sides = [beside.Side(p.name, p, {"command": shlex.join(p.argv[1:]).replace(name, "")}, "s") for p in programs]
         beside.interleave(sides, args.rounds, deadline)
     for program, side in zip(programs, sides, strict=True):
-        side.facts |= {"cold": program.runs[0], "runs": program.runs[1:]}
-    beside.finish("whole_run", args, {"peer": beside.checksum(args.peer, "*.py"), **beside.compared(sides)})
+        cold = None if args.no_cold else program.runs.pop(0)
+        side.facts |= {"cold": cold, "runs": program.runs}
+    peer = beside.checksum(args.peer, "*.py") if args.peer else None
+    beside.finish("whole_run", args, {"peer": peer, **beside.compared(sides)})
     return 0
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -133,6 +134,12 @@ def test_the_check_finds_what_does_not_compute_the_same(load, tmp_path, side, of
     assert ("warning" in found["sides"][0]) == (logits != "torch.float32" and "bfloat16" not in side)
 
 
+def test_a_moment_in_which_two_kernels_run_is_counted_once(load):
+    union = load("torch_step").union
+    assert union([(5, 7), (0, 2), (1, 3), (2.5, 2.75), (10, 11)]) == pytest.approx(3 + 2 + 1)
+    assert union([]) == 0
+
+
 # -- scripts ----------------------------------------------------------------------------------------------------------
 
 
@@ -210,3 +217,27 @@ def test_the_plot_is_drawn_from_the_lines(load, tmp_path):
     assert (tmp_path / "plot.svg").read_text().count("<path") > 10
     with pytest.raises(InputError, match="holds no measured point"):
         size.main(["--results", str(tmp_path / "none"), "--plot", str(tmp_path / "plot.svg")])
+
+
+def test_two_that_share_turns_are_timed_one_by_one(load, tmp_path):
+    beside, inside, most = load("_side_by_side"), [], []
+    parser = beside.parser(None, rounds=1)
+    beside.add_turns(parser)
+    args = parser.parse_args(["--turns", str(tmp_path / "turns"), "--others", "1"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(beside.os, "getpid", threading.get_ident)
+
+        def timed():
+            with beside.turn(args, time.monotonic() + 20):
+                inside.append(1)
+                most.append(len(inside))
+                assert len(list((tmp_path / "turns").glob("*.ready"))) == 2  # none before both have compiled
+                time.sleep(0.05)
+                inside.pop()
+
+        threads = [threading.Thread(target=timed) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most == [1, 1]
