@@ -24,6 +24,7 @@ import _side_by_side as beside
 import numpy as np
 from _sides import DTYPES, RECIPES, SEED, TOLERANCES, nanogpt
 
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", choices=("ours", "peer"), help="be one of the processes")
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
+    kinds.resolve(args.device)
     recipe, mlx = RECIPES[args.recipe], args.device == "mlx"
     if mlx and args.tokens >= recipe.block_size:
         raise InputError(f"--tokens {args.tokens}: mlx-lm cannot pass block_size; use at most {recipe.block_size - 1}")
@@ -101,7 +103,6 @@ def child(args: Any, spec: GPTSpec) -> dict[str, Any]:
 
 
 def _ours(args: Any, spec: GPTSpec, weights: dict[str, np.ndarray]) -> tuple[Draw, Callable[[], np.ndarray]]:
-    from nanogpt_mac.backends import kinds
     from nanogpt_mac.backends.base import BackendOptions, Tokens
     from nanogpt_mac.backends.generate import generate
 

@@ -22,6 +22,7 @@ import _side_by_side as beside
 import numpy as np
 from _sides import DTYPES, RECIPES, How, Ours, Work, rounds
 
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
 
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=20)
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
+    kinds.resolve(args.device)
     how = How("ours", True, args.compile, args.dtype, {})
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         resident = Work.of(RECIPES[args.recipe], None, Path(name))

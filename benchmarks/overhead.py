@@ -23,6 +23,7 @@ from typing import Any
 import _side_by_side as beside
 from _sides import DTYPES, RECIPES, How, Ours, Work
 
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.run import Denominators
 from nanogpt_mac.train.clock import Clock
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-wandb", action="store_true")
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
+    kinds.resolve(args.device)
     with tempfile.TemporaryDirectory() as name, Path(os.devnull).open("w") as nowhere:
         work = Work.of(RECIPES[args.recipe], None, Path(name))
         ours = Ours(work, args.device, How("ours", True, args.compile, args.dtype, {}), "highest")

@@ -26,6 +26,7 @@ from typing import Any
 import _side_by_side as beside
 from _sides import DTYPES, RECIPES, How, NanoGPT, Ours, Program, Recipe, Work
 
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
 
 HEAD = 64
@@ -96,7 +97,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def measure(args: Any, deadline: float, argv: list[str]) -> int:
-    done = [Point(**result["point"]) for result in read(args.results)]
+    kinds.resolve("cuda")
+    done = [Point(**result["point"]) for result in read(args.results) if result["sides"]]
     wanted = [point for point in points(FEW if args.points == "few" else RANGES) if point not in done]
     for begin in range(0, len(wanted), args.together):
         left = deadline - time.monotonic()

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ import _side_by_side as beside
 import numpy as np
 from _sides import RECIPES, How, NanoGPT, Ours, Program, Work, rounds, same_losses
 
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,15 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=100, help="iterations before the first round")
     parser.add_argument("--check", type=int, default=20, help="iterations of the check; 0 leaves it out")
     parser.add_argument("--check-layers", type=int, default=2)
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine"
+    )
     parser.add_argument("--graph-cache", action="store_true")
     beside.add_turns(parser)
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
+    kinds.resolve(args.device)
     if not args.graph_cache:
         os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
     hows = [How.parse(side) for side in args.sides or ("peer+compile", "ours+compile")]
     with tempfile.TemporaryDirectory() as folder:
-        work = Work.of(RECIPES[args.recipe], args.text, Path(folder))
+        work = replace(Work.of(RECIPES[args.recipe], args.text, Path(folder)), now=CLOCKS[args.clock])
         found = measure(args, hows, work, deadline)
     beside.finish("torch_step", args, found)
     return 0 if found["check"] is None or found["check"]["same"] else 1
@@ -88,7 +96,12 @@ def measure(args: Any, hows: Sequence[How], work: Work, deadline: float) -> dict
         for program in programs if args.device == "cuda" else ():
             program.facts["gpu"] = busy(program)
     peer = beside.checksum(args.peer, "*.py")
-    recipe = {"recipe": args.recipe, "iterations_a_round": args.iterations, "losses_read_every": args.log}
+    recipe = {
+        "recipe": args.recipe,
+        "iterations_a_round": args.iterations,
+        "losses_read_every": args.log,
+        "clock": args.clock,
+    }
     return {"peer": peer, **recipe, "check": checked, **beside.compared(sides), **_memory(args.device)}
 
 

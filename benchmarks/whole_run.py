@@ -27,6 +27,7 @@ from typing import Any
 import _side_by_side as beside
 from _sides import DTYPES, RECIPES, Work
 
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
 
 ITERATION = re.compile(r"iter (\d+): loss ([\d.]+), time")
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ours", action="append", default=[], metavar="KEY=VALUE", help="another override of train.py")
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
+    kinds.resolve(args.device)
     with tempfile.TemporaryDirectory() as name:
         programs = [make(args, Path(name)) for make in ((nanogpt, ours) if args.peer else (ours,))]
         for program in [] if args.no_cold else programs:

@@ -241,3 +241,41 @@ def test_two_that_share_turns_are_timed_one_by_one(load, tmp_path):
         for thread in threads:
             thread.join()
     assert most == [1, 1]
+
+
+CHILD = """
+import json, sys
+point = json.loads(sys.argv[-1])
+if point["batch_size"] == 256:
+    sys.exit(3)  # before it is ready
+print("READY", flush=True)
+assert sys.stdin.readline() == "GO\\n"
+side = {"ms": {"median": 1.5}, "reserved": 2**30}
+print(json.dumps({"point": point, "sides": {"ours": side, "peer": {"error": "out of memory"}}}), flush=True)
+"""
+
+
+def test_a_point_that_fails_harms_no_other_and_is_tried_again(load, tmp_path, monkeypatch, capsys):
+    size = load("size")
+    script, lines = tmp_path / "child.py", tmp_path / "lines.jsonl"
+    script.write_text(CHILD)
+    monkeypatch.setattr(size, "__file__", str(script))
+    monkeypatch.setattr(size.kinds, "resolve", lambda name: name)
+    argv = ["--peer", str(tmp_path), "--points", "few", "--results", str(lines), "--together", "3"]
+    assert size.main(argv) == 0
+    found = size.read(lines)
+    assert [bool(result["sides"]) for result in found].count(False) == 1
+    assert len(found) == 8
+    assert "peer out of memory" in capsys.readouterr().err
+    script.write_text(CHILD.replace("== 256", "== 257"))
+    assert size.main(argv) == 0
+    assert [result["point"]["batch_size"] for result in size.read(lines)[8:]] == [256]  # only what had failed
+
+
+def test_a_device_that_is_not_here_is_one_line(load, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("TORCHINDUCTOR_AUTOGRAD_CACHE", "1")  # which the script changes
+    with pytest.raises(InputError, match="backend=cuda: not available here: torch finds no CUDA device"):
+        load("torch_step").main(["--peer", str(tmp_path), "--device", "cuda"])
+    with pytest.raises(InputError, match=r"has no model\.py; use a checkout of"):
+        load("torch_step").main(["--peer", str(tmp_path), "--recipe", "tiny"])
