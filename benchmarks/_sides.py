@@ -32,6 +32,8 @@ from nanogpt_mac.train.clock import Clock
 
 SEED = 1337
 DTYPES = ("float32", "bfloat16", "float16")
+# cpu: the process's own time, of all its threads. With one thread it holds on a machine that others use.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 # -- the work ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 
 import _side_by_side as beside
 import numpy as np
-from _sides import DTYPES, RECIPES, How, Ours, Work, rounds
+from _sides import CLOCKS, DTYPES, RECIPES, How, Ours, Work, rounds
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", choices=RECIPES, default="quick")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--gigabytes", type=float, default=10.0)
     parser.add_argument("--folder", type=Path, help="on the disk that is meant (default: the temporary one)")
     parser.add_argument("--written", action="store_true", help="write the file and read it from the disk")
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds.resolve(args.device)
     how = How("ours", True, args.compile, args.dtype, {})
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        resident = Work.of(RECIPES[args.recipe], None, Path(name))
+        resident = replace(Work.of(RECIPES[args.recipe], None, Path(name)), now=CLOCKS[args.clock])
         path = Path(name) / "large.bin"
         make(path, int(args.gigabytes * 1e9) // 2 * 2, resident.vocab_size, args.written)
         mapped = replace(resident, tokens=np.memmap(path, np.uint16, mode="r"))
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         beside.interleave(sides, args.rounds, deadline)
     found = beside.compared(sides)
     share = 1 / found["faster"]["memory-mapped"]["value"] - 1
-    facts = {"recipe": args.recipe, "bytes": int(args.gigabytes * 1e9), "sparse": not args.written}
+    facts = {"recipe": args.recipe, "clock": args.clock, "bytes": int(args.gigabytes * 1e9), "sparse": not args.written}
     beside.finish("memmap", args, {**facts, "added_share": share, **found})
     return 0
 

@@ -16,12 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import _side_by_side as beside
-from _sides import DTYPES, RECIPES, How, Ours, Work
+from _sides import CLOCKS, DTYPES, RECIPES, How, Ours, Work
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
@@ -41,12 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--iterations", type=int, default=20, help="of a side in a round")
     parser.add_argument("--warmup", type=int, default=20)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--no-wandb", action="store_true")
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
     kinds.resolve(args.device)
     with tempfile.TemporaryDirectory() as name, Path(os.devnull).open("w") as nowhere:
-        work = Work.of(RECIPES[args.recipe], None, Path(name))
+        work = replace(Work.of(RECIPES[args.recipe], None, Path(name)), now=CLOCKS[args.clock])
         ours = Ours(work, args.device, How("ours", True, args.compile, args.dtype, {}), "highest")
         for iteration in range(args.warmup):
             ours.loss(iteration)
@@ -68,7 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             recorder.close()
     found = beside.compared(sides)
     share = {name: 1 / ratio["value"] - 1 for name, ratio in found["faster"].items()}
-    more = {"recipe": args.recipe, "added_share": share, "wandb_flush_ms_a_row": None if args.no_wandb else flushed}
+    more = {
+        "recipe": args.recipe,
+        "clock": args.clock,
+        "added_share": share,
+        "wandb_flush_ms_a_row": None if args.no_wandb else flushed,
+    }
     beside.finish("overhead", args, {**more, **ours.facts, **found})
     return 0
 
@@ -84,7 +91,7 @@ def _recorded(
     ours: Ours, recorder: Recorder, numbers: itertools.count[int], count: int, console: Any
 ) -> Callable[[], list[float]]:
     """As train/loop.py runs an iteration and keeps it; the block ends, as bare's, with an empty queue."""
-    backend, recipe = ours.backend, ours.work.recipe
+    backend, recipe, now = ours.backend, ours.work.recipe, ours.work.now
 
     def keep(done: list[Any]) -> None:
         for completion in done:
@@ -96,11 +103,11 @@ def _recorded(
         clock = Clock(backend.wait, "completion", 10, 5, backend.runs_ahead)
         clock.submit(first, partial(ours.step, first))  # a clock waits for its first iteration alone
         with contextlib.redirect_stdout(console):
-            begin = time.perf_counter()
+            begin = now()
             for iteration in range(first + 1, first + 1 + count):
                 keep(clock.submit(iteration, partial(ours.step, iteration)))
             keep(clock.drain())
-            return [(time.perf_counter() - begin) / count * 1e3]
+            return [(now() - begin) / count * 1e3]
 
     return run
 

@@ -24,12 +24,10 @@ from typing import Any
 
 import _side_by_side as beside
 import numpy as np
-from _sides import RECIPES, How, NanoGPT, Ours, Program, Work, rounds, same_losses
+from _sides import CLOCKS, RECIPES, How, NanoGPT, Ours, Program, Work, rounds, same_losses
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
