@@ -46,6 +46,10 @@ class Program:
     environment: dict[str, str]
     runs: list[dict[str, Any]] = field(default_factory=list)
 
+    def command(self, scratch: str) -> str:
+        """What was run, without this machine's folders."""
+        return shlex.join(self.argv[1:]).replace(scratch, "").replace(f"{beside.ROOT}/", "")
+
     def __call__(self) -> list[float]:
         begin = time.perf_counter()
         child = subprocess.Popen(
@@ -124,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         programs = [make(args, Path(name)) for make in ((nanogpt, ours) if args.peer else (ours,))]
         for program in [] if args.no_cold else programs:
             program()
-        sides = [beside.Side(p.name, p, {"command": shlex.join(p.argv[1:]).replace(name, "")}, "s") for p in programs]
+        sides = [beside.Side(p.name, p, {"command": p.command(name)}, "s") for p in programs]
         beside.interleave(sides, args.rounds, deadline)
     for program, side in zip(programs, sides, strict=True):
         cold = None if args.no_cold else program.runs.pop(0)
