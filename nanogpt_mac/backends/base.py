@@ -64,7 +64,7 @@ class BackendOptions:
     beta1: float
     beta2: float
     grad_clip: float  # global norm; 0 switches it off
-    resident_tokens: int = 1 << 28  # splits of up to this many stay on the device as int32; larger ones on the host
+    resident_tokens: int = 1 << 27  # splits of up to this many stay on the device; larger ones on the host
     settings: Mapping[str, Any] = field(default_factory=dict)  # the kind's own, by name; absent: at their defaults
 
 

@@ -130,6 +130,8 @@ class TorchBackend(Backend):
         self.model = GPT(spec, self._few_kernels()).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
         if options.compile:
+            # Until pytorch PR 181564 AOTAutograd's cache did not know autocast's type: bfloat16 could run float16's code.
+            torch.compiler.config.cache_key_tag = options.dtype
             self.loss = torch.compile(self.model.loss, dynamic=False, mode=self.settings.compile_mode)
         graph = self._cuda_graph()
         self.parameters = dict(self.model.named_parameters())
@@ -235,7 +237,7 @@ class TorchBackend(Backend):
                     loss = loss / len(windows)
                 scaled = self.scaler.scale(loss)
             with self.phase("backward"):
-                gradients = torch.autograd.grad(scaled, self.optimizer.ordered)
+                gradients = torch.autograd.grad(scaled, self.optimizer.ordered, materialize_grads=True)
                 self.optimizer.take(gradients, add=number > 0)
                 total = total + loss.detach() if number else loss.detach()
         with self.phase("clip"):
@@ -296,7 +298,7 @@ class TorchBackend(Backend):
         torch.manual_seed(base.step_seed(self.options.seed, self.iteration))
         with self.autocast():
             loss = self.loss(self._tokens(tokens), self._tokens(targets))
-        gradients = torch.autograd.grad(self.scaler.scale(loss), list(self.parameters.values()))
+        gradients = torch.autograd.grad(self.scaler.scale(loss), list(self.parameters.values()), materialize_grads=True)
         scale = np.float32(self.scaler.get_scale())
         return loss.item(), {n: _numpy(g) / scale for n, g in zip(self.parameters, gradients, strict=True)}
 

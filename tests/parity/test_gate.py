@@ -260,7 +260,7 @@ OPERATORS += ["gelu_backward", "native_layer_norm", "native_layer_norm_backward"
 OPERATORS += ["embedding_dense_backward", "index_select", "nll_loss_forward", "nll_loss_backward", "add.Tensor"]
 OPERATORS += ["mul.Tensor", "div.Tensor", "cat", "clamp", "reciprocal", "linalg_vector_norm", "_fused_adamw_"]
 OPERATORS += ["mul_.Tensor", "add_.Tensor", "copy_", "fill_.Scalar", "sum.dim_IntList"]
-OPERATORS += ["_scaled_dot_product_attention_math_for_mps"]
+OPERATORS += ["_scaled_dot_product_attention_math_for_mps", "baddbmm", "baddbmm.out", "bmm.out", "cat.out"]
 UNFUSED = ["lerp_.Scalar", "addcmul_", "addcdiv_", "sqrt", "linalg_vector_norm"]
 COMPILED = ["mm", "bmm", "_fused_adamw_", "linalg_vector_norm"]
 
