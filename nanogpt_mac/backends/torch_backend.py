@@ -130,7 +130,7 @@ class TorchBackend(Backend):
         self.model = GPT(spec, self._few_kernels()).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
         if options.compile:
-            # Until pytorch PR 181564 AOTAutograd's cache did not know autocast's type: bfloat16 could run float16's code.
+            # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
             self.loss = torch.compile(self.model.loss, dynamic=False, mode=self.settings.compile_mode)
         graph = self._cuda_graph()

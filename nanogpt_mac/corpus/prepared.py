@@ -19,6 +19,7 @@ from nanogpt_mac.corpus.encoders import Encoder, encoder_from_json
 from nanogpt_mac.errors import InputError, reason
 
 FORMAT = 1
+WINDOWS_ABOVE_BYTES = 256 << 20  # what a back end does not keep on its device (BackendOptions.resident_tokens)
 CHECK_BELOW_BYTES = 64 << 20  # corpora up to this size have their checksums verified whenever they are opened
 SPLITS = ("train", "val")
 
@@ -141,7 +142,7 @@ def load(folder: Path) -> Corpus:
                 raise damaged(file.name, f"{size} bytes where {2 * expected.tokens} were written")
             if check and hashlib.sha256(file.read_bytes()).hexdigest() != expected.sha256:
                 raise damaged(file.name, "its checksum differs")
-            tokens[split] = _mapped(file, windows=not check)
+            tokens[split] = _mapped(file)
         except OSError as error:
             raise damaged(file.name, error.strerror or str(error)) from error
     try:
@@ -150,11 +151,11 @@ def load(folder: Path) -> Corpus:
         raise damaged("meta.json", str(error)) from error
 
 
-def _mapped(file: Path, windows: bool) -> np.ndarray:
-    """The tokens of a file, uint16. Of a large one only `windows` are read: what lies around each is not wanted."""
+def _mapped(file: Path) -> np.ndarray:
+    """The tokens of a file, uint16. Of a large one windows are read, and what lies around each is not wanted."""
     with file.open("rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    if windows and hasattr(mmap, "MADV_RANDOM"):
+    if len(mapped) > WINDOWS_ABOVE_BYTES and hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, "<u2")
 
