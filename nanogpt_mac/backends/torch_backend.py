@@ -85,7 +85,7 @@ class TorchBackend(Backend):
         self.accelerator = None if options.name == "cpu" else getattr(torch, options.name)  # torch.mps, torch.cuda
         torch.set_float32_matmul_precision(options.matmul_precision)
         self.dtype = getattr(torch, options.dtype)
-        self.model = GPT(spec).to(self.device)
+        self.model = GPT(spec, options.checkpointing).to(self.device)
         self.parameters = dict(self.model.named_parameters())
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
         if options.compile:

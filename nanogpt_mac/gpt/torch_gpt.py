@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanogpt_mac.gpt.spec import GPTSpec
 
@@ -95,10 +96,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Weights are loaded, never drawn here. Mixed precision is the caller's `torch.autocast`."""
+    """Weights are loaded, never drawn here. Mixed precision is the caller's `torch.autocast`.
 
-    def __init__(self, spec: GPTSpec) -> None:
+    With `checkpointing` the backward pass computes each block's activations anew, and only their inputs are kept.
+    """
+
+    def __init__(self, spec: GPTSpec, checkpointing: bool = False) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(spec.vocab_size, spec.n_embd),
@@ -120,7 +125,8 @@ class GPT(nn.Module):
         pos = t["wpe"].weight[start : start + idx.shape[1]]  # (T, C)
         x = t["drop"](t["wte"](idx) + pos)  # (B, T, C)
         for block in t["h"]:
-            x = block(x, cache)
+            again = self.checkpointing and self.training
+            x = checkpoint(block, x, cache, use_reentrant=False) if again else block(x, cache)
         if cache is not None:
             cache.length += idx.shape[1]
         # (B, T, V): the head's weight is the embedding's
