@@ -138,6 +138,8 @@ class Config:
     """Of the matrix products; weights, moments and loss stay float32."""
     matmul_precision: str = one_of(*MATMUL_PRECISIONS)
     """Of float32 products; high and medium allow TF32 and the like."""
+    checkpointing: bool = False
+    """Keep only each block's input and compute its activations anew in the backward pass: less memory, more time."""
     seed: int = at_least(0, 1337, below=MOST_SEED)
     """Of initial weights, batches, dropout and samples."""
 
@@ -293,5 +295,6 @@ def backend_options(config: Config | SampleConfig, name: str, compiled: bool = F
         beta1=recipe.beta1,
         beta2=recipe.beta2,
         grad_clip=recipe.grad_clip,
+        checkpointing=recipe.checkpointing,
         settings=kinds.own_settings(name, asdict(config.backend)),
     )

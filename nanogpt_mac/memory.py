@@ -17,6 +17,9 @@ RECIPE = ("batch_size", "eval_iters", "gradient_accumulation_steps")  # Config's
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, where there is one
 
 
+SIZES = ("batch_size", "block_size", "n_layer", "n_embd", "eval_iters", "gradient_accumulation_steps", "vocab_size")
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What an iteration's memory grows with; names are Config's, in the order in which smaller ones are proposed."""
@@ -28,6 +31,8 @@ class Sizes:
     eval_iters: int
     gradient_accumulation_steps: int
     vocab_size: int
+    checkpointing: bool = False
+    kept_heads: int = 0  # heads whose attention weights the backward pass reads, where they are written out
 
     def bytes(self, dtype: str) -> int:
         """A lower bound, whatever a compiler fuses: what must exist at once.
@@ -35,12 +40,17 @@ class Sizes:
         State: weights, AdamW's two moments and the gradients, float32: 16 (V C + T C + 12 L C^2) bytes, without norms
         and biases. Activations that the backward pass reads, for B T tokens in `dtype`: of every layer what went into
         its products or came out of them, queries, keys, values (3 C), attention's output (C), the hidden layer (4 C),
-        and the logits (V). And where the windows of the largest draw begin, int64.
+        and the logits (V). Of heads that are kept, T attention weights each, and a byte for each mask's element. With
+        checkpointing the same of one layer, and what goes into each (C, float32). And where the windows of the largest
+        draw begin, int64.
         """
         C, item = self.n_embd, 4 if dtype == "float32" else 2
         state = 16 * ((self.vocab_size + self.block_size) * C + 12 * self.n_layer * C * C)
         tokens = self.batch_size * self.block_size
-        activations = tokens * item * (8 * C * self.n_layer + self.vocab_size)
+        masks = self.kept_heads * self.block_size + 2 * C if self.kept_heads else 0
+        layer = item * (8 * C + self.kept_heads * self.block_size)
+        layers = layer + 4 * C * self.n_layer if self.checkpointing else layer * self.n_layer
+        activations = tokens * (layers + masks * self.n_layer + item * self.vocab_size)
         return state + activations + 8 * self.batch_size * max(self.eval_iters, self.gradient_accumulation_steps)
 
     def most(self, name: str, dtype: str, memory: int) -> int:
@@ -52,7 +62,7 @@ class Sizes:
         return low
 
     def _with(self, name: str, value: int) -> Sizes:
-        return replace(self, **{name: value})
+        return replace(self, **{name: value})  # type: ignore[arg-type]
 
 
 def check(config: Config, backend: str, memory: int | None = None) -> None:
@@ -60,17 +70,21 @@ def check(config: Config, backend: str, memory: int | None = None) -> None:
     model, memory = config.model, memory or of(backend)
     vocabulary = model.vocab_size or vocab_size(config.data) or 1
     given = {**asdict(model), **{key: getattr(config, key) for key in RECIPE}, "vocab_size": vocabulary}
-    sizes = Sizes(**{name: given[name] for name in Sizes.__dataclass_fields__})
+    kind = kinds.KINDS.get(backend)
+    kept = model.n_head if kind and kind.keeps_attention and model.dropout else 0
+    sizes = Sizes(**{name: given[name] for name in SIZES}, checkpointing=config.checkpointing, kept_heads=kept)
     needed = sizes.bytes(config.dtype)
     if needed <= memory:
         return
-    keys = {name: name if name in RECIPE else f"model.{name}" for name in asdict(sizes)}
+    keys = {name: name if name in RECIPE else f"model.{name}" for name in SIZES}
     named = sorted(keys, key=lambda name: keys[name] not in config.named)
     fitting = {name: most for name in named if (most := sizes.most(name, config.dtype, memory))}
     if "n_embd" in fitting and (most := fitting.pop("n_embd") // model.n_head * model.n_head):
         fitting["n_embd"] = most
     name = next((name for name in named if name in fitting), named[0])
     use = f"use at most {fitting[name]}" if name in fitting else "use this and other sizes that are smaller"
+    if replace(sizes, checkpointing=True).bytes(config.dtype) <= memory:
+        use += ", or checkpointing=true"
     raise InputError(
         f"{keys[name]}={getattr(sizes, name)}: an iteration needs at least {needed / 1e9:.3g} GB of memory, and there "
         f"are {memory / 1e9:.3g} GB here; {use}"

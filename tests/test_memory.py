@@ -71,6 +71,22 @@ def test_the_bound_is_below_what_torch_holds_at_once():
     assert 0.2 * held < sizes.bytes("float32") < held
 
 
+def test_what_mlx_keeps_of_attention_counts_and_checkpointing_is_named():
+    full = cli.compose(["experiment=full"])
+    tokens, layers, heads, C = 64 * 256, 6, 6, 384
+    whole = memory.Sizes(64, 256, layers, C, 200, 1, 65)
+    kept = memory.Sizes(64, 256, layers, C, 200, 1, 65, kept_heads=heads)
+    again = memory.Sizes(64, 256, layers, C, 200, 1, 65, checkpointing=True, kept_heads=heads)
+    assert kept.bytes("float32") - whole.bytes("float32") == tokens * layers * (heads * 256 * 5 + 2 * C)
+    saved = kept.bytes("float32") - again.bytes("float32")
+    assert saved == tokens * ((layers - 1) * 4 * (8 * C + heads * 256) - layers * 4 * C)
+    between = (again.bytes("float32") + kept.bytes("float32")) // 2
+    with pytest.raises(InputError, match=r"batch_size=64: .*; use at most \d+, or checkpointing=true$"):
+        memory.check(full, "mlx", between)
+    memory.check(cli.compose(["experiment=full", "checkpointing=true"]), "mlx", between)
+    memory.check(full, "cpu", between)
+
+
 def test_a_containers_limit_counts(monkeypatch, tmp_path):
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(memory, "LIMIT", limit)

@@ -64,6 +64,7 @@ class BackendOptions:
     beta1: float
     beta2: float
     grad_clip: float  # global norm; 0 switches it off
+    checkpointing: bool = False  # compute each block's activations anew in the backward pass
     resident_tokens: int = 1 << 27  # splits of up to this many stay on the device; larger ones on the host
     settings: Mapping[str, Any] = field(default_factory=dict)  # the kind's own, by name; absent: at their defaults
 
@@ -76,15 +77,6 @@ class Lever:
     value: Any
     what: str  # what the value means, in a few words
     when: Callable[[Capabilities, Any], bool] = lambda capabilities, config: True  # config: the base variant's Config
-
-
-@dataclass(frozen=True)
-class Recommended:
-    """A setting that a comparison takes on this machine, unless it is given."""
-
-    key: str  # "backend.blas"
-    value: str
-    note: str  # for labels: "torch's BLAS"
 
 
 @dataclass(frozen=True)
@@ -103,6 +95,7 @@ class Kind:
     settings: type | None = None  # a dataclass of its own keys, backend.KEY; see `setting`
     caches: Mapping[str, str] = field(default_factory=dict)  # variable that says where compiled code is kept -> folder
     nvidia: bool = False  # it computes in the memory of an NVIDIA card, not in the machine's
+    keeps_attention: bool = False  # with dropout its backward pass reads whole attention weights
     out_of_memory: str = ""  # a pattern of the line in a log that says so
     missing_operator: str = ""
 
@@ -163,11 +156,6 @@ class Backend(ABC):
     def device_of(cls, kind: Kind) -> str:
         """Which of `kind.devices` it computes on here, by name."""
         return kind.devices[0].device
-
-    @classmethod
-    def recommended(cls, capabilities: Capabilities) -> tuple[Recommended, ...]:
-        """Settings that a fair comparison takes on this machine."""
-        return ()
 
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
         """Take `weights` (float32, by canonical name) and start afresh: zero moments, iteration 0."""
@@ -236,6 +224,11 @@ class Backend(ABC):
         import psutil
 
         return int(psutil.virtual_memory().available)
+
+    def iteration_bytes(self) -> int | None:
+        """What an iteration takes beside what stays, once the first is complete; None where a second, enqueued behind
+        it, takes nothing more."""
+        return None
 
     def release_memory(self) -> None:  # noqa: B027 (nothing to do on most devices)
         """Give back what the allocator keeps."""

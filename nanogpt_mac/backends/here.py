@@ -5,11 +5,11 @@ Asking a framework for its devices loads it, takes its GPU, and settles what it 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from nanogpt_mac import child
-from nanogpt_mac.backends.base import BackendOptions, Kind, Recommended
+from nanogpt_mac.backends.base import BackendOptions, Kind
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.capabilities import Capabilities
@@ -17,15 +17,7 @@ from nanogpt_mac.records.capabilities import Capabilities
 TIMEOUT_S = 300.0  # a cold import of several frameworks from a slow disk
 
 
-@dataclass(frozen=True)
-class Here:
-    """One back end that this machine has."""
-
-    capabilities: Capabilities
-    recommended: tuple[Recommended, ...] = ()
-
-
-def look() -> tuple[dict[str, str], dict[str, Here]]:
+def look() -> tuple[dict[str, str], dict[str, Capabilities]]:
     """(Why a back end cannot run here, what it is where it can), each by name in the registry's order."""
     try:
         answers: dict[str, Any] = child.ask(__name__, timeout_s=TIMEOUT_S)
@@ -33,24 +25,19 @@ def look() -> tuple[dict[str, str], dict[str, Here]]:
         raise InputError(str(error)) from error
     missing = {name: found for name, found in answers.items() if isinstance(found, str)}
     return missing, {
-        name: Here(
-            Capabilities(**found["capabilities"] | {"dtypes": tuple(found["capabilities"]["dtypes"])}),
-            tuple(Recommended(**one) for one in found["recommended"]),
-        )
+        name: Capabilities(**found | {"dtypes": tuple(found["dtypes"])})
         for name, found in answers.items()
         if name not in missing
     }
 
 
 def _ask(kind: Kind) -> Any:
-    """Why it is missing, or a `Here` as JSON."""
+    """Why it is missing, or its Capabilities as JSON."""
     try:
         if reason := kind.missing():
             return reason
         kind.prepare(BackendOptions(kind.name, False, "float32", "highest", 0, 0.0, 0.0, 0.0, 0.0))
-        cls = kind.load()
-        capabilities = kind.on(cls.device_of(kind))
-        return asdict(Here(capabilities, cls.recommended(capabilities)))
+        return asdict(kind.on(kind.load().device_of(kind)))
     except InputError:
         raise
     except Exception as error:  # a broken installation: the others can still run

@@ -6,7 +6,6 @@ registers itself: an entry point of the group `nanogpt_mac.backends` names its K
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -15,11 +14,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from nanogpt_mac import simulator
+from nanogpt_mac.backends import blas
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Tokens, setting
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
@@ -106,8 +104,8 @@ TORCH: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class MLXSettings:
-    blas: str = setting("own", "own", "torch")
-    """On a Linux CPU: "torch" borrows libtorch's matrix product, faster than the reference BLAS of MLX's wheel."""
+    blas: str = setting("auto", "auto", "own", *blas.LIBRARIES)
+    """On a Linux CPU: MLX calls whose matrix product; auto: torch's, else scipy's; its own is many times slower."""
 
 
 class MLX(Kind):
@@ -121,32 +119,13 @@ class MLX(Kind):
                 "setting; start a new process"
             )
         os.environ["MLX_ENABLE_TF32"] = tf32
-        if MLXSettings(**options.settings).blas == "torch" and not _lent:
-            if loaded:
-                raise InputError("backend.blas=torch: must be set before MLX is loaded; start a new process")
-            _borrow_torch_blas()
+        blas.lend(MLXSettings(**options.settings).blas)
         import mlx.core as mx
 
         if gpu_left_out():
             mx.set_default_device(mx.Device(mx.cpu))
         if options.compile and mx.default_device() == mx.Device(mx.cpu):
             _require_compiler("mx.compile", "g++")  # the only one that MLX asks for; without it nothing is fused
-
-
-_lent: list[ctypes.CDLL] = []  # libtorch, where this process has loaded it before MLX
-
-
-def _borrow_torch_blas() -> None:
-    """Let libtorch's sgemm serve MLX, whose Linux CPU wheel carries the slow reference BLAS.
-
-    The dynamic linker takes a symbol from the first library that was loaded globally, so libtorch goes first.
-    """
-    torch = find_spec("torch")
-    places = torch.submodule_search_locations if torch else None
-    library = Path(places[0]) / "lib" / "libtorch_cpu.so" if places else None
-    if library is None or not library.exists():
-        raise InputError("backend.blas=torch: there is no libtorch_cpu.so here; use backend.blas=own")
-    _lent.append(ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL))
 
 
 def _require_compiler(what: str, *compilers: str) -> None:
@@ -204,6 +183,7 @@ KINDS: dict[str, Kind] = {
             eager_by_name=False,
             rank={"darwin": 20, "linux": 30},
             settings=MLXSettings,
+            keeps_attention=True,
             caches={"TMPDIR": "tmp"} if sys.platform == "linux" else {},  # its CPU build keeps compiled kernels there
             out_of_memory=r"(?i:Insufficient Memory|failed to allocate)",
             missing_operator=r"(No|no) Metal kernel|Unable to load kernel",

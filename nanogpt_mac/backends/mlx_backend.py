@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
-from nanogpt_mac.backends import base
-from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Recommended, Tokens
-from nanogpt_mac.backends.kinds import KINDS, MLXSettings
-from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache
+from nanogpt_mac.backends import base, blas
+from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Tokens
+from nanogpt_mac.backends.kinds import KINDS
+from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache, dropout_masks
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
-from nanogpt_mac.records.capabilities import Capabilities
 
-Arrays = dict[str, mx.array]
+Layers = dict[int, tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,48 @@ class Handle:
     norm: mx.array
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Which parameters share a one-dimensional buffer, and whether a buffer's weights decay.
+
+    On a GPU all that decay share one and all others another: the norm, the clip and AdamW then launch a few kernels
+    and not a few for each parameter. On a CPU, where launches cost nothing, each has its own, which stays in its cache.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    buffers: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, spec: GPTSpec, one_buffer: bool) -> _Layout:
+        shapes = spec.shapes()
+        shared = (tuple(n for n, s in shapes.items() if (len(s) >= 2) is decays) for decays in (True, False))
+        return cls(shapes, tuple(shared) if one_buffer else tuple((name,) for name in shapes))
+
+    @property
+    def decays(self) -> list[bool]:
+        return [len(self.shapes[names[0]]) >= 2 for names in self.buffers]
+
+    def join(self, arrays: Mapping[str, mx.array]) -> list[mx.array]:
+        """One array a buffer, of what is given by canonical name."""
+        return [mx.concatenate([arrays[name].reshape(-1) for name in names]) for names in self.buffers]
+
+    def split(self, buffers: list[mx.array]) -> list[tuple[str, mx.array]]:
+        """Each parameter as a view of its buffer, with its canonical name."""
+        found = []
+        for names, buffer in zip(self.buffers, buffers, strict=True):
+            ends = list(accumulate(math.prod(self.shapes[name]) for name in names))
+            parts = mx.split(buffer, ends[:-1]) if len(names) > 1 else [buffer]
+            found += [(name, part.reshape(self.shapes[name])) for name, part in zip(names, parts, strict=True)]
+        return found
+
+
 class MLXBackend(Backend):
     LEVERS = (
         Lever(
             "backend.blas",
             "own",
             "the reference BLAS of MLX's Linux wheel",
-            lambda _, config: config.backend.blas == "torch",
+            lambda here, config: sys.platform == "linux" and here.device == "cpu" and config.backend.blas != "own",
         ),
         Lever(
             "model.dropout",
@@ -62,40 +95,38 @@ class MLXBackend(Backend):
         self.spec, self.options, self.tokens = spec, options, tokens
         kind = KINDS[options.name]
         self.capabilities = kind.on(self.device_of(kind))
-        self.model = GPT(spec, getattr(mx, options.dtype))
+        self.model = GPT(spec, getattr(mx, options.dtype), options.checkpointing)
+        self.layout = _Layout.of(spec, one_buffer=self.device_name != "cpu")
         self.resident = {
             split: mx.array(array.astype(np.int32))
             for split, array in tokens.splits.items()
             if len(array) <= options.resident_tokens
         }
+        self.half = options.dtype == "float16"  # which alone has a loss scale
         self.iteration = 0
-        self.optimizer: dict[str, Any] = {}  # moments by name, step, loss scale: all arrays, so all compiled state
+        # Weights and moments as the layout has them, step, loss scale: all arrays, so all compiled state.
+        self.trained: dict[str, Any] = {}
         self.load({name: np.zeros(shape, np.float32) for name, shape in spec.shapes().items()})
 
-        state = [self.model.state, self.optimizer, mx.random.state]
-        weights = [self.model.state]
         compile_ = mx.compile if options.compile else _eager
-        self._step = compile_(self._iteration, inputs=state, outputs=state)
-        # Weights are outputs here too: taking gradients leaves tracers in the model, which must not outlive the trace.
-        self._loss_and_grads = compile_(partial(_loss_and_grads, self.model), inputs=weights, outputs=weights)
+        self._step = compile_(self._iteration, inputs=self.trained, outputs=self.trained)
+        self._loss_and_grads = compile_(self._gradients, inputs=self.trained)
+        weights = [self.model.state]
         self._val_loss = compile_(partial(self._window_loss, "val"), inputs=weights)
         self._train_loss = compile_(partial(self._window_loss, "train"), inputs=weights)
+        # A GPU's launches are worth compiling for; on a CPU a compiler would run for seconds first.
+        compile_ = mx.compile if options.compile or self.device_name != "cpu" else _eager
+        self._next_logits = compile_(self._decode_one, inputs=weights)
 
         if mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-        self.details = {"resident_data": sorted(self.resident), "blas": MLXSettings(**options.settings).blas}
+        self.details = {"resident_data": sorted(self.resident), "blas": blas.taken()}
 
     @classmethod
     def device_of(cls, kind: Kind) -> str:
         if mx.default_device() != mx.Device(mx.gpu):
             return "cpu"
         return "metal" if mx.metal.is_available() else "cuda"
-
-    @classmethod
-    def recommended(cls, capabilities: Capabilities) -> tuple[Recommended, ...]:
-        """The reference BLAS of the Linux CPU wheel is ten times slower than libtorch's; no Mac has it."""
-        lends = sys.platform == "linux" and capabilities.device == "cpu" and find_spec("torch")
-        return (Recommended("backend.blas", "torch", "torch's BLAS"),) if lends else ()
 
     # -- data: what crosses to the device is the starts, or whole windows where the split does not live there -----
 
@@ -112,71 +143,86 @@ class MLXBackend(Backend):
     # -- training -------------------------------------------------------------------------------------------------
 
     def step(self, starts: np.ndarray, lr: float) -> Handle:
-        mx.random.seed(base.step_seed(self.options.seed, self.iteration))  # dropout: a function of the iteration
+        key = mx.random.key(base.step_seed(self.options.seed, self.iteration))  # dropout: a function of the iteration
         self.iteration += 1
-        self.model.train()
-        loss, norm = self._step(self._batch("train", starts), mx.array(lr, mx.float32))
+        loss, norm = self._step(self._batch("train", starts), mx.array(lr, mx.float32), key)
+        self.bound = False
         with self.phase("result"):
-            mx.async_eval(loss, norm, self.model.parameters(), self.optimizer)
+            mx.async_eval(loss, norm, self.trained)
             return Handle(loss, norm)
 
-    def _iteration(self, batch: mx.array, lr: mx.array) -> tuple[mx.array, mx.array]:
+    def _iteration(self, batch: mx.array, lr: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
         """The whole iteration as one graph: pick batch, forward, loss, backward, accumulate, clip, AdamW."""
-        windows, scale = self._windows("train", batch), self.optimizer["loss_scale"]
-        total, grads = mx.zeros(()), Arrays()
+        windows = self._windows("train", batch)
+        total, grads, count = mx.zeros(()), list[mx.array](), len(windows)
         with self.phase("forward"):  # and backward: value_and_grad gives both
-            for window in windows:
-                loss, new = _loss_and_grads(self.model, window[:, :-1], window[:, 1:], scale / len(windows))
-                total = total + loss / len(windows)
-                grads = {name: grads[name] + g if name in grads else g for name, g in new.items()}
+            for window, one in zip(windows, mx.random.split(key, count) if count > 1 else [key], strict=True):
+                loss, new = self._gradients(window[:, :-1], window[:, 1:], self._masks(len(window), one), count)
+                total = total + loss
+                grads = [a + b for a, b in zip(grads, new, strict=True)] if grads else new
         with self.phase("clip"):
-            grads = {name: g / scale for name, g in grads.items()}
-            norm = mx.sqrt(sum((mx.sum(mx.square(g)) for g in grads.values()), start=mx.zeros(())))
+            if self.half:
+                grads = [g / self.trained["loss_scale"] for g in grads]
+            norm = mx.sqrt(sum((mx.sum(mx.square(g)) for g in grads), start=mx.zeros(())))
             if self.options.grad_clip:  # torch.nn.utils.clip_grad_norm_
                 clip = mx.minimum(self.options.grad_clip / (norm + 1e-6), 1.0)
-                grads = {name: g * clip for name, g in grads.items()}
+                grads = [g * clip for g in grads]
         with self.phase("optimizer"):
-            if self.options.dtype == "float16":
+            if self.half:
                 self._scaled_update(grads, lr, mx.isfinite(norm))
             else:
                 self._adamw(grads, lr)
         return total, norm
 
-    def _adamw(self, grads: Arrays, lr: mx.array) -> None:
-        """AdamW (Loshchilov and Hutter) as torch has it: decay on matrices alone, bias correction, eps 1e-8."""
-        o, opt = self.options, self.optimizer
-        opt["step"] = opt["step"] + 1
-        correction1, correction2 = (_correction(beta, opt["step"]) for beta in (o.beta1, o.beta2))
-        weights = self._weights()
-        for name, g in grads.items():
-            m = o.beta1 * opt["exp_avg"][name] + (1 - o.beta1) * g
-            v = o.beta2 * opt["exp_avg_sq"][name] + (1 - o.beta2) * mx.square(g)
-            opt["exp_avg"][name], opt["exp_avg_sq"][name] = m, v
-            decay = 1 - lr * o.weight_decay if g.ndim >= 2 else 1.0
-            update = (m / correction1) / (mx.sqrt(v / correction2) + 1e-8)
-            weights[name] = weights[name] * decay - lr * update
-        self.model.update(tree_unflatten(list(weights.items())))
+    def _masks(self, batch: int, key: mx.array) -> list[mx.array] | None:
+        return dropout_masks(self.spec, batch, self.spec.block_size, key) if self.spec.dropout else None
 
-    def _scaled_update(self, grads: Arrays, lr: mx.array, finite: mx.array) -> None:
+    def _gradients(
+        self, x: mx.array, y: mx.array, keep: list[mx.array] | None, count: int = 1
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The loss over `count`, and its gradients times the loss scale, as the layout has them."""
+
+        def scaled(weights: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+            self.model.train().update(tree_unflatten(list(weights.items())))
+            loss = self.model.loss(x, y, keep)
+            if count > 1:
+                loss = loss / count
+            return (loss * self.trained["loss_scale"] if self.half else loss), loss
+
+        (_, loss), grads = mx.value_and_grad(scaled)(dict(self.layout.split(self.trained["weights"])))
+        return loss, self.layout.join(grads)
+
+    def _adamw(self, grads: list[mx.array], lr: mx.array) -> None:
+        """AdamW (Loshchilov and Hutter) as torch has it: decay on matrices alone, bias correction, eps 1e-8."""
+        o, now = self.options, self.trained
+        now["step"] = now["step"] + 1
+        correction1, correction2 = (_correction(beta, now["step"]) for beta in (o.beta1, o.beta2))
+        for i, (g, decays) in enumerate(zip(grads, self.layout.decays, strict=True)):
+            m = o.beta1 * now["exp_avg"][i] + (1 - o.beta1) * g
+            v = o.beta2 * now["exp_avg_sq"][i] + (1 - o.beta2) * mx.square(g)
+            now["exp_avg"][i], now["exp_avg_sq"][i] = m, v
+            decay = 1 - lr * o.weight_decay if decays else 1.0
+            update = (m / correction1) / (mx.sqrt(v / correction2) + 1e-8)
+            now["weights"][i] = now["weights"][i] * decay - lr * update
+
+    def _scaled_update(self, grads: list[mx.array], lr: mx.array, finite: mx.array) -> None:
         """torch.amp.GradScaler's rule: leave out an update that overflowed and halve the scale; double it in time."""
-        opt, weights = self.optimizer, self._weights()
-        before = dict(opt, exp_avg=dict(opt["exp_avg"]), exp_avg_sq=dict(opt["exp_avg_sq"]))
+        now = self.trained
+        before = tree_map(lambda array: array, now)  # new lists of the same arrays
         self._adamw(grads, lr)
-        kept = {name: mx.where(finite, new, weights[name]) for name, new in self._weights().items()}
-        self.model.update(tree_unflatten(list(kept.items())))
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            opt[key] = tree_map(partial(mx.where, finite), opt[key], before[key])
-        growth = mx.where(finite, opt["scale_growth"] + 1, 0)
+        for key in ("weights", "exp_avg", "exp_avg_sq", "step"):
+            now[key] = tree_map(partial(mx.where, finite), now[key], before[key])
+        growth = mx.where(finite, now["scale_growth"] + 1, 0)
         grown = growth == base.GROWTH_INTERVAL
         factor = mx.where(grown, base.SCALE_GROWTH, mx.where(finite, 1.0, base.SCALE_BACKOFF))
-        opt["loss_scale"], opt["scale_growth"] = opt["loss_scale"] * factor, mx.where(grown, 0, growth)
+        now["loss_scale"], now["scale_growth"] = now["loss_scale"] * factor, mx.where(grown, 0, growth)
 
     def wait(self, handle: Handle) -> tuple[float, float]:
         with self.phase("result"):
             return _float(handle.loss), _float(handle.norm)
 
     def evaluate(self, split: str, starts: np.ndarray) -> float:
-        self.model.eval()
+        self._evaluated()
         loss = self._val_loss if split == "val" else self._train_loss
         total = mx.zeros(())
         with self.phase("evaluation"):
@@ -191,62 +237,81 @@ class MLXBackend(Backend):
 
     # -- looking inside -------------------------------------------------------------------------------------------
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
+    def _evaluated(self) -> GPT:
+        """The model with the weights of now: an iteration leaves its tracers in it."""
+        if not self.bound:
+            self.model.update(tree_unflatten(self.layout.split(self.trained["weights"])))
+            self.bound = True
         self.model.eval()
-        return np.array(self.model(mx.array(tokens.astype(np.int32))))
+        return self.model
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        return np.array(self._evaluated()(mx.array(tokens.astype(np.int32))))
 
     def gradients(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
         # Where nothing is dropped the training graph itself is what is checked; else only evaluation is deterministic.
-        self.model.train(bool(np.float32(1 - self.spec.dropout) == 1))
-        mx.random.seed(base.step_seed(self.options.seed, self.iteration))
+        key = mx.random.key(base.step_seed(self.options.seed, self.iteration))
+        drops = self.spec.dropout and np.float32(1 - self.spec.dropout) == 1
+        keep = dropout_masks(self.spec, tokens.shape[0], tokens.shape[1], key) if drops else None
         x, y = mx.array(tokens.astype(np.int32)), mx.array(targets.astype(np.int32))
-        scale = self.optimizer["loss_scale"]
-        loss, grads = self._loss_and_grads(x, y, scale)
-        return _float(loss), {name: np.array(g / scale) for name, g in grads.items()}
+        loss, grads = self._loss_and_grads(x, y, keep)
+        self.bound = False
+        scale = self.trained["loss_scale"]
+        return _float(loss), self._named([g / scale for g in grads])
 
     def decode(self) -> Callable[[np.ndarray], np.ndarray]:
         cache = KVCache()
 
         def decoder(tokens: np.ndarray) -> np.ndarray:
-            self.model.eval()
+            model, new = self._evaluated(), mx.array(tokens[None].astype(np.int32))
             with self.phase("sampling"):
-                return np.array(self.model(mx.array(tokens[None].astype(np.int32)), cache)[0, -1])
+                if not cache.length or len(tokens) > 1:
+                    return np.array(model(new, cache)[0, -1])
+                logits, cache.layers, cache.length = self._next_logits(new, cache.layers, mx.array(cache.length))
+                return np.array(logits)
 
         return decoder
 
+    def _decode_one(self, token: mx.array, layers: Layers, length: mx.array) -> tuple[mx.array, Layers, mx.array]:
+        """One further token, (1, 1); its logits (V,) and the cache after it. Compiled once for every length."""
+        cache = KVCache()
+        cache.layers, cache.length = dict(layers), length
+        return self.model(token, cache)[0, -1], cache.layers, cache.length
+
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def _weights(self) -> Arrays:
-        return dict(tree_flatten(self.model.parameters()))
+    def _joined(self, arrays: Mapping[str, np.ndarray]) -> list[mx.array]:
+        return self.layout.join({name: mx.array(array) for name, array in arrays.items()})
+
+    def _named(self, arrays: list[mx.array]) -> dict[str, np.ndarray]:
+        """A copy of each, by canonical name."""
+        return {name: np.array(array) for name, array in self.layout.split(arrays)}
 
     def state(self) -> TrainState:
-        opt = self.optimizer
-        weights, exp_avg, exp_avg_sq = (
-            {name: np.array(a) for name, a in tree.items()}
-            for tree in (self._weights(), opt["exp_avg"], opt["exp_avg_sq"])
-        )
+        now = self.trained
         return TrainState(
-            weights,
-            exp_avg,
-            exp_avg_sq,
+            self._named(now["weights"]),
+            self._named(now["exp_avg"]),
+            self._named(now["exp_avg_sq"]),
             iteration=self.iteration,
-            optimizer_steps=int(_float(opt["step"])),
-            loss_scale=_float(opt["loss_scale"]) if self.options.dtype == "float16" else INIT_LOSS_SCALE,
-            scale_growth=int(_float(opt["scale_growth"])),
+            optimizer_steps=int(_float(now["step"])),
+            loss_scale=_float(now["loss_scale"]) if self.half else INIT_LOSS_SCALE,
+            scale_growth=int(_float(now["scale_growth"])),
         )
 
     def restore(self, state: TrainState) -> None:
-        self.model.update(tree_unflatten([(name, mx.array(w)) for name, w in state.weights.items()]))
         # In place: the compiled step holds this very dictionary.
-        self.optimizer.update(
-            exp_avg={name: mx.array(a) for name, a in state.exp_avg.items()},
-            exp_avg_sq={name: mx.array(a) for name, a in state.exp_avg_sq.items()},
+        self.trained.update(
+            weights=self._joined(state.weights),
+            exp_avg=self._joined(state.exp_avg),
+            exp_avg_sq=self._joined(state.exp_avg_sq),
             step=mx.array(float(state.optimizer_steps)),
-            loss_scale=mx.array(state.loss_scale if self.options.dtype == "float16" else 1.0),
+            loss_scale=mx.array(state.loss_scale if self.half else 1.0),
             scale_growth=mx.array(state.scale_growth),
         )
-        self.iteration = state.iteration
-        mx.eval(self.model.parameters(), self.optimizer)
+        self.iteration, self.bound = state.iteration, False
+        mx.eval(self.trained)
+        self._evaluated()  # a step must find no tracer of an earlier one in the model
 
     # -- the device -----------------------------------------------------------------------------------------------
 
@@ -277,19 +342,11 @@ class MLXBackend(Backend):
     def free_memory(self) -> int:
         return int(mx.device_info().get("free_memory", super().free_memory()))  # there on CUDA alone
 
+    def iteration_bytes(self) -> int:
+        return mx.get_peak_memory() - mx.get_active_memory()  # given when it is enqueued, so a second takes as much
+
     def release_memory(self) -> None:
         mx.clear_cache()
-
-
-def _loss_and_grads(model: GPT, x: mx.array, y: mx.array, scale: mx.array) -> tuple[mx.array, Arrays]:
-    """The loss, and the gradients of `scale` times the loss by canonical name."""
-
-    def scaled(model: GPT, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
-        loss = model.loss(x, y)
-        return loss * scale, loss
-
-    (_, loss), grads = nn.value_and_grad(model, scaled)(model, x, y)
-    return loss, dict(tree_flatten(grads))
 
 
 def _correction(beta: float, step: mx.array) -> mx.array | float:

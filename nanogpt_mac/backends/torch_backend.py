@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,9 @@ class Graphed:
         self.function, self.left = function, warmup
         self.graph: torch.cuda.CUDAGraph | None = None
         self.argument = self.result = torch.empty(0)
+        # Of its own, and the same for all calls, as memory is kept for each: what libraries prepare once a stream
+        # cannot be recorded.
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, argument: Tensor) -> Tensor:
         if self.graph is not None:
@@ -70,16 +74,15 @@ class Graphed:
             self.argument.copy_(argument)
             self.graph.replay()
             return self.result
-        stream = torch.cuda.Stream()  # libraries prepare themselves once a stream, which a recording cannot hold
-        stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream())
         if self.left > 0:
             self.left -= 1
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self.stream):
                 result = self.function(argument)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return result
         self.argument, graph = argument.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=self.stream):
             self.result = self.function(self.argument)
         self.graph = graph
         return self(argument)
@@ -127,7 +130,7 @@ class TorchBackend(Backend):
         self.accelerator = None if options.name == "cpu" else getattr(torch, options.name)  # torch.mps, torch.cuda
         torch.set_float32_matmul_precision(options.matmul_precision)
         self.dtype = getattr(torch, options.dtype)
-        self.model = GPT(spec, self._few_kernels()).to(self.device)
+        self.model = GPT(spec, self._few_kernels(), options.checkpointing).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
         if options.compile:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
@@ -155,6 +158,7 @@ class TorchBackend(Backend):
         self.iteration = 0
         self.train_windows: Callable[[Tensor], Tensor] = Graphed(self._train) if graph else self._train
         self.evaluate_window: Callable[[Tensor], Tensor] = Graphed(self._evaluate) if graph else self._evaluate
+        self.full_window: Callable[[Tensor], Tensor] = Graphed(self._last_logits, 1) if graph else self._last_logits
         self.details = {"fused_adamw": fused, "cuda_graph": graph, "resident_data": sorted(self.resident)}
 
     @classmethod
@@ -304,21 +308,23 @@ class TorchBackend(Backend):
 
     def decode(self) -> Callable[[np.ndarray], np.ndarray]:
         cache = KVCache(self.spec, self.device, self.dtype)
-
-        def logits(tokens: Tensor) -> Tensor:
-            with self.autocast(), self.decoding():
-                return self.model(tokens, cache)[0, -1]
-
-        graphed = Graphed(logits, warmup=0) if self.details["cuda_graph"] else logits  # of one token
+        feed = partial(self._last_logits, cache=cache)
+        one = Graphed(feed, warmup=0) if self.details["cuda_graph"] else feed
 
         @torch.no_grad()
         def decoder(tokens: np.ndarray) -> np.ndarray:
             self.model.eval()
+            # A window that is full has no room for a further token, so nothing of it need be kept.
+            run = self.full_window if len(tokens) == self.spec.block_size else one if len(tokens) == 1 else feed
             with self.phase("sampling"):
-                moved = torch.from_numpy(tokens[None].astype(np.int64)).to(self.device)
-                return (graphed if len(tokens) == 1 else logits)(moved).cpu().numpy()
+                return run(torch.from_numpy(tokens[None].astype(np.int64)).to(self.device)).cpu().numpy()
 
         return decoder
+
+    def _last_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (V,) of what follows `tokens`, int64 (1, T)."""
+        with self.autocast(), self.decoding():
+            return self.model(tokens, cache)[0, -1]
 
     def decoding(self) -> AbstractContextManager[Any]:
         """Within, attention has no kernel that plans anew for every length of a prompt, as cuDNN's does."""

@@ -30,7 +30,7 @@ def variants(machine: Machine, backends: Sequence[str], compose: Callable[[Varia
             compiled = not kind.compiled_by_default
             lever = Setting("compile", compiled, f"{'' if compiled else 'no '}{kind.compiler}")
             chosen.append(_changed(machine, base, lever, known(names[compiled], machine)))
-        config, capabilities = compose(base), machine.has[backend].capabilities
+        config, capabilities = compose(base), machine.has[backend]
         own = kind.load().LEVERS
         theirs = {(lever.key, lever.value) for lever in own}
         everybodys = (lever for lever in _common(config) if (lever.key, lever.value) not in theirs)
@@ -66,13 +66,15 @@ def _common(base: Config) -> list[Setting]:
         settings.append(Setting("matmul_precision", "high", what, lambda c, _: c.tf32))
     elif base.dtype == "float32":
         settings.append(Setting("matmul_precision", "highest", "float32 products in full"))
+    if not base.checkpointing:
+        settings.append(Setting("checkpointing", True, "activations computed anew in the backward pass"))
     dropout = Setting("model.dropout", 0.0, WITHOUT) if base.model.dropout > 0 else Setting("model.dropout", 0.2, WITH)
     return [*settings, dropout]
 
 
 def _changed(machine: Machine, base: Variant, lever: Setting, named: Variant | None = None) -> Variant:
     short = f"{lever.key.rpartition('.')[2]}={_spelt(lever.value)}"
-    changed = named or known(base.name, machine.given([lever.key]))
+    changed = named or known(base.name, machine)
     return Variant(
         name=named.name if named else slug(f"{base.name}-{short}"),
         label=named.label if named else f"{base.label}, {short}",

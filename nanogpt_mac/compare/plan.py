@@ -40,7 +40,6 @@ SAME_WORK = ("batch_size", "gradient_accumulation_steps", "seed", "init_from", "
 def make(config: CompareConfig) -> tuple[Plan, dict[str, Config]]:
     """The plan, but for what only the pilot runs can tell, and every variant's config; InputError for bad input."""
     machine = look_around()
-    machine = machine.given([key_of(override) for override in config.given])
     common, experiment = _common(config, machine)
     if config.levers:
         variants = levers.variants(machine, _backends(config, machine), lambda variant: _compose(variant, common))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanogpt_mac.backends import here, kinds
 from nanogpt_mac.backends.base import Kind
-from nanogpt_mac.backends.here import Here
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.compare.config import DECIDED
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.overrides import key_of, merged, slug
+from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.plan import Variant
 
 
@@ -46,19 +45,11 @@ class Machine:
     """What of this machine decides on the variants."""
 
     missing: dict[str, str]  # back end -> why it cannot run here
-    has: dict[str, Here]  # those that can
+    has: dict[str, Capabilities]  # those that can
 
     @property
     def accelerated(self) -> bool:
-        return any(found.capabilities.accelerator for found in self.has.values())
-
-    def given(self, keys: Collection[str]) -> Machine:
-        """This machine where the settings `keys` are the user's: nothing is recommended for them."""
-        has = {
-            name: dataclasses.replace(found, recommended=tuple(r for r in found.recommended if r.key not in keys))
-            for name, found in self.has.items()
-        }
-        return dataclasses.replace(self, has=has)
+        return any(found.accelerator for found in self.has.values())
 
 
 def look_around() -> Machine:
@@ -92,22 +83,15 @@ def parse(text: str, machine: Machine) -> Variant:
     return Variant(
         name=slug("-".join([base.name, *(_short(extra) for extra in rest)])),
         label=", ".join([base.label, *rest]),
-        note=_note(machine.given([key_of(extra) for extra in rest]).has[backend]),
+        note=machine.has[backend].note,
         overrides=tuple(merged(base.overrides, rest)),
     )
 
 
 def known(name: str, machine: Machine) -> Variant:
     backend, compiled, label = KNOWN[name]
-    found = machine.has[backend]
-    overrides = [f"backend={backend}", f"compile={str(compiled).lower()}"]
-    overrides += [f"{r.key}={r.value}" for r in found.recommended]
-    return Variant(name=name, label=label, note=_note(found), overrides=tuple(overrides))
-
-
-def _note(found: Here) -> str:
-    """What a page says beside the label: "CPU, torch's BLAS"."""
-    return ", ".join(note for note in (found.capabilities.note, *(r.note for r in found.recommended)) if note)
+    overrides = f"backend={backend}", f"compile={str(compiled).lower()}"
+    return Variant(name=name, label=label, note=machine.has[backend].note, overrides=overrides)
 
 
 def _short(override: str) -> str:

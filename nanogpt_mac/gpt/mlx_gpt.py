@@ -9,29 +9,66 @@ norms, softmax and loss in float32, weights in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from nanogpt_mac.gpt.spec import GPTSpec
 
+Keep = Sequence[mx.array | None]  # dropout's masks
+
 
 class KVCache:
-    """Keys and values, (B, nh, T, hs), of the tokens seen so far, one pair a layer."""
+    """Keys and values, (B, nh, block_size, hs), one pair a layer, of which the first `length` are of tokens seen.
+
+    Their shape never changes, so one compiled step serves every length; there `length` is an int32 array.
+    """
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[mx.array, mx.array]] = {}
-        self.length = 0
+        self.length: int | mx.array = 0
 
-    def append(self, layer: int, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys and values of all tokens so far, after those of new ones were added."""
-        if layer in self.layers:
-            past_k, past_v = self.layers[layer]
-            k, v = mx.concatenate([past_k, k], axis=2), mx.concatenate([past_v, v], axis=2)  # (B, nh, past + T, hs)
-        self.layers[layer] = k, v
-        return k, v
+    def append(self, layer: int, k: mx.array, v: mx.array, size: int) -> tuple[mx.array, mx.array]:
+        """Write those of new tokens behind the others; all `size` of them."""
+        if layer not in self.layers:
+            empty = mx.zeros((*k.shape[:2], size, k.shape[3]), k.dtype)
+            self.layers[layer] = empty, empty
+        start = mx.array(self.length).reshape(1)
+        past_k, past_v = self.layers[layer]
+        self.layers[layer] = mx.slice_update(past_k, k, start, (2,)), mx.slice_update(past_v, v, start, (2,))
+        return self.layers[layer]
+
+    def visible(self, new: int, size: int) -> mx.array:
+        """Which of `size` places each of `new` tokens sees, (new, size): those that are filled, itself included."""
+        return mx.arange(size) <= (mx.arange(new) + self.length)[:, None]
+
+
+def _kept(dropout: float) -> int:
+    """Of 65,536 equally likely draws, those that keep an activation."""
+    return max(1, round((1.0 - dropout) * 65536))
+
+
+def dropout_masks(spec: GPTSpec, batch: int, length: int, key: mx.array) -> list[mx.array]:
+    """What one forward pass keeps, bool, in its order: embedding; a layer: attention weights, its output, MLP's output.
+
+    One draw for all, 16 bits an activation: MLX has no narrower one than 32, which is cut in two.
+    """
+    rows, weights = (batch, length, spec.n_embd), (batch, spec.n_head, length, length)
+    shapes = [rows, *[weights, rows, rows] * spec.n_layer]
+    ends = list(accumulate(math.prod(shape) for shape in shapes))
+    bits = mx.random.split(key, -(-ends[-1] // 4)).reshape(-1).view(mx.uint16)
+    parts = mx.split(bits <= mx.array(_kept(spec.dropout) - 1, mx.uint16), ends)
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
+
+
+def drop(x: mx.array, keep: mx.array | None, dropout: float) -> mx.array:
+    """`x` where `keep` says so, scaled so that its mean stays; all of it where there is no `keep`."""
+    return x if keep is None else mx.where(keep, x * (65536 / _kept(dropout)), mx.array(0, x.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -67,23 +104,67 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias, self.dtype)
 
 
-def scaled_dot_product_attention(q: mx.array, k: mx.array, v: mx.array, dropout_p: float, is_causal: bool) -> mx.array:
-    """MLX's fused attention, or, as that has no dropout, the product written out. All of (B, nh, T, hs)."""
+def scaled_dot_product_attention(
+    q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None, keep: mx.array | None, dropout: float
+) -> mx.array:
+    """MLX's fused attention, or, as that has no dropout, the product written out. All of (B, nh, T, hs).
+
+    `mask` says what is seen, (T, T); "causal" is for the fused one alone.
+    """
     scale = 1.0 / math.sqrt(q.shape[-1])
-    if dropout_p == 0.0:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if is_causal else None)
-    scores = (q * scale) @ k.swapaxes(-1, -2)  # (B, nh, T, T)
-    if is_causal:
-        scores = mx.where(mx.tri(q.shape[2], dtype=mx.bool_), scores, mx.finfo(scores.dtype).min)
-    weights = mx.softmax(scores, axis=-1, precise=True)
-    kept = mx.random.bernoulli(1.0 - dropout_p, weights.shape)
-    return (kept * weights * (1.0 / (1.0 - dropout_p))) @ v  # (B, nh, T, hs)
+    if keep is None:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    scores = q @ k.swapaxes(-1, -2)  # (B, nh, T, T)
+    assert isinstance(mask, mx.array)
+    scores = mx.where(mask, scores * scale, mx.finfo(scores.dtype).min)
+    return drop(mx.softmax(scores, axis=-1, precise=True), keep, dropout) @ v  # (B, nh, T, hs)
+
+
+def erf(x: mx.array) -> mx.array:
+    """The error function in float32, within 4e-7, as the rational function that Eigen and XLA have.
+
+    MLX on a CPU calls the C library for every element; this is vectorized.
+    """
+    x = mx.clip(x, -4.0, 4.0)
+    t = x * x
+    p, q = mx.array(ERF_P[0]), mx.array(ERF_Q[0])
+    for c in ERF_P[1:]:
+        p = p * t + c
+    for c in ERF_Q[1:]:
+        q = q * t + c
+    return x * p / q
+
+
+ERF_P = (
+    *(-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05),
+    *(-7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02),
+)
+ERF_Q = (
+    *(-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03),
+    *(-7.37332916720468e-03, -1.42647390514189e-02),
+)
+
+
+@mx.custom_function
+def gelu_with_own_erf(x: mx.array) -> mx.array:
+    """x Phi(x), Phi the normal distribution's integral."""
+    return x * (0.5 + 0.5 * erf(x * math.sqrt(0.5)))
+
+
+@gelu_with_own_erf.vjp
+def _gelu_gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    """Phi(x) + x Phi'(x): of the function itself, not of the approximation."""
+    density = mx.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return cotangent * (0.5 + 0.5 * erf(x * math.sqrt(0.5)) + x * density)
 
 
 def gelu(x: mx.array, approximate: str) -> mx.array:
     """GELU in float32 whatever `x` is, as torch's kernels compute it; fused by mx.compile."""
+    exact: Callable[[mx.array], Any] = nn.gelu
+    if mx.default_device() == mx.Device(mx.cpu):
+        exact = gelu_with_own_erf
     wide = x.astype(mx.float32)
-    return (nn.gelu(wide) if approximate == "none" else nn.gelu_approx(wide)).astype(x.dtype)
+    return (exact(wide) if approximate == "none" else nn.gelu_approx(wide)).astype(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -93,19 +174,17 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = Linear(spec.n_embd, 3 * spec.n_embd, spec.bias, dtype)
         self.c_proj = Linear(spec.n_embd, spec.n_embd, spec.bias, dtype)
-        self.resid_dropout = nn.Dropout(spec.dropout)
-        self.n_head, self.dropout, self.layer = spec.n_head, spec.dropout, layer
+        self.n_head, self.dropout, self.layer, self.block_size = spec.n_head, spec.dropout, layer, spec.block_size
 
-    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None, keep: Keep) -> mx.array:
         B, T, C = x.shape
         q, k, v = mx.split(self.c_attn(x), 3, axis=2)  # three of (B, T, C)
         q, k, v = (t.reshape(B, T, self.n_head, C // self.n_head).swapaxes(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)  # (B, nh, T, hs)
+            k, v = cache.append(self.layer, k, v, self.block_size)
+        y = scaled_dot_product_attention(q, k, v, mask, keep[0], self.dropout)  # (B, nh, T, hs)
         y = y.swapaxes(1, 2).reshape(B, T, C)  # the heads side by side
-        return self.resid_dropout(self.c_proj(y))
+        return drop(self.c_proj(y), keep[1], self.dropout)
 
 
 class MLP(nn.Module):
@@ -115,11 +194,12 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(spec.n_embd, 4 * spec.n_embd, spec.bias, dtype)
         self.c_proj = Linear(4 * spec.n_embd, spec.n_embd, spec.bias, dtype)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = spec.dropout
         self.gelu = partial(gelu, approximate="none" if spec.gelu == "exact" else "tanh")
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, C) -> (B, T, 4 C) -> (B, T, C)
+    def __call__(self, x: mx.array, keep: mx.array | None) -> mx.array:
+        # (B, T, C) -> (B, T, 4 C) -> (B, T, C)
+        return drop(self.c_proj(self.gelu(self.c_fc(x))), keep, self.dropout)
 
 
 class Block(nn.Module):
@@ -132,45 +212,84 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(spec.n_embd, spec.bias)
         self.mlp = MLP(spec, dtype)
 
-    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
-        x = x + self.attn(self.ln_1(x), cache)
-        x = x + self.mlp(self.ln_2(x))
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None, keep: Keep) -> mx.array:
+        x = x + self.attn(self.ln_1(x), mask, cache, keep)
+        x = x + self.mlp(self.ln_2(x), keep[2])
         return x
 
 
-class GPT(nn.Module):
-    """Weights are loaded, never drawn here. Mixed precision is `dtype`, the type of the matrix products."""
+def checkpointed(block: Block, x: mx.array, mask: mx.array | str | None, keep: Keep) -> mx.array:
+    """A block of which only what goes in is kept, and which the backward pass computes anew.
 
-    def __init__(self, spec: GPTSpec, dtype: mx.Dtype = mx.float32) -> None:
+    One block after the other: left to mx.checkpoint, MLX's order of evaluation holds the activations of all at once, as
+    soon as anything (a norm, say) reads the gradients of all.
+    """
+
+    def forward(weights: dict[str, Any], x: mx.array) -> mx.array:
+        block.update(weights)
+        return block(x, mask, None, keep)
+
+    run = mx.custom_function(forward)
+
+    @run.vjp
+    def backward(inputs: Any, cotangent: mx.array, _: mx.array) -> Any:
+        names, arrays = zip(*tree_flatten(list(inputs)), strict=True)
+
+        def flat(*arrays: mx.array) -> mx.array:
+            return forward(*tree_unflatten(list(zip(names, arrays, strict=True))))
+
+        gradients: Any = mx.vjp(flat, mx.depends(list(arrays), [cotangent]), [cotangent])[1]
+        gradients[-1:] = mx.depends(gradients[-1:], gradients[:-1])
+        return tuple(tree_unflatten(list(zip(names, gradients, strict=True))))
+
+    return cast(mx.array, run(block.trainable_parameters(), x))
+
+
+class GPT(nn.Module):
+    """Weights are loaded, never drawn here. Mixed precision is `dtype`, the type of the matrix products.
+
+    With `checkpointing` the backward pass computes each block's activations anew, and only their inputs are kept.
+    """
+
+    def __init__(self, spec: GPTSpec, dtype: mx.Dtype = mx.float32, checkpointing: bool = False) -> None:
         super().__init__()
         self.transformer = {
             "wte": nn.Embedding(spec.vocab_size, spec.n_embd),
             "wpe": nn.Embedding(spec.block_size, spec.n_embd),
-            "drop": nn.Dropout(spec.dropout),
             "h": [Block(spec, i, dtype) for i in range(spec.n_layer)],
             "ln_f": LayerNorm(spec.n_embd, spec.bias),
         }
-        self.dtype = dtype
+        self.dtype, self.spec, self.checkpointing = dtype, spec, checkpointing
+        self._causal = mx.tri(spec.block_size, dtype=mx.bool_)  # made once
 
-    def __call__(self, idx: mx.array, cache: KVCache | None = None) -> mx.array:
+    def __call__(
+        self, idx: mx.array, cache: KVCache | None = None, keep: Sequence[mx.array | None] | None = None
+    ) -> mx.array:
         """Logits (B, T, V) in float32 of tokens `idx` (B, T); with a cache, they are T new tokens that follow its own.
 
-        A cache that holds tokens takes one further token at a time.
+        `keep`: `dropout_masks` of this pass; without them nothing is dropped.
         """
         t: Any = self.transformer
-        start = cache.length if cache is not None else 0
+        T = idx.shape[1]
+        keep = keep or [None] * (1 + 3 * self.spec.n_layer)
+        mask: mx.array | str = "causal" if keep[0] is None else self._causal[:T, :T]
         # A slice, not a lookup: compiled for Metal, torch 2.13 gets a lookup's gradient wrong (docs/method.md).
-        pos = t["wpe"].weight[start : start + idx.shape[1]]  # (T, C)
-        x = t["drop"](t["wte"](idx) + pos)  # (B, T, C)
-        for block in t["h"]:
-            x = block(x, cache)
+        pos = t["wpe"].weight[:T]  # (T, C)
         if cache is not None:
-            cache.length += idx.shape[1]
+            mask = cache.visible(T, self.spec.block_size)
+            pos = mx.slice(t["wpe"].weight, mx.array(cache.length).reshape(1), (0,), (T, self.spec.n_embd))
+        x = drop(t["wte"](idx) + pos, keep[0], self.spec.dropout)  # (B, T, C)
+        for i, block in enumerate(t["h"]):
+            kept = keep[3 * i + 1 : 3 * i + 4]
+            again = self.checkpointing and self.training
+            x = checkpointed(block, x, mask, kept) if again else block(x, mask, cache, kept)
+        if cache is not None:
+            cache.length = cache.length + T
         # (B, T, V): the head's weight is the embedding's
         return linear(t["ln_f"](x), t["wte"].weight, None, self.dtype).astype(mx.float32)
 
-    def loss(self, idx: mx.array, targets: mx.array) -> mx.array:
+    def loss(self, idx: mx.array, targets: mx.array, keep: Sequence[mx.array | None] | None = None) -> mx.array:
         """Mean cross entropy, in nats, of `targets` (B, T) after tokens `idx` (B, T)."""
-        logits = self(idx)
+        logits = self(idx, keep=keep)
         # of (B T, V) and (B T,)
         return nn.losses.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="mean")

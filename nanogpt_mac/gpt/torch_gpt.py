@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanogpt_mac.gpt.packed import add_scaled, packed_attention
 from nanogpt_mac.gpt.spec import GPTSpec
@@ -132,13 +133,14 @@ class GPT(nn.Module):
     """Weights are loaded, never drawn here. Mixed precision is the caller's `torch.autocast`.
 
     `few_kernels` says when to take packed.py's functions, the causal mask made once and dropout's masks from one draw.
+    With `checkpointing` the backward pass computes each block's activations anew, and only their inputs are kept.
     """
 
     causal: Tensor  # float32 (block_size, block_size): 0 where a token may look, minus infinity elsewhere
 
-    def __init__(self, spec: GPTSpec, few_kernels: FewKernels = "never") -> None:
+    def __init__(self, spec: GPTSpec, few_kernels: FewKernels = "never", checkpointing: bool = False) -> None:
         super().__init__()
-        self.spec, self.few_kernels = spec, few_kernels
+        self.spec, self.few_kernels, self.checkpointing = spec, few_kernels, checkpointing
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(spec.vocab_size, spec.n_embd),
@@ -165,7 +167,8 @@ class GPT(nn.Module):
         keep = few.keep[0] if few is not None else None
         x = F.dropout(x, self.spec.dropout, self.training) if keep is None else x * keep
         for block in t["h"]:
-            x = block(x, cache, few)
+            again = self.checkpointing and self.training
+            x = checkpoint(block, x, cache, few, use_reentrant=False) if again else block(x, cache, few)
         # (B, T, V): the head's weight is the embedding's
         return F.linear(t["ln_f"](x), t["wte"].weight).float()
 

@@ -81,6 +81,10 @@ class Clock:
             return []
         return self._collect(len(self._queue) if self._together else len(self._queue) - self._lag)
 
+    def in_turn(self) -> None:
+        """From now on wait for each iteration before the next, as under the policy iteration."""
+        self._lag, self._pipelined, self._together = 0, False, False
+
     def drain(self) -> list[Completion]:
         """Wait for all that is enqueued and stop the clock until the next `submit`."""
         done = self._collect(len(self._queue))

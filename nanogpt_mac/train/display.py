@@ -32,6 +32,9 @@ class Lines(Sink):
         elif isinstance(row, EventRow) and row.event == "diverged":
             loss = (row.model_extra or {})["loss"]
             self.say(f"iter {row.iter}: loss is {loss}: training has diverged and stops here")
+        elif isinstance(row, EventRow) and row.event == "one_in_flight":
+            held = (row.model_extra or {})["bytes"]
+            self.say(f"an iteration takes {held / 1e9:.3g} GB, and two do not fit: each is waited for before the next")
 
     def iteration(self, row: IterationRow) -> None:
         if row.iter % self.interval == 0:

@@ -61,6 +61,11 @@ class Loop:
             done = clock.submit(iteration, partial(backend.step, batches, learning_rate(config, iteration)))
             if not self._record(done):
                 return ExitState.DIVERGED
+            if iteration == start and (held := backend.iteration_bytes()) is not None:
+                self.recorder.event("iteration_memory", iteration, bytes=held)
+                if backend.runs_ahead and held > backend.free_memory():
+                    self.recorder.event("one_in_flight", iteration, bytes=held)
+                    clock.in_turn()
         return ExitState.FINISHED if self.stop() is None else ExitState.STOPPED
 
     def _record(self, completions: list[Completion]) -> bool:

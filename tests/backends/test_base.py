@@ -87,7 +87,6 @@ def test_a_back_end_must_answer_what_only_it_knows():
     """The rest has an answer that is right for most; these have none."""
     own = {"__init__", "step", "wait", "evaluate", "logits", "gradients", "state", "restore"}
     assert base.Backend.__abstractmethods__ == own | {"decode", "matmul"}
-    assert base.Backend.recommended(Capabilities("cpu", "torch")) == ()
     assert base.Lever("key", 1, "what").when(None, None) is True
 
 

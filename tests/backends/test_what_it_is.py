@@ -1,13 +1,12 @@
-"""What a back end says of itself before it computes: its device, what it recommends, when its levers matter."""
+"""What a back end says of itself before it computes: its device, when its levers matter."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import torch_backend
-from nanogpt_mac.backends.base import Backend, Kind, Recommended
+from nanogpt_mac.backends.base import Backend, Kind
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.records.capabilities import Capabilities
 
@@ -15,7 +14,6 @@ from nanogpt_mac.records.capabilities import Capabilities
 def test_by_default_it_is_on_the_first_of_its_devices(make):
     kind = Kind("abacus", "beads:Abacus", "Abacus", "beads", tuple(map(Capabilities, ("wood", "brass", "bone"))))
     assert Backend.device_of(kind) == "wood"
-    assert Backend.recommended(kind.devices[0]) == ()
     assert kind.compiled_by_default is False
     assert (make("cpu").device_name, make("cpu").runs_ahead) == ("cpu", False)
 
@@ -47,17 +45,3 @@ def test_products_round_where_a_lower_precision_changes_one(monkeypatch, same):
     monkeypatch.setattr("torch.equal", lambda *_: bool(same))
     assert torch_backend._rounds() is not bool(same)
     assert asked == ["medium", "highest"]
-
-
-@pytest.mark.parametrize(
-    ("platform", "device", "torch", "recommends"),
-    [("linux", "cpu", 1, 1), ("darwin", "cpu", 1, 0), ("linux", "cuda", 1, 0), ("linux", "cpu", 0, 0)],
-    ids=["linux", "mac", "gpu", "alone"],
-)
-def test_mlx_recommends_torchs_blas_to_the_linux_wheel(monkeypatch, platform, device, torch, recommends):
-    from nanogpt_mac.backends import mlx_backend
-
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(mlx_backend, "find_spec", lambda _name: torch or None)
-    found = mlx_backend.MLXBackend.recommended(Capabilities(device, "mlx"))
-    assert found == ((Recommended("backend.blas", "torch", "torch's BLAS"),) if recommends else ())

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from nanogpt_mac import cli, corpus
-from nanogpt_mac.backends.base import Recommended
-from nanogpt_mac.backends.here import Here
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.compare import plan as plans
 from nanogpt_mac.compare.config import CompareConfig, entries, validate
@@ -22,13 +20,8 @@ from nanogpt_mac.train import source
 
 
 def machine(missing=(), **devices):
-    """A machine with these back ends on these devices; MLX on a CPU is lent torch's BLAS."""
-    lent = (Recommended("backend.blas", "torch", "torch's BLAS"),)
-    has = {
-        name: Here(KINDS[name].on(device), lent if (name, device) == ("mlx", "cpu") else ())
-        for name, device in devices.items()
-    }
-    return Machine(dict(missing), has)
+    """A machine with these back ends on these devices."""
+    return Machine(dict(missing), {name: KINDS[name].on(device) for name, device in devices.items()})
 
 
 NO_CUDA, NO_MPS = ("cuda", "no CUDA"), ("mps", "no MPS")
@@ -72,10 +65,10 @@ def test_every_variant_of_a_machine(make):
         "MPS compiled",
     ]
     notes = {variant.name: variant.note for variant in document.variants}
-    assert (notes["mps"], notes["mlx"], notes["cpu"]) == ("simulated", "CPU, torch's BLAS", "")
+    assert (notes["mps"], notes["mlx"], notes["cpu"]) == ("simulated", "CPU", "")
     found = {name: (config.backend.name, config.compile, config.backend.blas) for name, config in configs.items()}
-    assert found["mps-compile"] == ("mps", True, "own")
-    assert found["mlx-eager"] == ("mlx", False, "torch")
+    assert found["mps-compile"] == ("mps", True, "auto")
+    assert found["mlx-eager"] == ("mlx", False, "auto")
     assert document.missing == {"cuda": "no CUDA"}
     written = Plan.parse(json.loads(json.dumps(document.document())), "plan.json")
     assert written.model_copy(update={"schema_": document.schema_}) == document
@@ -205,12 +198,6 @@ def test_without_a_network_all_runs_are_told_to_take_the_stand_in(make):
     assert not any("url" in override for override in document.overrides)
 
 
-def test_backend_blas_is_the_users_where_it_is_given(make):
-    document, configs = make("backend.blas=own", "variants=[mlx]")
-    assert configs["mlx"].backend.blas == "own"
-    assert "BLAS" not in document.variants[0].label
-
-
 def test_merged_keeps_the_last_of_each_key():
     assert merged(["a=1", "b=2"], ["a=3", "+c=1"], ["c=2"]) == ["b=2", "a=3", "c=2"]
 
@@ -259,14 +246,15 @@ def test_levers_are_those_with_an_effect(make):
         levers = [variant.lever for variant in document.variants if variant.lever]
         return {(lever.key, lever.value) for lever in levers if lever.key != "matmul_precision"}
 
-    dropout, waits = ("model.dropout", 0.0), {("sync", "iteration"), ("sync", "interval")}
+    dropout, again = ("model.dropout", 0.0), ("checkpointing", True)
+    waits = {("sync", "iteration"), ("sync", "interval")}
     halves, loop = {("dtype", "bfloat16"), ("dtype", "float16")}, ("backend.fused_adamw", False)
-    assert of(MAC, "mps") == {("compile", True), loop, *waits, *halves, dropout}
-    assert of(MAC, "mlx") == {("compile", False), *waits, *halves, dropout}
-    assert of(MAC, "cpu") == {("compile", True), loop, ("dtype", "bfloat16"), dropout}
-    assert of(LINUX, "mlx") == {("compile", False), ("backend.blas", "own"), ("model.dropout", 0.2)}  # quick has none
+    assert of(MAC, "mps") == {("compile", True), loop, *waits, *halves, again, dropout}
+    assert of(MAC, "mlx") == {("compile", False), *waits, *halves, again, dropout}
+    assert of(MAC, "cpu") == {("compile", True), loop, ("dtype", "bfloat16"), again, dropout}
+    assert of(LINUX, "mlx") == {("compile", False), ("backend.blas", "own"), again, ("model.dropout", 0.2)}
     modes = {("backend.compile_mode", m) for m in ("reduce-overhead", "max-autotune-no-cudagraphs")}
-    assert of(CUDA, "cuda") == {("compile", False), loop, *waits, *halves, dropout, *modes}
+    assert of(CUDA, "cuda") == {("compile", False), loop, *waits, *halves, again, dropout, *modes}
     document, _ = make("levers=true", machine=MAC)
     assert {v.name for v in document.variants if v.lever and v.lever.key == "compile"} == {
         "mps-compile",

@@ -23,7 +23,6 @@ PACKED = "nanogpt_mac.gpt.packed"
 TORCH, MLX = "nanogpt_mac.backends.torch_backend", "nanogpt_mac.backends.mlx_backend"
 ADAMW = "nanogpt_mac.backends.torch_adamw"
 SDPA = "F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)"
-FAST = 'mask="causal" if is_causal else None'
 
 # name: (module, what its source says, what the mutant says)
 MUTANTS = {
@@ -73,8 +72,8 @@ MUTANTS = {
     "packed: attention scale": (PACKED, "alpha=1.0 / math.sqrt(hs)", "alpha=1.0 / hs"),
     "packed: scale of the gradient": (
         PACKED,
-        "scale = causal[:1, :1].to(q.dtype), 1.0",
-        "scale = causal[:1, :1], 1.01",
+        ".to(q.dtype), 1.0 / math.sqrt(hs)",
+        ".to(q.dtype), 1.03 / math.sqrt(hs)",
     ),
     "packed: dq and dk swapped": (PACKED, "dq, dk, dv = packed", "dk, dq, dv = packed"),
     "packed: softmax not differentiated": (
@@ -103,22 +102,26 @@ MUTANTS = {
     "torch: lower precision unasked": (TORCH, "self.dtype, enabled=self.dtype != torch.float32", "torch.bfloat16"),
     "torch: norm misreported": (TORCH, "torch.stack((total, norm))", "torch.stack((total, norm * 1.01))"),
     # the model, MLX
-    "mlx: no causal mask": (MLX_GPT, FAST, "mask=None"),
-    "mlx: no causal mask with dropout": (MLX_GPT, "    if is_causal:", "    if False:"),
-    "mlx: mask one token late with dropout": (MLX_GPT, "mx.tri(q.shape[2], dtype", "mx.tri(q.shape[2], k=1, dtype"),
-    "mlx: no scale with dropout": (MLX_GPT, "(q * scale) @", "q @"),
+    "mlx: no causal mask": (MLX_GPT, '= "causal" if', "= None if"),
+    "mlx: no causal mask with dropout": (MLX_GPT, "mx.where(mask, scores * scale", "mx.where(True, scores * scale"),
+    "mlx: mask one token late with dropout": (MLX_GPT, "spec.block_size, dtype=mx", "spec.block_size, k=1, dtype=mx"),
+    "mlx: no scale with dropout": (MLX_GPT, "mask, scores * scale,", "mask, scores,"),
     "mlx: attention scale": (MLX_GPT, "1.0 / math.sqrt(q.shape[-1])", "1.0 / q.shape[-1]"),
-    "mlx: evaluates in training mode": (MLX, "self.model.eval()\n        loss", "self.model.train()\n        loss"),
+    "mlx: evaluation drops": (
+        MLX,
+        "self.model.loss(windows[:, :-1], windows[:, 1:])",
+        "self.model.loss(windows[:, :-1], windows[:, 1:], self._masks(len(windows), mx.random.key(0)))",
+    ),
     "mlx: other gelu": (MLX_GPT, '"none" if spec.gelu == "exact"', '"none" if spec.gelu == "tanh"'),
     "mlx: layer norm eps 1e-6": (MLX_GPT, "self.bias, 1e-5", "self.bias, 1e-6"),
-    "mlx: no norm before attention": (MLX_GPT, "self.attn(self.ln_1(x), cache)", "self.attn(x, cache)"),
+    "mlx: no norm before attention": (MLX_GPT, "self.attn(self.ln_1(x), mask", "self.attn(x, mask"),
     "mlx: q and k swapped": (MLX_GPT, "q, k, v = mx.split", "k, q, v = mx.split"),
-    "mlx: residual dropout left on": (MLX_GPT, "self.dropout(self.c_proj", "nn.Dropout(0.01)(self.c_proj"),
+    "mlx: residual scaled": (MLX_GPT, "drop(self.c_proj", "0.98 * drop(self.c_proj"),
     "mlx: bias forgotten": (MLX_GPT, "if bias is not None:", "if False:"),
     "mlx: head detached": (MLX_GPT, 't["wte"].weight, None', 'mx.stop_gradient(t["wte"].weight), None'),
     # the step, MLX
-    "mlx: decay on vectors": (MLX, "if g.ndim >= 2 else 1.0", "if g.ndim >= 1 else 1.0"),
-    "mlx: no decay": (MLX, "if g.ndim >= 2 else 1.0", "if g.ndim >= 3 else 1.0"),
+    "mlx: decay on vectors": (MLX, "if decays else 1.0", "if True else 1.0"),
+    "mlx: no decay": (MLX, "if decays else 1.0", "if False else 1.0"),
     "mlx: AdamW eps 1e-6": (MLX, "/ correction2) + 1e-8)", "/ correction2) + 1e-6)"),
     "mlx: no bias correction of m": (MLX, "(m / correction1)", "m"),
     "mlx: no bias correction of v": (MLX, "mx.sqrt(v / correction2)", "mx.sqrt(v)"),
@@ -128,18 +131,18 @@ MUTANTS = {
         "mx.minimum(self.options.grad_clip / (norm + 1e-6), 1.0)",
         "self.options.grad_clip / (norm + 1e-6)",
     ),
-    "mlx: accumulation not divided": (MLX, "scale / len(windows))", "scale)"),
+    "mlx: accumulation not divided": (MLX, "if count > 1:", "if False:"),
     "mlx: targets are the tokens": (
         MLX,
-        "window[:, :-1], window[:, 1:], scale",
-        "window[:, :-1], window[:, :-1], scale",
+        "self._gradients(window[:, :-1], window[:, 1:]",
+        "self._gradients(window[:, :-1], window[:, :-1]",
     ),
     "mlx: update 0.1 % off": (MLX, "decay - lr * update", "decay - 1.001 * lr * update"),
     "mlx: norm of the clipped": (MLX, "return total, norm", "return total, mx.minimum(norm, self.options.grad_clip)"),
     "mlx: loss scale left in": (
         MLX,
-        "{name: g / scale for name, g in grads.items()}\n            norm",
-        "grads\n            norm",
+        'grads = [g / self.trained["loss_scale"] for g in grads]',
+        "pass",
     ),
 }
 

@@ -47,16 +47,21 @@ def mlx_twin(spec, weights, training):
     import mlx.core as mx
     from mlx.utils import tree_unflatten
 
-    from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache
+    from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache, dropout_masks
 
     model = GPT(spec).train(training)
     model.update(tree_unflatten([(n, mx.array(w)) for n, w in weights.items()]))
 
+    keys = iter(mx.random.split(mx.random.key(0), 100))
+
+    def keep(idx):
+        return dropout_masks(spec, *idx.shape, next(keys)) if training and spec.dropout else None
+
     def logits(idx, cache=None):
-        return np.array(model(mx.array(idx), cache))
+        return np.array(model(mx.array(idx), cache, keep(idx)))
 
     def loss(idx, targets):
-        return model.loss(mx.array(idx), mx.array(targets)).item()
+        return model.loss(mx.array(idx), mx.array(targets), keep(idx)).item()
 
     return logits, loss, KVCache
 
@@ -146,7 +151,7 @@ def test_mlx_drops_attention_weights_and_scales_what_it_keeps():
     """Its own piece of code: with values that are the identity, what comes out is the weights themselves."""
     import mlx.core as mx
 
-    from nanogpt_mac.gpt.mlx_gpt import scaled_dot_product_attention
+    from nanogpt_mac.gpt.mlx_gpt import dropout_masks, scaled_dot_product_attention
 
     rng = np.random.default_rng(0)
     T, p = 64, 0.25
@@ -154,16 +159,19 @@ def test_mlx_drops_attention_weights_and_scales_what_it_keeps():
     v = np.broadcast_to(np.eye(T, dtype=np.float32), (2, 3, T, T))
     scores = torch.from_numpy(q) @ torch.from_numpy(k).mT / T**0.5
     exact = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1).numpy()
-    mx.random.seed(1)
-    dropped = np.array(scaled_dot_product_attention(*map(mx.array, (q, k, v)), dropout_p=p, is_causal=True))
+    inputs, causal = [mx.array(array) for array in (q, k, v)], mx.tri(T, dtype=mx.bool_)
+    spec = GPTSpec(n_layer=1, n_head=3, n_embd=3, block_size=T, vocab_size=2, dropout=p)
+    keep = dropout_masks(spec, 2, T, mx.random.key(1))[1]
+    dropped = np.array(scaled_dot_product_attention(*inputs, causal, keep, p))
     kept = dropped != 0
     seen = exact > 1e-6
     assert not kept[exact == 0].any()
     assert kept[seen].mean() == pytest.approx(1 - p, abs=0.02)
     np.testing.assert_allclose(dropped[kept], exact[kept] / (1 - p), rtol=1e-4)
-    whole = np.array(scaled_dot_product_attention(*map(mx.array, (q, k, v)), dropout_p=0.0, is_causal=True))
+    whole = np.array(scaled_dot_product_attention(*inputs, "causal", None, 0.0))
     np.testing.assert_allclose(whole, exact, atol=1e-6)
-    every = np.array(scaled_dot_product_attention(*map(mx.array, (q, k, v)), dropout_p=1e-12, is_causal=False))
+    seen = mx.ones((T, T), mx.bool_)
+    every = np.array(scaled_dot_product_attention(*inputs, seen, mx.ones((2, 3, T, T), mx.bool_), 1e-12))
     np.testing.assert_allclose(every, scores.softmax(-1).numpy(), rtol=1e-4, atol=1e-7)
 
 
@@ -177,8 +185,41 @@ def test_mlx_uses_its_fused_attention_where_nothing_is_dropped(monkeypatch):
     monkeypatch.setattr(
         mx.fast, "scaled_dot_product_attention", lambda *a, **k: calls.append(k["mask"]) or fused(*a, **k)
     )
-    x = mx.ones((1, 1, 4, 8))
-    for dropout in (0.0, 0.1):
-        for causal in (True, False):
-            mx.eval(scaled_dot_product_attention(x, x, x, dropout_p=dropout, is_causal=causal))
+    x, seen = mx.ones((1, 1, 4, 8)), mx.ones((4, 4), mx.bool_)
+    for mask in ("causal", None):
+        mx.eval(scaled_dot_product_attention(x, x, x, mask, None, 0.1))
+    mx.eval(scaled_dot_product_attention(x, x, x, seen, mx.ones((1, 1, 4, 4), mx.bool_), 0.1))
     assert calls == ["causal", None]
+
+
+def test_mlx_draws_every_mask_at_once_and_none_depends_on_another():
+    """The shape of each site, the share kept, and no two sites or keys alike."""
+    import mlx.core as mx
+
+    from nanogpt_mac.gpt.mlx_gpt import dropout_masks
+
+    spec = dataclasses.replace(SPEC, dropout=0.3, n_layer=2)
+    masks = [np.array(mask) for mask in dropout_masks(spec, 50, BLOCK, mx.random.key(7))]
+    rows, weights = (50, BLOCK, 32), (50, 4, BLOCK, BLOCK)
+    assert [mask.shape for mask in masks] == [rows, weights, rows, rows, weights, rows, rows]
+    for mask in masks:
+        assert mask.dtype == bool
+        assert mask.mean() == pytest.approx(0.7, abs=0.015)
+    agree = [(a == b).mean() for a, b in zip(masks[2:4], (masks[5], masks[6]), strict=True)]
+    other = np.array(dropout_masks(spec, 50, BLOCK, mx.random.key(8))[0])
+    assert [*agree, (masks[0] == other).mean()] == pytest.approx([0.58] * 3, abs=0.02)  # 0.7^2 + 0.3^2
+
+
+def test_mlxs_own_erf_and_gelu_are_the_functions_and_their_gradient():
+    import mlx.core as mx
+
+    from nanogpt_mac.gpt import mlx_gpt
+
+    x = torch.linspace(-9, 9, 4001, dtype=torch.float64, requires_grad=True)
+    exact = torch.nn.functional.gelu(x)
+    (slope,) = torch.autograd.grad(exact.sum(), x)
+    ours = mx.array(x.detach().numpy().astype(np.float32))
+    np.testing.assert_allclose(np.array(mlx_gpt.erf(ours)), torch.erf(x).detach(), rtol=0, atol=4e-7)
+    value, (gradient,) = mx.vjp(lambda x: mlx_gpt.gelu(x, "none"), [ours], [mx.ones(4001)])
+    np.testing.assert_allclose(np.array(value[0]), exact.detach(), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(np.array(gradient), slope, rtol=0, atol=1e-6)

@@ -24,7 +24,9 @@ def machine(monkeypatch):
 
 
 class Device:
-    """Losses as a test gives them; `asked` has every step and evaluation in order."""
+    """Losses as a test gives them, `held` bytes an iteration; `asked` has every step and evaluation in order."""
+
+    held = None
 
     def __init__(self, val_losses=(), losses=(), train_loss=9.0, ahead=False):
         self.runs_ahead = ahead
@@ -46,6 +48,12 @@ class Device:
 
     def memory(self):
         return {"current": 1, "peak": 2}
+
+    def iteration_bytes(self):
+        return self.held
+
+    def free_memory(self):
+        return 100
 
 
 class Records:
@@ -145,6 +153,23 @@ def test_each_row_has_its_own_rate_on_a_device_that_runs_behind(sync):
     run = Run(Device(losses=losses, ahead=True), max_iters=11, eval_interval=4, sync=sync, log_interval=3)
     assert [(done.iteration, done.loss) for done, _ in run.records.rows] == list(enumerate(losses))
     assert [lr for _, lr in run.records.rows] == [learning_rate(run.config, i) for i in range(11)]
+
+
+@pytest.mark.parametrize(("held", "most"), [(None, 2), (100, 2), (101, 1)])
+def test_where_two_iterations_do_not_fit_each_is_waited_for(held, most):
+    """The device has 100 bytes left. `under_way` is how many are enqueued and not waited for, at each moment."""
+    device, order = Device(ahead=True), []
+    device.held, step, wait = held, device.step, device.wait
+    device.step = lambda *given: order.append("step") or step(*given)
+    device.wait = lambda number: order.append(number) or wait(number)
+    run = Run(device, max_iters=6, eval_interval=0, sync="completion")
+    under_way = [order[:i].count("step") - len(set(order[:i]) - {"step"}) for i in range(len(order) + 1)]
+    assert max(under_way) == most
+    facts = {"iteration_memory": {"bytes": held}, "one_in_flight": {"bytes": held}}
+    expected = list(facts)[: 0 if held is None else 3 - most]
+    assert [(name, given) for name, _, given in run.records.events if name in facts] == [
+        (n, facts[n]) for n in expected
+    ]
 
 
 def test_an_evaluation_is_the_mean_over_its_own_batches_ten_at_a_time():

@@ -1,0 +1,109 @@
+"""MLX's step: how many kernels it takes, how parameters share buffers, what checkpointing changes (nothing)."""
+
+import collections
+import dataclasses
+import io
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fakes.support import options
+from mlx.utils import tree_flatten
+
+from nanogpt_mac.backends import kinds, mlx_backend
+from nanogpt_mac.backends.base import Tokens
+from nanogpt_mac.gpt.spec import GPTSpec
+
+# What changes how an array is seen and computes nothing.
+VIEWS = {
+    *("Reshape", "Transpose", "Broadcast", "ExpandDims", "Squeeze", "Flatten", "Unflatten", "Split", "Slice"),
+    *("AsStrided", "StopGradient", "BroadcastAxes", "View", "CustomTransforms"),
+}
+QUICK = GPTSpec(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65)
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """Parameters in two buffers, as on a GPU."""
+    of = mlx_backend._Layout.of
+    monkeypatch.setattr(mlx_backend._Layout, "of", lambda spec, one_buffer: of(spec, True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_an_iteration_takes_at_most_350_primitives(shared, dropout):
+    """The compiled quick recipe as a GPU takes it, but for layer norm and attention, which a CPU takes apart."""
+    tokens = Tokens({"train": np.zeros(1000, np.uint16)}, 64)
+    backend = kinds.create(dataclasses.replace(QUICK, dropout=dropout), options("mlx", compile=True), tokens)
+    batch = backend._batch("train", np.arange(12)[None])
+    results = backend._step(batch, mx.array(1e-3), mx.random.key(0))
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *(array for _, array in tree_flatten([*results, backend.trained])))
+    found = re.findall(r'label ?= ?"([^"]+)", shape ?= ?rectangle', dot.getvalue())
+    counts = collections.Counter(label.split()[0] for label in found)
+    assert counts["Matmul"] == 75  # the graph is the whole of it: 25 products, and two more for each one's gradients
+    assert counts["RandomBits"] == (dropout > 0)
+    assert sum(number for name, number in counts.items() if name not in VIEWS) <= 350
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_shared_buffers_change_nothing_and_names_stay(make, spec, starts, monkeypatch, dtype, accumulation):
+    spec = dataclasses.replace(spec, dropout=0.2, bias=True)
+    alone = make("mlx", spec=spec, dtype=dtype)
+    of = mlx_backend._Layout.of
+    monkeypatch.setattr(mlx_backend._Layout, "of", lambda spec, one_buffer: of(spec, True))
+    together, resumed = (make("mlx", spec=spec, dtype=dtype) for _ in range(2))
+    assert (len(alone.trained["weights"]), len(together.trained["weights"])) == (len(spec.shapes()), 2)
+    losses = [[b.wait(b.step(starts(i, accumulation), 1e-3)) for i in range(3)] for b in (alone, together)]
+    np.testing.assert_allclose(*losses, rtol=1e-5 if dtype == "float32" else 1e-3)
+    resumed.restore(together.state())
+    a, b, c = (backend.state() for backend in (alone, together, resumed))
+    assert {n: w.shape for n, w in b.weights.items()} == spec.shapes()
+    for tree in ("weights", "exp_avg", "exp_avg_sq"):
+        for name, array in getattr(a, tree).items():
+            np.testing.assert_allclose(getattr(b, tree)[name], array, atol=1e-5 if dtype == "float32" else 1e-3)
+            np.testing.assert_array_equal(getattr(c, tree)[name], getattr(b, tree)[name])
+
+
+@pytest.mark.parametrize(("name", "compiled"), [("cpu", False), ("mlx", False), ("mlx", True)])
+def test_checkpointing_changes_neither_loss_nor_update(make, spec, starts, name, compiled):
+    """With dropout: what is computed anew must drop the same."""
+    spec = dataclasses.replace(spec, dropout=0.3, n_layer=1)
+    kept, again = (make(name, spec=spec, compile=compiled, checkpointing=on) for on in (False, True))
+    for i in range(2):
+        assert again.wait(again.step(starts(i), 1e-2)) == pytest.approx(kept.wait(kept.step(starts(i), 1e-2)), rel=1e-6)
+    for n, weights in kept.state().exp_avg.items():
+        np.testing.assert_allclose(again.state().exp_avg[n], weights, atol=1e-7)
+    idx, targets = np.arange(16)[None] % 65, np.arange(1, 17)[None] % 65
+    (a, grads), (b, others) = kept.gradients(idx, targets), again.gradients(idx, targets)
+    assert a == pytest.approx(b, rel=1e-6)
+    for n, gradient in grads.items():
+        np.testing.assert_allclose(others[n], gradient, atol=1e-6)
+
+
+def test_checkpointing_takes_less_memory():
+    spec = GPTSpec(n_layer=16, n_head=2, n_embd=32, block_size=32, vocab_size=65)
+    tokens, peaks = Tokens({"train": np.zeros(4000, np.uint16)}, 32), []
+    for on in (False, True):
+        backend = kinds.create(spec, options("mlx", checkpointing=on), tokens)
+        mx.synchronize()
+        mx.reset_peak_memory()
+        backend.wait(backend.step(np.arange(16)[None], 1e-3))
+        peaks.append(backend.iteration_bytes())
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_a_token_is_one_graph_whatever_the_length(make, spec, monkeypatch):
+    """Compiled once: Python is gone through once for a whole text."""
+    backend, calls = make("mlx", compile=True), []
+    forward = type(backend.model).__call__
+    monkeypatch.setattr(
+        type(backend.model), "__call__", lambda self, *a, **k: calls.append(a[0].shape) or forward(self, *a, **k)
+    )
+    decoder = backend.decode()
+    first = [decoder(np.array([3, 5]))] + [decoder(np.array([t])) for t in range(8)]
+    other = backend.decode()
+    second = [other(np.array([3, 5]))] + [other(np.array([t])) for t in range(8)]
+    assert calls == [(1, 2), (1, 1), (1, 2)]
+    np.testing.assert_array_equal(first, second)
