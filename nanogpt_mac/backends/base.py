@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.records.capabilities import Capabilities
+
+if TYPE_CHECKING:  # `--help` has no time for it
+    import numpy as np
 
 DTYPES = ("float32", "bfloat16", "float16")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
@@ -255,6 +256,8 @@ class Tokens:
 
     def windows(self, split: str, starts: np.ndarray) -> np.ndarray:
         """Gather on the host: int32 (len(starts), block_size + 1)."""
+        import numpy as np
+
         offsets = starts[:, None] + np.arange(self.block_size + 1)
         return self.splits[split][offsets].astype(np.int32)
 
