@@ -9,12 +9,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two pools of threads on the same core
 
 import numpy as np
 import pytest
-from fakes.support import ROOT, options
+from fakes.support import CACHE, ROOT, options
 from fakes.warm import Warm
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
+
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
 
 if kinds.gpu_left_out():  # as in every process that computes with MLX
     import mlx.core as mx

@@ -5,12 +5,13 @@ Numpy in, numpy out, and no waiting inside `step`. docs/add-a-backend.md says ho
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -39,6 +40,18 @@ _UNWATCHED = nullcontext()
 def unwatched(_phase: str) -> AbstractContextManager[Any]:
     """`Backend.phase` while nobody looks: one shared context that does nothing."""
     return _UNWATCHED
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Within, a framework is imported: a hundred thousand objects and no garbage, so looking for some is left out."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,8 @@ class Kind:
     def load(self) -> type[Backend]:
         """The class, its framework imported."""
         module, _, name = self.cls.partition(":")
-        cls: type[Backend] = getattr(import_module(module), name)
+        with importing():
+            cls: type[Backend] = getattr(import_module(module), name)
         return cls
 
 

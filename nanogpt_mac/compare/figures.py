@@ -53,6 +53,9 @@ def of_variant(
     cut = sum(bool(run.outcome and run.outcome.cut) for run in rounds.values())
     warnings += [Doubt.SHORTENED.say(runs=plural(cut, "run"))] if cut else []
     warnings += [Doubt.IMPOSSIBLE_MFU.say()] if impossible else []
+    warnings += doubts.of_peaks(peaks)
+    dispatch = [ms for run in rounds.values() if run.summary and (ms := run.summary.dispatch_ms) is not None]
+    warnings += doubts.of_dispatch(facts, float(np.median(dispatch)) if dispatch else None, median)
     warnings += [Doubt.BELOW_FLOOR.say()] if roof and (roof.share or 0) > 1 else []
     warnings += [error for run in rounds.values() if run.summary for error in run.summary.errors]
     warnings += [f"round {r}: {problem}" for r, run in rounds.items() for problem in run.problems]
@@ -179,7 +182,8 @@ def _evaluations(rounds: Mapping[int, Run], pilot: Run | None) -> tuple[record.E
 def _peaks(runs: Sequence[Run]) -> Denominators:
     """Denominators from whichever run has one, the pilot first."""
     found = [run.summary.mfu_denominators for run in runs if run.summary]
-    return Denominators(**{key: next((v for d in found if (v := getattr(d, key)) is not None), None) for key in MFUS})
+    keys = *MFUS, "measured_here"
+    return Denominators(**{key: next((v for d in found if (v := getattr(d, key)) is not None), None) for key in keys})
 
 
 def _shares(peaks: Denominators, flops: float | None, median: float | None) -> dict[str, float | None]:
