@@ -5,21 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from enum import Enum
 
-from nanogpt_mac.backends import kinds
 from nanogpt_mac.measure import stats
 from nanogpt_mac.records.comparison import Comparison, VariantResult, VariantState, Work
 from nanogpt_mac.records.figures import Steadiness
 from nanogpt_mac.records.plan import ParityState, Plan
-from nanogpt_mac.records.run import (
-    FAR_BELOW,
-    Denominators,
-    Environment,
-    EventRow,
-    Heat,
-    RunFacts,
-    RunState,
-    host_bound,
-)
+from nanogpt_mac.records.run import Environment, EventRow, Heat, RunState
 from nanogpt_mac.report.words import listed, plural, text
 
 MARKS = {
@@ -78,15 +68,6 @@ class Doubt(Enum):
         "mfu_measured is above 100 %, which is impossible: the measured peak or the time is wrong",
         "Raise gemm_seconds= to measure the peak for longer.",
     )
-    BUSY_PEAK = (
-        "mfu_measured is doubtful: its run's own matmul reached {own:.0f} GFLOP/s, less than {percent:.0f} % of the "
-        "{best:.0f} that this machine can do",
-        "Close other programs.",
-    )
-    HOST_BOUND = (
-        "the device waits for the host: {dispatch:.2f} of {iteration:.2f} ms went into enqueuing an iteration",
-        "Use {lever}.",
-    )
     BELOW_FLOOR = (
         "faster than its roofline: the peak or bandwidth is wrong, or the model fits in a cache",
         "Check the rates under MFU and roofline against the chip's data sheet.",
@@ -121,7 +102,7 @@ class Doubt(Enum):
 
     def say(self, **facts: object) -> str:
         """The warning as a line, with what to do about it."""
-        return (f"{self.words}. {self.hint}" if self.hint else self.words).format(**facts)
+        return f"{self.words.format(**facts)}. {self.hint}" if self.hint else self.words.format(**facts)
 
 
 # -- when each is said ------------------------------------------------------------------------------------------------
@@ -156,22 +137,6 @@ def of_times(
     elif steady.coarse:
         lines.append(Doubt.COARSE_CLOCK.say())
     return lines
-
-
-def of_peaks(peaks: Denominators) -> list[str]:
-    """Whether the measured peak can be believed."""
-    own, best = (peak or 0.0 for peak in (peaks.measured_here, peaks.mfu_measured))
-    if not peaks.doubtful:
-        return []
-    return [Doubt.BUSY_PEAK.say(own=own / 1e9, best=best / 1e9, percent=100 * FAR_BELOW)]
-
-
-def of_dispatch(facts: RunFacts | None, dispatch_ms: float | None, iter_ms: float | None) -> list[str]:
-    """Whether a device that can run behind the host waits for it, by the medians of its rounds."""
-    if facts is None or not host_bound(facts.capabilities, dispatch_ms, iter_ms):
-        return []
-    lever = kinds.less_to_enqueue(facts.backend, facts.compile, facts.details)
-    return [Doubt.HOST_BOUND.say(dispatch=dispatch_ms, iteration=iter_ms, lever=lever)]
 
 
 def of_work(plan: Plan | None, work: Work, variants: Sequence[VariantResult]) -> list[str]:

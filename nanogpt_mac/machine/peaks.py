@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nanogpt_mac import files
-from nanogpt_mac.records.base import DamagedError
+from nanogpt_mac.records.base import cached, update
 from nanogpt_mac.records.run import MatmulPeaks
 
 
@@ -30,18 +29,15 @@ def name(environment: Mapping[str, Any], framework: str, device: str, *rest: obj
 
 
 def best(key: str) -> float | None:
-    return _read().best.get(key)
+    return cached(MatmulPeaks, place()).best.get(key)
 
 
 def keep(key: str, flops_per_s: float) -> float:
     """The best rate under `key`, this one included. Where the cache folder cannot be written, this one is forgotten."""
-    with suppress(OSError):
-        place().parent.mkdir(parents=True, exist_ok=True)
-        with files.lock(place().with_name("peaks.json.lock")):
-            known = _read()
-            if flops_per_s > known.best.get(key, 0.0):
-                changed = known.model_copy(update={"best": known.best | {key: flops_per_s}})
-                files.write_json(place(), changed.document())
+    known = best(key) or 0.0
+    if flops_per_s <= known:
+        return known
+    update(MatmulPeaks, place(), lambda found: found.with_one(key, flops_per_s))
     return max(flops_per_s, best(key) or 0.0)
 
 
@@ -52,20 +48,12 @@ class Peak:
     """
 
     def __init__(self, key: str, measure: Callable[[], float]) -> None:
-        self.key, self._measure, self.own, self.best = key, measure, None, best(key)
+        self.key, self._measure = key, measure
+        self.own: float | None = None
+        self.best = best(key)
         if self.best is None:
             self.again()
-
-    own: float | None
-    best: float | None
 
     def again(self) -> None:
         self.own = max(self.own or 0.0, self._measure())
         self.best = keep(self.key, self.own)
-
-
-def _read() -> MatmulPeaks:
-    try:
-        return MatmulPeaks.load(place())
-    except (DamagedError, FileNotFoundError):
-        return MatmulPeaks()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -174,17 +173,6 @@ class RunFacts(Record):
     shared_machine: bool = False  # other runs slowed it down: its speed is never ranked
 
 
-HOST_BOUND = 0.8  # of an iteration's time, spent enqueuing it: the device has nothing to do until then
-FAR_BELOW = 0.8  # of the best matmul ever seen: a run that reaches less was not alone on the machine
-
-
-def host_bound(able: Capabilities | None, dispatch_ms: float | None, iter_ms: float | None) -> bool:
-    """Whether a device that can run behind the host waits for it instead, by the medians of a run."""
-    if able is None or not able.runs_ahead or able.simulated or not dispatch_ms or not iter_ms:
-        return False
-    return dispatch_ms >= HOST_BOUND * iter_ms
-
-
 class Denominators(Record):
     """FLOP/s that each utilisation is held against; None where not known."""
 
@@ -193,16 +181,14 @@ class Denominators(Record):
     mfu_a100: Amount | None = None
     measured_here: Amount | None = None  # the best that this run itself has seen
 
-    @property
-    def doubtful(self) -> bool:
-        """Whether this run's own matmul was so slow that the machine had other work."""
-        return (self.measured_here or math.inf) < FAR_BELOW * (self.mfu_measured or 0.0)
-
 
 class MatmulPeaks(Document):
     """peaks.json of the cache folder: the best matmul, FLOP/s, by everything that decides how fast one can be."""
 
     best: dict[str, Annotated[float, Field(gt=0, lt=1e18, allow_inf_nan=False)]] = {}
+
+    def with_one(self, key: str, flops_per_s: float) -> Self:
+        return self.model_copy(update={"best": self.best | {key: max(flops_per_s, self.best.get(key, 0.0))}})
 
 
 class ProcessTimes(Record):

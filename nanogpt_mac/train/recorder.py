@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.measure import times
 from nanogpt_mac.records.fallbacks import Fallbacks
 from nanogpt_mac.records.run import (
-    FAR_BELOW,
     Denominators,
     Ending,
     EvaluationRow,
@@ -22,10 +22,12 @@ from nanogpt_mac.records.run import (
     Mfu,
     RunFacts,
     RunSummary,
-    host_bound,
 )
 from nanogpt_mac.train.clock import Completion
 from nanogpt_mac.train.sinks import Row, Sink
+
+HOST_BOUND = 0.8  # of an iteration's time, spent enqueuing it: the device has nothing to do until then
+FAR_BELOW = 0.8  # of the best matmul ever seen
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Recorder:
             best_val_loss=best.val_loss if best else None,
             best_iter=best.iter if best else None,
             errors=[_IMPOSSIBLE.format(impossible)] if impossible else [],
-            warnings=[*_host_bound(facts, dispatch, middle), *_busy(self.work.peaks)],
+            warnings=[*waiting_device(facts, dispatch, middle), *busy_peak(self.work.peaks)],
         )
         for sink in self.sinks:
             sink.summary(summary)
@@ -159,19 +161,25 @@ class Recorder:
             sink.close()
 
 
-def _host_bound(facts: RunFacts, dispatch: float | None, iteration: float | None) -> list[str]:
-    if not host_bound(facts.capabilities, dispatch, iteration):
+def waiting_device(facts: RunFacts, dispatch_ms: float | None, iter_ms: float | None) -> list[str]:
+    """What to know, by the medians of a run, where a device that can run behind the host waits for it instead."""
+    able = facts.capabilities
+    if able is None or not able.runs_ahead or able.simulated or not dispatch_ms or not iter_ms:
+        return []
+    if dispatch_ms < HOST_BOUND * iter_ms:
         return []
     lever = kinds.less_to_enqueue(facts.backend, facts.compile, facts.details)
-    return [f"the device waits for the host: {dispatch:.2f} of {iteration:.2f} ms went into enqueuing; use {lever}"]
+    return [f"the device waits for the host: {dispatch_ms:.2f} of {iter_ms:.2f} ms went into enqueuing; use {lever}"]
 
 
-def _busy(peaks: Denominators) -> list[str]:
-    if not peaks.doubtful or not peaks.measured_here or not peaks.mfu_measured:
+def busy_peak(peaks: Denominators) -> list[str]:
+    """What to know where a run's own matmul was so slow that the machine had other work."""
+    own, best = peaks.measured_here or math.inf, peaks.mfu_measured or 0.0
+    if own >= FAR_BELOW * best:
         return []
     return [
-        f"mfu_measured is doubtful: this run's own matmul reached {peaks.measured_here / 1e9:.0f} GFLOP/s, less than "
-        f"{FAR_BELOW:.0%} of the {peaks.mfu_measured / 1e9:.0f} that this machine can do; close other programs"
+        f"mfu_measured is doubtful: this run's own matmul reached {own / 1e9:.0f} GFLOP/s, less than {FAR_BELOW:.0%} "
+        f"of the {best / 1e9:.0f} that this machine can do; close other programs"
     ]
 
 

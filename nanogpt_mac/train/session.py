@@ -35,7 +35,7 @@ from nanogpt_mac.records.run import (
     ProcessTimes,
     RunFacts,
 )
-from nanogpt_mac.train import checkpoint, display
+from nanogpt_mac.train import checkpoint, chosen, display
 from nanogpt_mac.train.loop import Loop
 from nanogpt_mac.train.recorder import Recorder, Work
 from nanogpt_mac.train.sinks import Folder, open_wandb
@@ -55,9 +55,13 @@ def run(config: Config) -> int:
     aside = ThreadPoolExecutor(1)  # the machine's facts come from commands, which run while a framework is imported
     asked = aside.submit(probe.environment, kinds.frameworks())
     aside.shutdown(wait=False)
-    name = kinds.resolve(config.backend.name)
+    choice = chosen.choose(config, asked.result)
+    name = choice.backend
     memory.check(config, name)
-    options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
+    options = backend_options(config, name, choice.compile)
+    options = replace(options, settings={**options.settings, **choice.settings})
+    if choice.why:
+        display.say(choice.why)
     corpus = corpus_of(config)
     source = open_source(config, corpus)
     memory.check(replace(config, model=ModelConfig(**asdict(source.spec))), name)

@@ -1,13 +1,9 @@
 """What gives reason to doubt a variant's times, and its words."""
 
-from types import SimpleNamespace
-
 import numpy as np
 
 from nanogpt_mac.compare import doubts
 from nanogpt_mac.measure import stats
-from nanogpt_mac.records.capabilities import Capabilities
-from nanogpt_mac.records.run import Denominators
 
 
 def noisy(rng, rounds, iters=40, noise=0.01, level=100.0):
@@ -51,18 +47,3 @@ def test_unstable_says_what_can_still_be_found():
     noise = float(said.split("vary by ")[1].split(" %")[0]) / 100
     least = f"{100 * stats.detectable(noise, 8):.0f} %"
     assert f"8 rounds can only detect differences of {least} or more. Close other programs or raise rounds=." in said
-
-
-def test_a_device_that_waits_for_the_host_and_a_busy_peak_are_doubts():
-    ahead = Capabilities("mps", "torch", accelerator=True, runs_ahead=True)
-    facts = SimpleNamespace(backend="mps", compile=False, details={}, capabilities=ahead)
-    (said,) = doubts.of_dispatch(facts, 8.5, 10.0)
-    assert said.endswith("8.50 of 10.00 ms went into enqueuing an iteration. Use compile=true.")
-    assert doubts.of_dispatch(facts, 7.5, 10.0) == []
-    facts.capabilities = Capabilities("cpu", "torch")
-    assert doubts.of_dispatch(facts, 10.0, 10.0) == doubts.of_dispatch(None, 10.0, 10.0) == []
-    (said,) = doubts.of_peaks(Denominators(mfu_measured=400e9, measured_here=220e9))
-    assert "reached 220 GFLOP/s, less than 80 % of the 400 that this machine can do. Close other programs." in said
-    assert (
-        doubts.of_peaks(Denominators(mfu_measured=400e9, measured_here=330e9)) == doubts.of_peaks(Denominators()) == []
-    )

@@ -8,7 +8,6 @@ from fakes.support import CACHE
 
 from nanogpt_mac import files
 from nanogpt_mac.machine import peaks
-from nanogpt_mac.records.run import Denominators
 
 MACHINE = {"chip": "Apple M4 Pro", "cpu_cores": 14, "gpu": "Apple M4 Pro", "gpu_cores": 20, "versions": {"mlx": "0.32"}}
 
@@ -92,10 +91,3 @@ def test_two_processes_at_once_lose_nothing():
     for thread in threads:
         thread.join()
     assert [peaks.best(str(i)) for i in range(8)] == [1e9 + i for i in range(8)]
-
-
-@pytest.mark.parametrize(
-    ("own", "best", "doubtful"), [(79e9, 100e9, True), (80e9, 100e9, False), (None, 100e9, False), (1e9, None, False)]
-)
-def test_a_peak_far_below_the_best_is_doubtful(own, best, doubtful):
-    assert Denominators(mfu_measured=best, measured_here=own).doubtful is doubtful

@@ -22,7 +22,7 @@ from nanogpt_mac.records.run import (
     Times,
 )
 from nanogpt_mac.train.clock import Completion
-from nanogpt_mac.train.recorder import Recorder, Work
+from nanogpt_mac.train.recorder import Recorder, Work, busy_peak
 from nanogpt_mac.train.sinks import Folder, Sink
 
 WORK = Work(flops=2e9, tokens=1000, peaks=Denominators(mfu_measured=1e12, mfu_a100=312e12))
@@ -122,7 +122,9 @@ def test_a_doubtful_peak_is_said_and_the_best_is_what_counts(tmp_path):
     assert said.startswith(
         "mfu_measured is doubtful: this run's own matmul reached 700 GFLOP/s, less than 80% of the 10"
     )
-    assert RunSummary.load(tmp_path / "summary.json").mfu_denominators.doubtful
+    assert RunSummary.load(tmp_path / "summary.json").mfu_denominators == peaks
+    for own, best in ((8e11, 1e12), (None, 1e12), (1e9, None)):
+        assert busy_peak(Denominators(mfu_measured=best, measured_here=own)) == []
 
 
 def test_a_peak_that_turns_out_better_at_the_end_is_no_error(tmp_path):
