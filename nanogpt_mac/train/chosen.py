@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -18,17 +18,9 @@ from nanogpt_mac import files
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.config import Config
 from nanogpt_mac.corpus import vocab_size
-from nanogpt_mac.records.base import cached, update
-from nanogpt_mac.records.comparison import (
-    Comparison,
-    Comparisons,
-    Contender,
-    Remembered,
-    VariantResult,
-    VariantState,
-    Work,
-)
-from nanogpt_mac.records.plan import ParityState
+
+if TYPE_CHECKING:  # a run that no comparison precedes has no time for them
+    from nanogpt_mac.records.comparison import Comparison, Remembered, VariantResult, Work
 
 MACHINE = ("chip", "gpu", "gpu_cores")
 
@@ -48,6 +40,9 @@ def place() -> Path:
 
 def remember(comparison: Comparison, folder: Path) -> None:
     """Let later runs know what a comparison found, where it has found a fastest variant."""
+    from nanogpt_mac.records.base import update
+    from nanogpt_mac.records.comparison import Comparisons, Contender, Remembered
+
     fit = sorted(filter(_fit, comparison.variants), key=lambda v: _order(v, comparison.verdict.fastest))
     env = comparison.environment
     if env is None or comparison.verdict.fastest not in [variant.name for variant in fit]:
@@ -93,6 +88,11 @@ def _newest(config: Config, environment: Callable[[], Mapping[str, Any]]) -> Rem
     by_hand = any(key.startswith("backend.") for key in config.named)  # other work for the back end than was compared
     if by_hand or config.init_from not in ("scratch", "resume"):  # another model's sizes are not known yet
         return None
+    if not place().is_file():
+        return None
+    from nanogpt_mac.records.base import cached
+    from nanogpt_mac.records.comparison import Comparisons
+
     for found in cached(Comparisons, place()).found:
         if not _same_work(config, found.work) or not Path(found.folder, "comparison.json").is_file():
             continue
@@ -113,6 +113,9 @@ def _same_work(config: Config, work: Work) -> bool:
 
 
 def _fit(variant: VariantResult) -> bool:
+    from nanogpt_mac.records.comparison import VariantState
+    from nanogpt_mac.records.plan import ParityState
+
     right = variant.state is VariantState.OK and variant.parity is ParityState.PASS and variant.same_work
     plain = all(override.startswith(("backend=", "compile=", "backend.")) for override in variant.overrides or ())
     timed = variant.ranked and variant.median is not None and not variant.shared_machine and not variant.simulated

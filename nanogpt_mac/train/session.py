@@ -19,8 +19,6 @@ from nanogpt_mac.backends.generate import generate
 from nanogpt_mac.config import Config, backend_options, validate
 from nanogpt_mac.corpus import Corpus
 from nanogpt_mac.errors import InputError, reason
-from nanogpt_mac.fallbacks import detect as fallbacks
-from nanogpt_mac.fallbacks import report
 from nanogpt_mac.files import remove, run_folder, unfinished, write_aside, write_json
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 from nanogpt_mac.machine import chips, energy, gemm, peaks, probe
@@ -231,9 +229,11 @@ def _look_for_fallbacks(config: Config, spec: GPTSpec, backend: Backend) -> Fall
         return None
     if config.fallbacks == "off":
         return None
+    from nanogpt_mac.fallbacks import detect, report  # nothing to import where there is no detector
+
     if sys.stdout.isatty():
         display.say("looking for fallbacks in a child process (fallbacks=off skips it)")
-    found = fallbacks.check(config, spec, "train" in backend.details["resident_data"])
+    found = detect.check(config, spec, "train" in backend.details["resident_data"])
     display.say(report.text(found))
     return found
 
