@@ -6,7 +6,6 @@ there are. A comparison whose folder is gone counts no more.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -43,9 +42,11 @@ def remember(comparison: Comparison, folder: Path) -> None:
     from nanogpt_mac.records.base import update
     from nanogpt_mac.records.comparison import Comparisons, Contender, Remembered
 
-    fit = sorted(filter(_fit, comparison.variants), key=lambda v: _order(v, comparison.verdict.fastest))
-    env = comparison.environment
-    if env is None or comparison.verdict.fastest not in [variant.name for variant in fit]:
+    env, fastest = comparison.environment, comparison.verdict.fastest
+    fit = sorted(
+        filter(_fit, comparison.variants), key=lambda v: (v.name != fastest, v.ratio.value if v.ratio else 0.0)
+    )
+    if env is None or not fit or fit[0].name != fastest:
         return
     programs = {variant.capabilities.framework for variant in fit if variant.capabilities} | {"nanogpt-mac"}
     one = Remembered(
@@ -66,18 +67,13 @@ def choose(config: Config, environment: Callable[[], Mapping[str, Any]]) -> Choi
 
     InputError as of kinds.resolve and resolve_compile.
     """
-    if config.backend.name == "auto" or config.compile == "auto":
-        found = _newest(config, environment)
-        contenders = found.contenders if found else ()
-        for one in contenders:
-            asked = config.backend.name in ("auto", one.backend) and config.compile in ("auto", one.compile)
+    given = {"backend": config.backend.name, "compile": config.compile}
+    auto = " ".join(f"{key}=auto" for key, value in given.items() if value == "auto")
+    if auto and (found := _newest(config, environment)):
+        for one in found.contenders:
+            asked = given["backend"] in ("auto", one.backend) and given["compile"] in ("auto", one.compile)
             if asked and one.backend in kinds.KINDS and kinds.missing(one.backend) is None:
-                keys = [
-                    key
-                    for key, value in (("backend", config.backend.name), ("compile", config.compile))
-                    if value == "auto"
-                ]
-                why = f"{' '.join(f'{key}=auto' for key in keys)}: {one.label}, the fastest in {found and found.folder}"
+                why = f"{auto}: {one.label}, the fastest in {found.folder}"
                 return Choice(one.backend, one.compile, one.settings, why)
     name = kinds.resolve(config.backend.name)
     return Choice(name, kinds.resolve_compile(config.compile, name))
@@ -120,11 +116,6 @@ def _fit(variant: VariantResult) -> bool:
     plain = all(override.startswith(("backend=", "compile=", "backend.")) for override in variant.overrides or ())
     timed = variant.ranked and variant.median is not None and not variant.shared_machine and not variant.simulated
     return right and plain and timed and variant.backend is not None
-
-
-def _order(variant: VariantResult, fastest: str | None) -> tuple[bool, float]:
-    ratio = variant.ratio.value if variant.ratio else math.inf
-    return variant.name != fastest, ratio
 
 
 def _settings(variant: VariantResult) -> dict[str, Any]:
