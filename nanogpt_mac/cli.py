@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gc
 import importlib
 import io
 import os
@@ -171,6 +172,7 @@ class Command:
 
     def _through_hydra(self, app: Callable[[], None]) -> None:
         """One run, or a sweep, which is summed up however it ended."""
+        gc.enable()
         failure: BaseException | None = None
         try:
             app()
@@ -220,6 +222,7 @@ class Command:
     def _perform(self, task: Callable[[Any], int], config: Any) -> None:
         """Run `task`. A mistake and a failure are kept: Hydra would announce a crash."""
         self.started = True
+        gc.enable()
         try:
             self.code = task(config)
         except (InputError, OmegaConfBaseException, BrokenPipeError) as error:
