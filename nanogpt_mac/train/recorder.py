@@ -157,8 +157,13 @@ class Recorder:
         return summary
 
     def close(self) -> None:
+        """Nothing more will come; `wait` returns once all of it is where it belongs."""
         for sink in self.sinks:
             sink.close()
+
+    def wait(self) -> None:
+        for sink in self.sinks:
+            sink.wait()
 
 
 def waiting_device(facts: RunFacts, dispatch_ms: float | None, iter_ms: float | None) -> list[str]:

@@ -86,8 +86,6 @@ def run(config: Config) -> int:
     session = Session(config, corpus, tokens, source, backend, work, peak, folder, facts, found)
     with signals.watched("train.py"), probe.awake():
         code = session.train(environment)
-    if code == 0 and config.sample_tokens:
-        session.sample()
     display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
     return code
 
@@ -108,7 +106,7 @@ class Session:
     fallbacks: Fallbacks | None
 
     def train(self, environment: Mapping[str, object]) -> int:
-        """Train and record; the exit code. A signal asks for the end after the iteration under way."""
+        """Train, record and draw a sample; the exit code. A signal asks for the end after the iteration under way."""
         config, start = self.config, self.source.state.iteration
         new = not any(self.folder.iterdir())  # a folder of the user's own may hold other things
         with unfinished(self.folder) if new else nullcontext():
@@ -120,12 +118,18 @@ class Session:
                 recorder.fallbacks(self.fallbacks, start)
             self._announce(screen)
         try:
-            with signals.asked() as stop:
-                return self._loop(recorder, screen, stop)
-        except InputError:  # of wandb, after all: this run never was
-            if new:
-                remove(self.folder)
-            raise
+            try:
+                with signals.asked() as stop:
+                    code = self._loop(recorder, screen, stop)
+            except InputError:  # of wandb, after all: this run never was
+                if new:
+                    remove(self.folder)
+                raise
+            if code == 0 and config.sample_tokens:
+                self.sample()
+            return code
+        finally:
+            recorder.wait()
 
     def _loop(self, recorder: Recorder, screen: display.Lines, stop: list[int]) -> int:
         config, start = self.config, self.source.state.iteration

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +56,11 @@ class Sink:
     def summary(self, summary: RunSummary) -> None:
         """The last word."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing more will come. What takes long may go on behind this, until `wait`."""
+
+    def wait(self) -> None:
+        """Return once everything is where it belongs."""
 
 
 class Folder(Sink):
@@ -103,6 +108,7 @@ class Wandb(Sink):
         self._run = None if callable(run) else run
         self._rows: list[Row] = []
         self._found: tuple[Fallbacks, int] | None = None
+        self._finished: Future[Any] | None = None
         self._flushed = time.monotonic()
 
     def row(self, row: Row) -> None:
@@ -153,7 +159,13 @@ class Wandb(Sink):
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            behind = ThreadPoolExecutor(1)  # half a second, in which a sample can be drawn
+            self._finished = behind.submit(self._run.finish)
+            behind.shutdown(wait=False)
+
+    def wait(self) -> None:
+        if self._finished is not None:
+            self._finished.result()
 
 
 def open_wandb(config: Config, folder: Path, facts: RunFacts, late: bool = False) -> Sink:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -88,7 +89,29 @@ def test_wandb_gets_rows_while_the_clock_stands_and_asks_for_that_after_a_minute
     wandb.flush()
     assert len(run.logged) == 1
     wandb.close()
+    wandb.wait()
     assert run.finished == 1
+
+
+def test_wandb_finishes_behind_what_follows_and_is_waited_for():
+    run, go_on = Run(), threading.Event()
+    run.finish = lambda: go_on.wait(10) and setattr(run, "finished", 1)
+    wandb = Wandb(run)
+    wandb.wait()  # nothing has begun
+    wandb.close()  # returns at once
+    assert run.finished == 0
+    go_on.set()
+    wandb.wait()
+    assert run.finished == 1
+
+
+def test_where_wandb_cannot_finish_it_is_not_hidden():
+    run = Run()
+    run.finish = lambda: 1 / 0
+    wandb = Wandb(run)
+    wandb.close()
+    with pytest.raises(ZeroDivisionError):
+        wandb.wait()
 
 
 def iteration(i):
@@ -122,6 +145,7 @@ def test_wandb_is_opened_behind_the_first_iteration_and_gets_all_that_waited(clo
         (0, "train/loss"),
     ]
     wandb.close()
+    wandb.wait()
     assert run.finished == 1
 
 
@@ -367,7 +391,9 @@ def test_wandbs_own_reader_finds_what_the_environment_said(monkeypatch, tmp_path
     ids = set()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        open_wandb(Config(), tmp_path / name, FACTS).close()
+        wandb = open_wandb(Config(), tmp_path / name, FACTS)
+        wandb.close()
+        wandb.wait()
         (log,) = (tmp_path / name).glob("wandb/offline-run-*/run-*.wandb")
         inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
         said = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
