@@ -17,6 +17,8 @@ from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+# In the way of the file of that name: what one test's comparison finds must not decide in another what auto means.
+(CACHE / "nanogpt-mac" / "comparisons.json").mkdir(parents=True, exist_ok=True)
 
 if kinds.gpu_left_out():  # as in every process that computes with MLX
     import mlx.core as mx
