@@ -400,6 +400,6 @@ def test_wandbs_own_reader_finds_what_the_environment_said(monkeypatch, tmp_path
         assert '"mine"' in said
         assert '"together"' in said
         ids.add(log.stem)
-    os.environ.pop("WANDB_SERVICE")  # or the commands of later tests would share its process
+    os.environ.pop("WANDB_SERVICE", None)  # or the commands of later tests would share its process
     assert len(ids) == 2
     assert "run-left" not in ids
