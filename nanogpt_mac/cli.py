@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gc
 import importlib
 import io
 import os
@@ -125,12 +126,12 @@ class Command:
                     self._refuse_nanogpts()
                     if not _helped(self.name, self.arguments):
                         ranks.refuse_several()
+                        if (cfg := self._plain()) is not None:
+                            once(cfg)
+                            return self._ended()
                         main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.name)
                         self._through_hydra(main(_Job(self.name, str(Path(self.program).absolute()), Path.cwd(), once)))
-            if self.failure:
-                return self._say(self.failure, 1)
-            if self.mistake:
-                raise self.mistake
+            return self._ended()
         except (InputError, HydraException, OmegaConfBaseException) as error:
             if self.traceback_wanted:
                 raise
@@ -144,10 +145,34 @@ class Command:
             return self._say(f"{error.filename}: cannot be made: {error.strerror}", 2)
         except signals.Stop as stop:  # before a run has begun; a run that has ends with a checkpoint instead
             return self._say(signals.words(stop.signum), stop.code)
+
+    def _ended(self) -> int:
+        """The exit code of what has run; a mistake in it is raised."""
+        if self.failure:
+            return self._say(self.failure, 1)
+        if self.mistake:
+            raise self.mistake
         return self.code
+
+    def _plain(self) -> DictConfig | None:
+        """The config of one run, composed once, where Hydra does it twice and imports what only sweeps need.
+
+        None where Hydra must be asked: for its flags and its own keys.
+        """
+        if any(argument.startswith(("-", "hydra", "+hydra", "~hydra")) for argument in self.arguments):
+            return None
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            cfg = hydra.compose(self.name, overrides=self.arguments, return_hydra_config=True)
+        if cfg.hydra.mode == RunMode.MULTIRUN or cfg.hydra.run.dir != ".":
+            return None
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return cfg
 
     def _through_hydra(self, app: Callable[[], None]) -> None:
         """One run, or a sweep, which is summed up however it ended."""
+        gc.enable()
         failure: BaseException | None = None
         try:
             app()
@@ -197,6 +222,7 @@ class Command:
     def _perform(self, task: Callable[[Any], int], config: Any) -> None:
         """Run `task`. A mistake and a failure are kept: Hydra would announce a crash."""
         self.started = True
+        gc.enable()
         try:
             self.code = task(config)
         except (InputError, OmegaConfBaseException, BrokenPipeError) as error:

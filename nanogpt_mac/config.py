@@ -133,7 +133,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     compile: Any = one_of("auto", True, False)
-    """Compile the training step; auto: where that is known to be faster (MLX and CUDA)."""
+    """Compile the training step; auto: as a comparison here found faster, else on MLX and CUDA."""
     dtype: str = one_of(*DTYPES)
     """Of the matrix products; weights, moments and loss stay float32."""
     matmul_precision: str = one_of(*MATMUL_PRECISIONS)
@@ -195,7 +195,7 @@ class Config:
     timing_warmup: int = at_least(0, 5)
     """Iterations after the first that enter no statistic."""
     gemm_seconds: float = at_least(0, 1.0)
-    """Seconds spent on this back end's fastest matrix product, for mfu_measured; 0: not measured."""
+    """Seconds at the end, and at the first start here, on the fastest matrix product, for mfu_measured; 0: none."""
     sample_tokens: int = at_least(0, 300)
     """Tokens of text drawn at the end; 0: none."""
     fallbacks: str = one_of("report", "error", "off")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from nanogpt_mac import signals
 
 def run(command: str, task: Callable[[Any], int]) -> NoReturn:
     """Hand the config of conf/<command>.yaml and the command line to `task`, and end with its exit code."""
+    gc.disable()  # until a task begins (cli.py): importing and composing make no garbage to look for
     with signals.watched(sys.argv[0]):
         try:
             from nanogpt_mac.cli import main  # Hydra: a third of a second

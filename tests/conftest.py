@@ -9,12 +9,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two pools of threads on the same core
 
 import numpy as np
 import pytest
-from fakes.support import ROOT, options
+from fakes.support import CACHE, ROOT, options
 from fakes.warm import Warm
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
+
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
+# In the way of the file of that name: what one test's comparison finds must not decide in another what auto means.
+(CACHE / "nanogpt-mac" / "comparisons.json").mkdir(parents=True, exist_ok=True)
 
 if kinds.gpu_left_out():  # as in every process that computes with MLX
     import mlx.core as mx

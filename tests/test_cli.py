@@ -225,8 +225,8 @@ def test_validate_does_not_take_one_for_true():
         validate(Config(compile=1))
 
 
-def test_help_answers_in_under_a_second_and_loads_no_framework():
-    """Of a core: importing Hydra and numpy takes 0.45 s, all of it 0.75. A busy machine gets as many times longer."""
+def test_help_costs_little_more_than_hydra():
+    """A ratio of CPU seconds, which a busy machine stretches alike: 1.5 was measured."""
 
     def seconds(*arguments):
         """Of a core: a busy machine takes longer on the clock."""
@@ -241,7 +241,14 @@ def test_help_answers_in_under_a_second_and_loads_no_framework():
     assert "experiment: finetune_shakespeare, full, gpt2, quick, smoke" in told
     assert "max_iters: 5000" in told
     least, imports = (min(taken) for taken in zip(*((a, b) for (a, _), (b, _) in rounds), strict=True))
-    assert least < max(1.0, 2.2 * imports)
+    assert least < 2.2 * imports
+
+
+def test_the_command_line_imports_nothing_that_computes():
+    code = "import sys, nanogpt_mac.cli, nanogpt_mac.config, nanogpt_mac.compare.config\n"
+    code += "print([m for m in ('numpy', 'psutil', 'pydantic', 'rich', 'urllib.request') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", ["config", "compare", "report"])

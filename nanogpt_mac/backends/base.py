@@ -5,22 +5,24 @@ Numpy in, numpy out, and no waiting inside `step`. docs/add-a-backend.md says ho
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, ClassVar, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.records.capabilities import Capabilities
+
+if TYPE_CHECKING:  # `--help` has no time for it
+    import numpy as np
 
 DTYPES = ("float32", "bfloat16", "float16")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
@@ -38,6 +40,18 @@ _UNWATCHED = nullcontext()
 def unwatched(_phase: str) -> AbstractContextManager[Any]:
     """`Backend.phase` while nobody looks: one shared context that does nothing."""
     return _UNWATCHED
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Within, a framework is imported: a hundred thousand objects and no garbage, so looking for some is left out."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,8 @@ class Kind:
     def load(self) -> type[Backend]:
         """The class, its framework imported."""
         module, _, name = self.cls.partition(":")
-        cls: type[Backend] = getattr(import_module(module), name)
+        with importing():
+            cls: type[Backend] = getattr(import_module(module), name)
         return cls
 
 
@@ -248,6 +263,8 @@ class Tokens:
 
     def windows(self, split: str, starts: np.ndarray) -> np.ndarray:
         """Gather on the host: int32 (..., block_size + 1)."""
+        import numpy as np
+
         offsets = starts[..., None] + np.arange(self.block_size + 1)
         return self.splits[split][offsets].astype(np.int32)
 

@@ -6,6 +6,7 @@ registers itself: an entry point of the group `nanogpt_mac.backends` names its K
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from typing import Any, get_type_hints
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import blas
-from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Tokens, setting
+from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Tokens, importing, setting
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.records.capabilities import Capabilities
@@ -56,8 +57,9 @@ class Torch(Kind):
             return reason
         if self.name == "cpu":
             return None
-        simulated = simulator.install_if_asked()  # before anything asks torch for its devices
-        import torch
+        with importing():
+            simulated = simulator.install_if_asked()  # before anything asks torch for its devices
+            import torch
 
         if not simulated and gpu_left_out():
             return f"{NO_GPU} leaves this machine's GPU out"
@@ -287,6 +289,16 @@ def own_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Of settings `given` under `backend.`, those that back end `name` has; it ignores the others'."""
     own = KINDS[name].settings
     return {f.name: given[f.name] for f in fields(own) if f.name in given} if own else {}
+
+
+def less_to_enqueue(name: str, compiled: bool, details: Mapping[str, Any]) -> str:
+    """What to use where the host takes too long to enqueue an iteration of back end `name`, which chose `details`."""
+    kind = KINDS.get(name)
+    if kind and kind.compiler and not compiled:
+        return "compile=true"
+    if kind and kind.nvidia and "cuda_graph" in settings() and not details.get("cuda_graph"):
+        return "backend.cuda_graph=true"
+    return "a larger batch_size"
 
 
 def signs() -> dict[str, re.Pattern[str]]:

@@ -18,6 +18,7 @@ from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.plan import Recipe
 from nanogpt_mac.records.run import Denominators, Environment, LeftOut
 from nanogpt_mac.report.words import plural
+from nanogpt_mac.train.recorder import busy_peak, waiting_device
 
 MOST_POINTS = 400  # of one round's series
 MFUS = ("mfu", "mfu_measured", "mfu_a100")
@@ -53,6 +54,9 @@ def of_variant(
     cut = sum(bool(run.outcome and run.outcome.cut) for run in rounds.values())
     warnings += [Doubt.SHORTENED.say(runs=plural(cut, "run"))] if cut else []
     warnings += [Doubt.IMPOSSIBLE_MFU.say()] if impossible else []
+    warnings += busy_peak(peaks)
+    dispatch = [ms for run in rounds.values() if run.summary and (ms := run.summary.dispatch_ms) is not None]
+    warnings += waiting_device(facts, float(np.median(dispatch)), median) if facts and dispatch else []
     warnings += [Doubt.BELOW_FLOOR.say()] if roof and (roof.share or 0) > 1 else []
     warnings += [error for run in rounds.values() if run.summary for error in run.summary.errors]
     warnings += [f"round {r}: {problem}" for r, run in rounds.items() for problem in run.problems]
@@ -179,7 +183,8 @@ def _evaluations(rounds: Mapping[int, Run], pilot: Run | None) -> tuple[record.E
 def _peaks(runs: Sequence[Run]) -> Denominators:
     """Denominators from whichever run has one, the pilot first."""
     found = [run.summary.mfu_denominators for run in runs if run.summary]
-    return Denominators(**{key: next((v for d in found if (v := getattr(d, key)) is not None), None) for key in MFUS})
+    keys = *MFUS, "measured_here"
+    return Denominators(**{key: next((v for d in found if (v := getattr(d, key)) is not None), None) for key in keys})
 
 
 def _shares(peaks: Denominators, flops: float | None, median: float | None) -> dict[str, float | None]:

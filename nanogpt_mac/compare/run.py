@@ -19,6 +19,7 @@ from nanogpt_mac.files import lock, run_folder, write_json
 from nanogpt_mac.machine import probe
 from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.plan import Plan
+from nanogpt_mac.train import chosen
 from nanogpt_mac.train.display import say
 
 LOCK = ".lock"  # held by the process at work: a second one would end the first one's runs
@@ -71,6 +72,7 @@ def _compare(folder: Path, plan: Plan, configs: dict[str, Config]) -> int:
     ComparisonRunner(folder, plan, configs).carry_out()
     comparison = collect.collect(folder)
     page.publish(folder, comparison)
+    chosen.remember(comparison, folder)
     show(contents.report(comparison))
     say(f"everything: python report.py {folder} details=true")
     say(f"report: {folder / 'report.html'}")

@@ -1,11 +1,16 @@
 """Where tokens come from: `prepare` makes a Corpus from a DataConfig, `starts` says where each window begins."""
 
-from pathlib import Path
+from __future__ import annotations
 
-from nanogpt_mac.corpus.batches import starts
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from nanogpt_mac.corpus.config import TINY_SHAKESPEARE_SYMBOLS, DataConfig, check, vocab_size
-from nanogpt_mac.corpus.encoders import CharEncoder, Encoder, GPT2Encoder, TrainedBPEEncoder, encoder_from_json
-from nanogpt_mac.corpus.prepared import Corpus, load
+
+if TYPE_CHECKING:
+    from nanogpt_mac.corpus.batches import starts
+    from nanogpt_mac.corpus.encoders import CharEncoder, Encoder, GPT2Encoder, TrainedBPEEncoder, encoder_from_json
+    from nanogpt_mac.corpus.prepared import Corpus
 
 __all__ = [
     "TINY_SHAKESPEARE_SYMBOLS",
@@ -21,6 +26,15 @@ __all__ = [
     "starts",
     "vocab_size",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs numpy, imported when it is asked for: the command line needs a DataConfig alone."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nanogpt_mac.corpus import batches, encoders, prepared
+
+    return next(getattr(module, name) for module in (batches, encoders, prepared) if hasattr(module, name))
 
 
 def prepare(cfg: DataConfig) -> Corpus:
@@ -42,6 +56,7 @@ def prepare(cfg: DataConfig) -> Corpus:
 
 def reopen(cfg: DataConfig, sha256: str) -> Corpus | None:
     """The corpus that was prepared from `cfg` under this checksum, though its text is gone; None: it is not there."""
+    from nanogpt_mac.corpus.prepared import load
     from nanogpt_mac.corpus.texts import folder_key
 
     name = "openwebtext-*" if cfg.name == "openwebtext" else folder_key(cfg, sha256)

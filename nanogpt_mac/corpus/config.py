@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from nanogpt_mac.corpus.encoders import MAX_VOCAB, PADDED_GPT2_TOKENS
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.overrides import PATH, path_field
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TINY_SHAKESPEARE_SYMBOLS = 65
+MAX_VOCAB = 65535  # token numbers are stored as uint16
+PADDED_GPT2_TOKENS = 50304  # nanoGPT trains from scratch with GPT-2's 50,257 rounded up to a multiple of 64
 NAMES = ("shakespeare_char", "shakespeare", "openwebtext", "text", "stand_in")
 TOKENIZERS = ("char", "gpt2", "bpe")
 

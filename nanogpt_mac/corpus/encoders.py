@@ -10,13 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nanogpt_mac.corpus.config import MAX_VOCAB
 from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.network import NoNetwork, reaching
 from nanogpt_mac.report.progress import progress
 
-MAX_VOCAB = 65535  # token numbers are stored as uint16
 GPT2_TOKENS = 50257
-PADDED_GPT2_TOKENS = 50304  # nanoGPT trains from scratch with GPT-2's 50,257 rounded up to a multiple of 64
 GPT2_TABLES = "https://openaipublic.blob.core.windows.net"  # where tiktoken fetches them
 CHUNK = 1 << 20  # characters handed to a BPE at a time, so that memory stays flat
 LONGEST = 1 << 20  # characters of a word, or of white space, that chunks leave whole

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanogpt_mac.corpus import stand_in
-from nanogpt_mac.corpus.config import TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_URL, DataConfig
+from nanogpt_mac.corpus.config import MAX_VOCAB, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_URL, DataConfig
 from nanogpt_mac.corpus.download import NoNetwork, download
-from nanogpt_mac.corpus.encoders import MAX_VOCAB, CharEncoder, Encoder, GPT2Encoder, TrainedBPEEncoder
+from nanogpt_mac.corpus.encoders import CharEncoder, Encoder, GPT2Encoder, TrainedBPEEncoder
 from nanogpt_mac.corpus.prepared import Corpus, key_of, open_or_build, write_meta, write_split
 from nanogpt_mac.corpus.reading import read_file, read_text, symbols
 from nanogpt_mac.errors import InputError

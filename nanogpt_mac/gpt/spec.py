@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from nanogpt_mac.errors import InputError
+
+if TYPE_CHECKING:  # `--help` has no time for it
+    import numpy as np
 
 GELUS = ("exact", "tanh")
 INIT_LOSS_SCALE = 65536.0  # of float16, whose gradients underflow: torch.amp.GradScaler's default
@@ -90,6 +92,8 @@ class GPTSpec:
 
     def init_weights(self, seed: int) -> dict[str, np.ndarray]:
         """Draw float32 weights as nanoGPT does: N(0, 0.02), `c_proj` scaled by 1/sqrt(2 n_layer), norms 1, biases 0."""
+        import numpy as np
+
         rng = np.random.Generator(np.random.Philox(key=seed))
         weights = {}
         for name, shape in self.shapes().items():
@@ -102,6 +106,8 @@ class GPTSpec:
 
     def check(self, arrays: Mapping[str, np.ndarray], source: str) -> None:
         """Raise InputError unless `arrays` holds just this model's parameters, in their shapes, as finite float32."""
+        import numpy as np
+
         shapes = self.shapes()
         missing, extra = shapes.keys() - arrays.keys(), arrays.keys() - shapes.keys()
         if missing or extra:
@@ -150,5 +156,7 @@ class TrainState:
 
     @classmethod
     def fresh(cls, weights: dict[str, np.ndarray]) -> TrainState:
+        import numpy as np
+
         zeros, more_zeros = ({n: np.zeros_like(w) for n, w in weights.items()} for _ in range(2))
         return cls(weights, zeros, more_zeros)

@@ -8,12 +8,14 @@ such a file as absent.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from nanogpt_mac.files import plain
+from nanogpt_mac.files import lock, plain, write_json
 
 __all__ = ["Amount", "Count", "DamagedError", "Document", "Number", "Record", "Share", "Size", "plain"]
 
@@ -41,6 +43,9 @@ class Record(BaseModel):
     """Something written down. Unknown keys are ignored: a newer program may have written them."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), strict=False)
+
+
+D = TypeVar("D", bound="Document")
 
 
 class Document(Record):
@@ -89,6 +94,22 @@ class Document(Record):
     def document(self) -> dict[str, Any]:
         """As it is written: JSON's own types, numbers that are not finite by their names."""
         return {"schema": self.SCHEMA} | plain(self.model_dump(mode="python", by_alias=True, exclude={"schema_"}))
+
+
+def cached(kind: type[D], path: Path) -> D:
+    """The document `path` of the cache folder; a fresh one where there is none, or it is damaged or foreign."""
+    try:
+        return kind.load(path)
+    except (DamagedError, FileNotFoundError):
+        return kind()
+
+
+def update(kind: type[D], path: Path, change: Callable[[D], D]) -> None:
+    """Change a document of the cache folder, one process at a time. Where that cannot be written nothing is kept."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock(path.with_name(f"{path.name}.lock")):
+            write_json(path, change(cached(kind, path)).document())
 
 
 def first(error: ValidationError) -> str:

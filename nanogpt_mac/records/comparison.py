@@ -315,6 +315,37 @@ class Comparison(Document):
         return next((variant for variant in self.variants if variant.name == name), None)
 
 
+class Contender(Record):
+    """A variant that may be taken by default: it computes the right thing, and is ranked."""
+
+    label: str
+    backend: str
+    compile: bool
+    settings: dict[str, JsonValue] = {}  # of the back end, by name
+
+
+class Remembered(Record):
+    """What a comparison found, as later runs look it up. `versions`: of the frameworks, and of this program."""
+
+    folder: str
+    chip: str | None
+    gpu: str | None
+    gpu_cores: Size | None
+    versions: dict[str, str | None]
+    work: Work
+    contenders: tuple[Contender, ...]  # the fastest first
+
+
+class Comparisons(Document):
+    """comparisons.json of the cache folder, the newest first."""
+
+    found: tuple[Remembered, ...] = ()
+
+    def with_one(self, one: Remembered, most: int = 50) -> Comparisons:
+        others = tuple(other for other in self.found if other.folder != one.folder)
+        return self.model_copy(update={"found": (one, *others)[:most]})
+
+
 def _migrated(variant: dict[str, Any]) -> dict[str, Any]:
     series = [{"ms": part.get("iter_ms")} | part for part in variant.get("series") or []]
     return {"times": variant.get("iter_ms")} | variant | {"series": series, "details": variant.get("details") or {}}

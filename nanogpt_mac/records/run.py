@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -177,8 +177,18 @@ class Denominators(Record):
     """FLOP/s that each utilisation is held against; None where not known."""
 
     mfu: Amount | None = None
-    mfu_measured: Amount | None = None
+    mfu_measured: Amount | None = None  # the best matmul ever seen on this machine
     mfu_a100: Amount | None = None
+    measured_here: Amount | None = None  # the best that this run itself has seen
+
+
+class MatmulPeaks(Document):
+    """peaks.json of the cache folder: the best matmul, FLOP/s, by everything that decides how fast one can be."""
+
+    best: dict[str, Annotated[float, Field(gt=0, lt=1e18, allow_inf_nan=False)]] = {}
+
+    def with_one(self, key: str, flops_per_s: float) -> Self:
+        return self.model_copy(update={"best": self.best | {key: max(flops_per_s, self.best.get(key, 0.0))}})
 
 
 class ProcessTimes(Record):
@@ -226,6 +236,7 @@ class RunSummary(Document, RunFacts, Ending, Mfu):
     left_out: dict[LeftOut, Count] = {}
     first_iter_s: Amount | None = None
     compile_s: float | None = None  # the first iteration less the median: an estimate
+    dispatch_ms: Amount | None = None  # the median
     tokens_per_s: Amount | None = None
     flops_per_iter: Amount
     mfu_denominators: Denominators = Denominators()
@@ -238,6 +249,7 @@ class RunSummary(Document, RunFacts, Ending, Mfu):
     best_val_loss: Number | None = None
     best_iter: Count | None = None
     errors: list[str] = []
+    warnings: list[str] = []
 
     @classmethod
     def migrated(cls, document: dict[str, Any], schema: int) -> dict[str, Any]:

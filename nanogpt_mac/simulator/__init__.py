@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.simulator.faults import planted
-from nanogpt_mac.simulator.metal import Launch, clear_launches, launch_counts, launches
-from nanogpt_mac.simulator.timeline import Counts, counts, operators, plan, reset_counts, set_max_memory
 from nanogpt_mac.simulator.torch_layer import DEVICE_NAME
 
 if TYPE_CHECKING:
+    from nanogpt_mac.simulator.faults import planted
+    from nanogpt_mac.simulator.metal import Launch, clear_launches, launch_counts, launches
     from nanogpt_mac.simulator.optable import OpTable
+    from nanogpt_mac.simulator.timeline import Counts, counts, operators, plan, reset_counts, set_max_memory
 
 __all__ = [
     "DEVICE_NAME",
@@ -55,6 +55,15 @@ __all__ = [
 VARIABLE = "NANOGPT_MAC_SIMULATE_MPS"
 _OLDEST, _TOO_NEW = (2, 11), (2, 17)
 _table: OpTable | None = None
+
+
+def __getattr__(name: str) -> Any:
+    """What looks at an installed device, imported when it is asked for: every command comes through here."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nanogpt_mac.simulator import faults, metal, timeline
+
+    return next(getattr(module, name) for module in (faults, metal, timeline) if hasattr(module, name))
 
 
 def active() -> bool:

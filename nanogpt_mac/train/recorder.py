@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
+from nanogpt_mac.backends import kinds
 from nanogpt_mac.measure import times
 from nanogpt_mac.records.fallbacks import Fallbacks
 from nanogpt_mac.records.run import (
@@ -22,6 +25,9 @@ from nanogpt_mac.records.run import (
 )
 from nanogpt_mac.train.clock import Completion
 from nanogpt_mac.train.sinks import Row, Sink
+
+HOST_BOUND = 0.8  # of an iteration's time, spent enqueuing it: the device has nothing to do until then
+FAR_BELOW = 0.8  # of the best matmul ever seen
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Recorder:
         self._iter_ms: list[float] = []  # of iterations that no reason leaves out
         self._left_out: Counter[LeftOut] = Counter()
         self._first_ms: float | None = None
-        self._impossible = 0  # iterations faster than the measured peak allows
+        self._dispatch_ms: list[float] = []  # of the same
         self._evaluations: list[EvaluationRow] = []
         self._peak_memory = 0
 
@@ -71,7 +77,7 @@ class Recorder:
         )
         if done.left_out is None:
             self._iter_ms.append(done.iter_ms)
-            self._impossible += bool(self.work.peaks.mfu_measured) and mfu.mfu_measured is None
+            self._dispatch_ms.append(done.dispatch_ms)
         else:
             left_out = LeftOut(done.left_out)
             row = row.model_copy(update={"left_out": left_out})
@@ -118,7 +124,10 @@ class Recorder:
         """Figures over the whole run, under what it was and how it ended, written to every sink."""
         self.flush()
         timing = times.summary(self._iter_ms, times.order_interval(self._iter_ms))
-        median, first, evaluations = timing.median, self._first_ms, self._evaluations
+        middle, first, evaluations = timing.median, self._first_ms, self._evaluations
+        dispatch = median(self._dispatch_ms) if self._dispatch_ms else None
+        known = self.work.peaks.mfu_measured  # the best at the end, which may be more than the rows were held against
+        impossible = sum(self.work.mfu(ms).mfu_measured is None for ms in self._iter_ms) if known else 0
         best = min(evaluations, key=lambda row: row.val_loss, default=None)
         summary = RunSummary(
             **dict(facts),
@@ -126,10 +135,11 @@ class Recorder:
             times=timing,
             left_out=self._left_out,
             first_iter_s=None if first is None else first / 1e3,
-            compile_s=(first - median) / 1e3 if first is not None and median else None,
-            tokens_per_s=self.work.tokens / median * 1e3 if median else None,
+            compile_s=(first - middle) / 1e3 if first is not None and middle else None,
+            dispatch_ms=dispatch,
+            tokens_per_s=self.work.tokens / middle * 1e3 if middle else None,
             flops_per_iter=self.work.flops,
-            **dict(self.work.mfu(median)),
+            **dict(self.work.mfu(middle)),
             mfu_denominators=self.work.peaks,
             peak_memory=self._peak_memory,
             evaluations=len(evaluations),
@@ -139,15 +149,43 @@ class Recorder:
             train_loss=evaluations[-1].train_loss if evaluations else None,
             best_val_loss=best.val_loss if best else None,
             best_iter=best.iter if best else None,
-            errors=[_IMPOSSIBLE.format(self._impossible)] if self._impossible else [],
+            errors=[_IMPOSSIBLE.format(impossible)] if impossible else [],
+            warnings=[*waiting_device(facts, dispatch, middle), *busy_peak(self.work.peaks)],
         )
         for sink in self.sinks:
             sink.summary(summary)
         return summary
 
     def close(self) -> None:
+        """Nothing more will come; `wait` returns once all of it is where it belongs."""
         for sink in self.sinks:
             sink.close()
+
+    def wait(self) -> None:
+        for sink in self.sinks:
+            sink.wait()
+
+
+def waiting_device(facts: RunFacts, dispatch_ms: float | None, iter_ms: float | None) -> list[str]:
+    """What to know, by the medians of a run, where a device that can run behind the host waits for it instead."""
+    able = facts.capabilities
+    if able is None or not able.runs_ahead or able.simulated or not dispatch_ms or not iter_ms:
+        return []
+    if dispatch_ms < HOST_BOUND * iter_ms:
+        return []
+    lever = kinds.less_to_enqueue(facts.backend, facts.compile, facts.details)
+    return [f"the device waits for the host: {dispatch_ms:.2f} of {iter_ms:.2f} ms went into enqueuing; use {lever}"]
+
+
+def busy_peak(peaks: Denominators) -> list[str]:
+    """What to know where a run's own matmul was so slow that the machine had other work."""
+    own, best = peaks.measured_here or math.inf, peaks.mfu_measured or 0.0
+    if own >= FAR_BELOW * best:
+        return []
+    return [
+        f"mfu_measured is doubtful: this run's own matmul reached {own / 1e9:.0f} GFLOP/s, less than {FAR_BELOW:.0%} "
+        f"of the {best / 1e9:.0f} that this machine can do; close other programs"
+    ]
 
 
 _IMPOSSIBLE = (

@@ -12,7 +12,8 @@ from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.backends.generate import generate
 from nanogpt_mac.config import SampleConfig, backend_options, validate_sample
 from nanogpt_mac.corpus import Corpus, prepare
-from nanogpt_mac.corpus.encoders import GPT2_TOKENS, PADDED_GPT2_TOKENS, Encoder, GPT2Encoder
+from nanogpt_mac.corpus.config import PADDED_GPT2_TOKENS
+from nanogpt_mac.corpus.encoders import GPT2_TOKENS, Encoder, GPT2Encoder
 from nanogpt_mac.corpus.reading import read_file, read_text, symbols
 from nanogpt_mac.corpus.stand_in import generate as generate_stand_in
 from nanogpt_mac.errors import InputError

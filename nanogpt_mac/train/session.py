@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,12 +18,10 @@ from nanogpt_mac.backends.base import Backend, Tokens
 from nanogpt_mac.backends.generate import generate
 from nanogpt_mac.config import Config, backend_options, validate
 from nanogpt_mac.corpus import Corpus
-from nanogpt_mac.errors import reason
-from nanogpt_mac.fallbacks import detect as fallbacks
-from nanogpt_mac.fallbacks import report
-from nanogpt_mac.files import run_folder, unfinished, write_aside, write_json
+from nanogpt_mac.errors import InputError, reason
+from nanogpt_mac.files import remove, run_folder, unfinished, write_aside, write_json
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
-from nanogpt_mac.machine import chips, energy, gemm, probe
+from nanogpt_mac.machine import chips, energy, gemm, peaks, probe
 from nanogpt_mac.records.fallbacks import Fallbacks
 from nanogpt_mac.records.run import (
     CorpusFacts,
@@ -34,7 +33,7 @@ from nanogpt_mac.records.run import (
     ProcessTimes,
     RunFacts,
 )
-from nanogpt_mac.train import checkpoint, display
+from nanogpt_mac.train import checkpoint, chosen, display
 from nanogpt_mac.train.loop import Loop
 from nanogpt_mac.train.recorder import Recorder, Work
 from nanogpt_mac.train.sinks import Folder, open_wandb
@@ -51,9 +50,16 @@ def run(config: Config) -> int:
     # What can be wrong is found out before anything is written.
     validate(config)
     config.wandb.mode_here()
-    name = kinds.resolve(config.backend.name)
+    aside = ThreadPoolExecutor(1)  # the machine's facts come from commands, which run while a framework is imported
+    asked = aside.submit(probe.environment, kinds.frameworks())
+    aside.shutdown(wait=False)
+    choice = chosen.choose(config, asked.result)
+    name = choice.backend
     memory.check(config, name)
-    options = backend_options(config, name, kinds.resolve_compile(config.compile, name))
+    options = backend_options(config, name, choice.compile)
+    options = replace(options, settings={**options.settings, **choice.settings})
+    if choice.why:
+        display.say(choice.why)
     corpus = corpus_of(config)
     source = open_source(config, corpus)
     memory.check(replace(config, model=ModelConfig(**asdict(source.spec))), name)
@@ -72,15 +78,14 @@ def run(config: Config) -> int:
         return REFUSED
 
     # The measured peak and the machine's facts belong to the run, but not to its clock.
-    work = _work(config, source.spec, backend)
-    environment = probe.environment(kinds.frameworks())
+    environment = asked.result()
+    peak = _peak(config, source.spec, backend, environment)
+    work = _work(config, source.spec, backend, peak)
     folder = run_folder(config.run_dir, label)
     facts = _facts(config, corpus, source, backend)
-    session = Session(config, corpus, tokens, source, backend, work, folder, facts, found)
+    session = Session(config, corpus, tokens, source, backend, work, peak, folder, facts, found)
     with signals.watched("train.py"), probe.awake():
         code = session.train(environment)
-    if code == 0 and config.sample_tokens:
-        session.sample()
     display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
     return code
 
@@ -95,24 +100,36 @@ class Session:
     source: Source
     backend: Backend
     work: Work
+    peak: peaks.Peak | None
     folder: Path
     facts: RunFacts
     fallbacks: Fallbacks | None
 
     def train(self, environment: Mapping[str, object]) -> int:
-        """Train and record; the exit code. A signal asks for the end after the iteration under way."""
+        """Train, record and draw a sample; the exit code. A signal asks for the end after the iteration under way."""
         config, start = self.config, self.source.state.iteration
         new = not any(self.folder.iterdir())  # a folder of the user's own may hold other things
         with unfinished(self.folder) if new else nullcontext():
-            wandb = open_wandb(config, self.folder, self.facts)  # may refuse, and then nothing has been written yet
+            wandb = open_wandb(config, self.folder, self.facts, late=new)  # may refuse: nothing is written yet
             screen = display.make(config.max_iters, config.log_interval, start)
             recorder = Recorder(self.work, [Folder(self.folder), wandb, screen])
             self._write_inputs(environment)
             if self.fallbacks is not None:
                 recorder.fallbacks(self.fallbacks, start)
             self._announce(screen)
-        with signals.asked() as stop:
-            return self._loop(recorder, screen, stop)
+        try:
+            try:
+                with signals.asked() as stop:
+                    code = self._loop(recorder, screen, stop)
+            except InputError:  # of wandb, after all: this run never was
+                if new:
+                    remove(self.folder)
+                raise
+            if code == 0 and config.sample_tokens:
+                self.sample()
+            return code
+        finally:
+            recorder.wait()
 
     def _loop(self, recorder: Recorder, screen: display.Lines, stop: list[int]) -> int:
         config, start = self.config, self.source.state.iteration
@@ -127,10 +144,11 @@ class Session:
         )
         meter = energy.EnergyMeter()
         meter.start()
-        state, error = ExitState.FAILED, None
+        state, error, refused = ExitState.FAILED, None, False
         try:
             state = loop.train(start)
         except BaseException as raised:
+            refused = isinstance(raised, InputError)
             error = f"{type(raised).__name__}: {reason(raised)}"
             raise
         finally:
@@ -145,10 +163,23 @@ class Session:
                 fallbacks=self.fallbacks.counts() if self.fallbacks else None,
             )
             try:
-                recorder.summary(self.facts, ending)
+                if state is ExitState.FINISHED and self.peak is not None:
+                    self._measure_again(screen)
+                    recorder.work = _work(config, self.source.spec, self.backend, self.peak)
+                summary = None if refused else recorder.summary(self.facts, ending)
             finally:
                 recorder.close()
+            for line in summary.warnings if summary else ():
+                display.say(line)
         return 128 + stop[0] if stop else int(state is not ExitState.FINISHED)
+
+    def _measure_again(self, screen: display.Lines) -> None:
+        """The matmul peak, beside the run's end. What it needs beyond the model may be too much; the run is done."""
+        assert self.peak is not None
+        try:
+            self.peak.again()
+        except Exception as error:
+            screen.say(f"the matmul peak could not be measured at the end: {type(error).__name__}: {reason(error)}")
 
     def save(self, best: float, is_best: bool) -> None:
         """Write a checkpoint of the back end's state; `best` is the lowest validation loss so far."""
@@ -202,27 +233,40 @@ def _look_for_fallbacks(config: Config, spec: GPTSpec, backend: Backend) -> Fall
         return None
     if config.fallbacks == "off":
         return None
+    from nanogpt_mac.fallbacks import detect, report  # nothing to import where there is no detector
+
     if sys.stdout.isatty():
         display.say("looking for fallbacks in a child process (fallbacks=off skips it)")
-    found = fallbacks.check(config, spec, "train" in backend.details["resident_data"])
+    found = detect.check(config, spec, "train" in backend.details["resident_data"])
     display.say(report.text(found))
     return found
 
 
-def _work(config: Config, spec: GPTSpec, backend: Backend) -> Work:
-    """What an iteration computes, and its three denominators; the measured one is measured here, off the clock."""
+def _peak(config: Config, spec: GPTSpec, backend: Backend, environment: Mapping[str, object]) -> peaks.Peak | None:
+    """The measured peak, off the clock; None where it is not wanted, or where speed says nothing about any Mac."""
+    if config.gemm_seconds == 0 or backend.capabilities.simulated:
+        return None
+
+    def measure() -> float:
+        found = gemm.measure(backend, config.dtype, spec.matmul_shapes(config.batch_size), config.gemm_seconds)
+        backend.reset_peak_memory()
+        return found.flops_per_s
+
+    able, own = backend.capabilities, sorted(backend.options.settings.items())
+    how = config.dtype, config.matmul_precision, *(f"{key}={value}" for key, value in own)
+    return peaks.Peak(peaks.name(environment, able.framework, able.device, *how), measure)
+
+
+def _work(config: Config, spec: GPTSpec, backend: Backend, measured: peaks.Peak | None) -> Work:
+    """What an iteration computes, and its three denominators."""
     tokens = config.gradient_accumulation_steps * config.batch_size * spec.block_size
     flops = float(spec.flops_per_token() * tokens)
-    chip, measured = probe.chip(), None
-    if backend.capabilities.simulated:  # its speed says nothing about any Mac
+    if backend.capabilities.simulated:
         return Work(flops, tokens, Denominators())
-    if config.gemm_seconds > 0:
-        shapes = spec.matmul_shapes(config.batch_size)
-        measured = gemm.measure(backend, config.dtype, shapes, config.gemm_seconds).flops_per_s
-        backend.reset_peak_memory()
-    on_chip = chip is not None and backend.capabilities.accelerator
-    peak = chips.peak(chip, config.dtype, config.matmul_precision) if chip is not None and on_chip else None
-    return Work(flops, tokens, Denominators(mfu=peak, mfu_measured=measured, mfu_a100=chips.A100_BF16))
+    chip = probe.chip() if backend.capabilities.accelerator else None
+    peak = chips.peak(chip, config.dtype, config.matmul_precision) if chip is not None else None
+    best, own = (measured.best, measured.own) if measured else (None, None)
+    return Work(flops, tokens, Denominators(mfu=peak, mfu_measured=best, mfu_a100=chips.A100_BF16, measured_here=own))
 
 
 def _facts(config: Config, corpus: Corpus, source: Source, backend: Backend) -> RunFacts:

@@ -17,14 +17,8 @@ import numpy as np
 
 from nanogpt_mac.config import Config
 from nanogpt_mac.corpus import Corpus, DataConfig, prepare, reopen
-from nanogpt_mac.corpus.encoders import (
-    GPT2_TOKENS,
-    PADDED_GPT2_TOKENS,
-    CharEncoder,
-    Encoder,
-    GPT2Encoder,
-    encoder_from_json,
-)
+from nanogpt_mac.corpus.config import PADDED_GPT2_TOKENS
+from nanogpt_mac.corpus.encoders import GPT2_TOKENS, CharEncoder, Encoder, GPT2Encoder, encoder_from_json
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt import fit, pretrained
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig, TrainState

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from fakes.support import CACHE
 
 from nanogpt_mac.coverage import model_ops
 from nanogpt_mac.coverage.config import CoverageConfig
@@ -22,7 +23,7 @@ ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the simulated MPS
 @pytest.fixture
 def built(monkeypatch, tmp_path):
     """The user's own cache for the device, which takes a while to build; this test's own for all else."""
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
     monkeypatch.setattr(table.wheel, "cache_folder", lambda: tmp_path)
 
 

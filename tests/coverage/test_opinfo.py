@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fakes.support import CACHE
 
 from nanogpt_mac.coverage import expected, opinfo
 from nanogpt_mac.errors import InputError
@@ -222,7 +223,7 @@ print(json.dumps(made))
 @ON_LINUX
 def test_outcomes_on_the_simulated_device(monkeypatch):
     """Every outcome, from faults that are planted and from operators that have them by nature."""
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTORCH_")} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", CHECKS], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -246,7 +247,7 @@ def test_outcomes_on_the_simulated_device(monkeypatch):
 @ON_LINUX
 def test_the_whole_sweep(monkeypatch, capsys):
     """Nothing fails on the simulated device that torch expects to work on a Mac."""
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
     page = opinfo.page(opinfo.sweep([], 10))
     assert page.exit_code == 0, page.verdict
     assert page.data["counts"]["works"] > 4000

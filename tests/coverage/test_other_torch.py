@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from fakes.support import CACHE
 
 from nanogpt_mac.coverage import other_torch
 from nanogpt_mac.coverage.config import CoverageConfig, validate
@@ -249,7 +250,7 @@ def test_a_real_environment(command, monkeypatch):
 
     from packaging.version import Version
 
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
     release = Version(version("torch")).public
     done = command("mps_coverage.py", f"torch={release}", "run=true", timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr

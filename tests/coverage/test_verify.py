@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from fakes.support import CACHE
 
 from nanogpt_mac.coverage import model_ops, page, verify
 from nanogpt_mac.coverage.config import CoverageConfig
@@ -156,7 +157,7 @@ def test_the_file_to_write_is_checked_first(tmp_path):
 @pytest.mark.slow
 def test_the_live_trace_is_the_predicted_one(monkeypatch, tmp_path):
     """The profile of the simulated device, read as on a Mac, has what the device itself counted, call by call."""
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
     made = table.load("installed")  # with the user's own cache, as the device's build; traces are made anew
     monkeypatch.setattr(model_ops, "load", lambda asked: made)
     monkeypatch.setattr(table.wheel, "cache_folder", lambda: tmp_path)
@@ -191,7 +192,7 @@ def test_a_mac_traces_itself(monkeypatch, tables):
 @ON_LINUX
 def test_the_whole_on_the_simulated_device(command, monkeypatch, tmp_path):
     """Every prediction holds there, and the JSON has all of it."""
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
     done = command("mps_coverage.py", "verify=true", "output=out.json", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads((tmp_path / "out.json").read_text())

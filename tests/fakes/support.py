@@ -1,5 +1,7 @@
 """Constants and helpers that several tests share."""
 
+import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,9 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.config import Config, backend_options
 
 ROOT = Path(__file__).resolve().parents[2]
+# Of this program, in place of the user's own: nothing that a test measures may be remembered there. It stays, for the
+# simulated device, which takes a minute to compile.
+CACHE = Path(tempfile.gettempdir(), f"nanogpt-mac-tests-{os.getuid()}")
 
 # Every variant of computing the model that this machine has: (back end, compiled).
 AVAILABLE = kinds.available()

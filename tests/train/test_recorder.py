@@ -1,11 +1,14 @@
 """Records: rows, summary, MFU and its denominators."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.run import (
     CorpusFacts,
     Denominators,
@@ -19,7 +22,7 @@ from nanogpt_mac.records.run import (
     Times,
 )
 from nanogpt_mac.train.clock import Completion
-from nanogpt_mac.train.recorder import Recorder, Work
+from nanogpt_mac.train.recorder import Recorder, Work, busy_peak
 from nanogpt_mac.train.sinks import Folder, Sink
 
 WORK = Work(flops=2e9, tokens=1000, peaks=Denominators(mfu_measured=1e12, mfu_a100=312e12))
@@ -77,6 +80,58 @@ def test_more_than_the_measured_peak_is_an_error_and_no_figure(tmp_path):
     summary = summarise(record(tmp_path, [1.0] * 8))
     assert summary.mfu_measured is None
     assert "above 1 in 8 iterations, which cannot be" in summary.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "compiled", "ahead", "simulated", "dispatch", "lever"),
+    [
+        ("mps", False, True, False, 8.0, "compile=true"),
+        ("mlx", True, True, False, 9.0, "a larger batch_size"),
+        ("mps", False, True, False, 7.9, None),
+        ("mps", False, True, True, 9.0, None),  # a simulated device's times mean nothing
+        ("cpu", False, False, False, 10.0, None),  # a step of a CPU is done when it returns
+    ],
+)
+def test_a_device_that_waits_for_the_host_is_said(tmp_path, backend, compiled, ahead, simulated, dispatch, lever):
+    recorder = Recorder(WORK, [Folder(tmp_path)])
+    for i in range(8):
+        recorder.iteration(Completion(i, 2.0, 1.0, 10.0, dispatch, None), 1e-3, MEMORY)
+    able = Capabilities("gpu", "torch", True, ahead, simulated=simulated)
+    facts = FACTS.model_copy(update={"backend": backend, "compile": compiled, "capabilities": able})
+    summary = recorder.summary(facts, Ending(exit_state=ExitState.FINISHED))
+    recorder.close()
+    said = f"the device waits for the host: {dispatch:.2f} of 10.00 ms went into enqueuing; use {lever}"
+    assert summary.warnings == ([said] if lever else [])
+    assert summary.dispatch_ms == dispatch
+
+
+def test_cudas_lever_is_its_graph_where_the_registry_has_one(monkeypatch):
+    monkeypatch.setattr(kinds, "settings", lambda: {"cuda_graph": (bool, True, ())})
+    assert kinds.less_to_enqueue("cuda", False, {}) == "compile=true"
+    assert kinds.less_to_enqueue("cuda", True, {}) == "backend.cuda_graph=true"
+    assert kinds.less_to_enqueue("cuda", True, {"cuda_graph": True}) == "a larger batch_size"
+    assert kinds.less_to_enqueue("mps", True, {}) == "a larger batch_size"
+    assert kinds.less_to_enqueue("another package's", False, {}) == "a larger batch_size"
+
+
+def test_a_doubtful_peak_is_said_and_the_best_is_what_counts(tmp_path):
+    peaks = Denominators(mfu_measured=1e12, measured_here=7e11)
+    summary = summarise(record(tmp_path, [10.0] * 8, replace(WORK, peaks=peaks)))
+    assert summary.mfu_measured == pytest.approx(0.2)
+    (said,) = summary.warnings
+    assert said.startswith(
+        "mfu_measured is doubtful: this run's own matmul reached 700 GFLOP/s, less than 80% of the 10"
+    )
+    assert RunSummary.load(tmp_path / "summary.json").mfu_denominators == peaks
+    for own, best in ((8e11, 1e12), (None, 1e12), (1e9, None)):
+        assert busy_peak(Denominators(mfu_measured=best, measured_here=own)) == []
+
+
+def test_a_peak_that_turns_out_better_at_the_end_is_no_error(tmp_path):
+    recorder = record(tmp_path, [1.0] * 8)  # twice the peak that is known at first
+    recorder.work = replace(WORK, peaks=Denominators(mfu_measured=4e12, measured_here=4e12))
+    summary = summarise(recorder)
+    assert (summary.errors, summary.mfu_measured) == ([], pytest.approx(0.5))
 
 
 def test_statistics_leave_out_what_the_clock_marks(tmp_path):

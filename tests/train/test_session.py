@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from fakes.support import ROOT, options
 
-from nanogpt_mac.train import checkpoint
+from nanogpt_mac import cli
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.train import checkpoint, session
 
 TEXT = "".join(f"{a} and {b} went up the hill.\n\n" for a in ["Jack", "Jill", "Tom", "Ann"] for b in "abcdefghij" * 20)
 SMOKE = ["experiment=smoke", "data=text", "path=text.txt", "gemm_seconds=0.05"]
@@ -68,6 +71,54 @@ def test_one_run_leaves_every_record(command, text, name):
     assert re.search(r"^step 10: train loss \d\.\d{4}, val loss \d\.\d{4}$", done.stdout, re.MULTILINE)
 
     check_wandb(run, iterations, evaluations)
+
+
+def inside(monkeypatch, folder, *overrides):
+    """A run in this process; its exit code."""
+    monkeypatch.chdir(folder)
+    return session.run(cli.compose([*SMOKE, "backend=cpu", "sample_tokens=0", "checkpoint=false", *overrides]))
+
+
+def test_what_wandb_refuses_behind_the_first_iteration_leaves_nothing(monkeypatch, text):
+    class RefusedError(Exception):
+        pass
+
+    def refuse(**asked):
+        assert (text / "run/metrics.jsonl").exists()
+        raise RefusedError("not today")
+
+    fake = SimpleNamespace(init=refuse, errors=SimpleNamespace(Error=RefusedError), Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(InputError, match=r"^wandb.mode=offline: not today; without"):
+        inside(monkeypatch, text, "run_dir=run", "wandb.mode=offline")
+    assert not (text / "run").exists()
+
+
+def test_a_peak_is_measured_once_at_the_start_and_again_at_every_end(monkeypatch, text, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(text / "cache"))
+    rates = iter([5e15, 4e15, 3e15, 6e15])
+    asked = []
+
+    def measured(device, dtype, shapes, seconds):
+        rows_so_far = sorted(text.glob("run*/metrics.jsonl"))
+        asked.append(len(rows_so_far[-1].read_text().splitlines()) if rows_so_far else None)
+        return SimpleNamespace(flops_per_s=next(rates))
+
+    monkeypatch.setattr(session.gemm, "measure", measured)
+    peaks = []
+    for number in range(3):
+        assert inside(monkeypatch, text, f"run_dir=run{number}", "wandb.mode=disabled", "max_iters=4") == 0
+        peaks.append(json.loads((text / f"run{number}/summary.json").read_text())["mfu_denominators"])
+    assert [(peak["mfu_measured"], peak["measured_here"]) for peak in peaks] == [
+        (5e15, 5e15),
+        (5e15, 3e15),
+        (6e15, 6e15),
+    ]
+    assert asked[0] is None
+    assert all(asked[1:])  # behind the iterations
+    (said,) = re.findall("mfu_measured is doubtful.*", capsys.readouterr().out)
+    assert "3000000 GFLOP/s, less than 80% of the 5000000" in said
+    assert json.loads((text / "run1/summary.json").read_text())["warnings"] == [said]
 
 
 def check_wandb(run, iterations, evaluations):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -88,7 +89,74 @@ def test_wandb_gets_rows_while_the_clock_stands_and_asks_for_that_after_a_minute
     wandb.flush()
     assert len(run.logged) == 1
     wandb.close()
+    wandb.wait()
     assert run.finished == 1
+
+
+def test_wandb_finishes_behind_what_follows_and_is_waited_for():
+    run, go_on = Run(), threading.Event()
+    run.finish = lambda: go_on.wait(10) and setattr(run, "finished", 1)
+    wandb = Wandb(run)
+    wandb.wait()  # nothing has begun
+    wandb.close()  # returns at once
+    assert run.finished == 0
+    go_on.set()
+    wandb.wait()
+    assert run.finished == 1
+
+
+def test_where_wandb_cannot_finish_it_is_not_hidden():
+    run = Run()
+    run.finish = lambda: 1 / 0
+    wandb = Wandb(run)
+    wandb.close()
+    with pytest.raises(ZeroDivisionError):
+        wandb.wait()
+
+
+def iteration(i):
+    return IterationRow(
+        kind="iteration", iter=i, loss=2.0, lr=1e-3, grad_norm=1.5, iter_ms=10.0, dispatch_ms=0.5, tokens_per_s=7.0,
+        mfu=None, mfu_measured=0.2, mfu_a100=0.1, memory=5,
+    )  # fmt: skip
+
+
+def test_wandb_is_opened_behind_the_first_iteration_and_gets_all_that_waited(clock, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Table=lambda columns, data: data))
+    monkeypatch.setattr("nanogpt_mac.train.sinks.report.rows", lambda document: document.findings)
+    runs = []
+    wandb = Wandb(lambda: runs.append(Run()) or runs[-1])
+    wandb.fallbacks(SimpleNamespace(findings=["a"], complete=True), 0)
+    wandb.row(evaluation(0))
+    wandb.flush()
+    assert not wandb.overdue()
+    assert runs == []
+    wandb.row(iteration(0))
+    wandb.tick()
+    assert wandb.overdue()  # so the loop stops its clock
+    assert runs == []
+    wandb.flush()
+    assert not wandb.overdue()
+    wandb.flush()
+    (run,) = runs
+    assert [(step, next(iter(figures))) for step, figures in run.logged] == [
+        (0, "fallbacks"),
+        (0, "val/loss"),
+        (0, "train/loss"),
+    ]
+    wandb.close()
+    wandb.wait()
+    assert run.finished == 1
+
+
+def test_a_run_that_ends_before_its_first_iteration_is_in_wandb_too():
+    runs = []
+    wandb = Wandb(lambda: runs.append(Run()) or runs[-1])
+    wandb.row(evaluation(0))
+    wandb.summary(SimpleNamespace(document=lambda: {"times": None, "exit_state": "failed"}))
+    (run,) = runs
+    assert run.summary["summary/exit_state"] == "failed"
+    assert len(run.logged) == 1
 
 
 def test_wandbs_names():
@@ -222,6 +290,33 @@ def test_wandb_is_opened_as_the_config_asks(monkeypatch, tmp_path, given, name):
     assert asked["settings"] == {"console": "off", "silent": True, "x_disable_stats": True}
 
 
+@pytest.mark.parametrize(
+    ("given", "environment", "late"),
+    [
+        ({}, {}, True),
+        ({"project": "my project", "entity": "team_1", "tags": ["a.b"]}, {"WANDB_RUN_GROUP": "g"}, True),
+        ({"mode": "online"}, {}, False),  # an account may be missing
+        ({"project": "what?"}, {}, False),
+        ({"tags": ["x" * 65]}, {}, False),
+        ({}, {"WANDB_NAME": "a/b"}, False),
+        ({}, {"WANDB_BASE_URL": "nowhere"}, False),
+    ],
+)
+def test_only_what_wandb_cannot_refuse_is_opened_late(monkeypatch, tmp_path, given, environment, late):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = Config()
+    config.wandb = replace(config.wandb, **{"mode": "offline"} | given)
+    sink = open_wandb(config, tmp_path / "run", FACTS, late=True)
+    assert len(wandb.asked) == (0 if late else 1)
+    sink.row(iteration(0))
+    sink.flush()
+    (asked,) = wandb.asked
+    assert asked["project"] == given.get("project", "nanogpt-mac")
+
+
 @pytest.mark.parametrize(("words", "line"), [("no key\nlog in first", "no key"), ("", "RefusedError")])
 def test_where_wandb_refuses_nothing_is_left(monkeypatch, tmp_path, words, line):
     folder, wandb = tmp_path / "run", FakeWandb(RefusedError(words))
@@ -296,12 +391,15 @@ def test_wandbs_own_reader_finds_what_the_environment_said(monkeypatch, tmp_path
     ids = set()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        open_wandb(Config(), tmp_path / name, FACTS).close()
+        wandb = open_wandb(Config(), tmp_path / name, FACTS)
+        wandb.close()
+        wandb.wait()
         (log,) = (tmp_path / name).glob("wandb/offline-run-*/run-*.wandb")
         inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
         said = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
         assert '"mine"' in said
         assert '"together"' in said
         ids.add(log.stem)
+    os.environ.pop("WANDB_SERVICE", None)  # or the commands of later tests would share its process
     assert len(ids) == 2
     assert "run-left" not in ids
