@@ -166,10 +166,11 @@ class TorchBackend(Backend):
         return simulator.DEVICE_NAME if kind.name == "mps" and simulator.active() else kind.name
 
     def _few_kernels(self) -> FewKernels:
-        """On MPS, where launches cost more than their work; in 16 bits on a CPU, where flash attention is slow."""
-        if self.device.type == "mps":  # without gradients it has a fused attention
-            return "training"
-        return "always" if self.device.type == "cpu" and self.dtype != torch.float32 else "never"
+        """On MPS, where launches cost more than work; on a CPU in 16 bits or with dropout: no flash attention helps."""
+        if self.device.type == "cpu" and self.dtype != torch.float32:
+            return "always"
+        dropping = self.device.type == "cpu" and self.spec.dropout > 0
+        return "training" if dropping or self.device.type == "mps" else "never"  # both have a fused one in evaluation
 
     def _cuda_graph(self) -> bool:
         """Whether an iteration is one CUDA graph: when it is compiled, unless told otherwise."""
