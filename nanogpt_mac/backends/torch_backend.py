@@ -108,7 +108,7 @@ class TorchBackend(Backend):
             "backend.cuda_graph",
             False,
             "every kernel of an iteration sent by the host",
-            lambda here, config: here.device == "cuda" and config.backend.cuda_graph is not False,
+            lambda here, config: here.device == "cuda" and config.compile and config.backend.cuda_graph is not False,
         ),
         Lever(
             "backend.compile_mode", "reduce-overhead", "the loss as CUDA graphs", lambda here, _: here.device == "cuda"

@@ -52,7 +52,7 @@ def test_the_loss_scale_moves_as_torchs_does():
 
 
 def test_a_gibibyte_of_tokens_lives_on_the_device():
-    assert np.dtype(np.int32).itemsize * options("cpu").resident_tokens == 2**30
+    assert np.dtype(np.int64).itemsize * options("cpu").resident_tokens == 2**30
 
 
 def test_draws_do_not_overflow_and_keep_the_k_likeliest():

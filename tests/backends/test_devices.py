@@ -80,13 +80,13 @@ def test_a_step_trains_and_everything_else_looks(make, spec, starts, tokens, nam
         assert [backend.wait(backend.step(starts(0), 0.0))[0] for _ in range(2)] == trained  # the mode comes back
 
 
-@frameworks
-def test_without_dropout_gradients_are_those_of_the_training_graph(make, spec, tokens, name):
-    backend = make(name)
+def test_without_dropout_gradients_are_those_of_torchs_training_graph(make, spec, tokens):
+    """MLX has one graph for both: nothing is dropped where it is given no masks."""
+    backend = make("cpu")
     window = tokens.windows("val", np.arange(3))
     backend.gradients(window[:, :-1], window[:, 1:])
     assert backend.model.training
-    dropping = make(name, spec=dataclasses.replace(spec, dropout=0.3))
+    dropping = make("cpu", spec=dataclasses.replace(spec, dropout=0.3))
     dropping.gradients(window[:, :-1], window[:, 1:])
     assert not dropping.model.training
 
@@ -300,7 +300,7 @@ def test_only_what_is_to_be_compiled_is(make, starts, monkeypatch, name, functio
     if name == "cpu":
         assert compiled == [{"dynamic": False, "mode": "max-autotune"}]
     else:
-        assert len(compiled) == 4
+        assert len(compiled) == 5  # step, gradients, two losses, a token
 
 
 def test_a_device_without_a_fused_adamw_does_without(make, starts, monkeypatch):

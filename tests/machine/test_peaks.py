@@ -42,6 +42,7 @@ def test_a_run_begins_with_what_is_remembered_and_never_lowers_it():
 
 
 def test_a_rate_is_kept_under_all_that_it_depends_on(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     usual = "mlx", "metal", "float32", "highest"
     names = {peaks.name(MACHINE, *usual), peaks.name(MACHINE, "mlx", "cpu", "float32", "highest")}
     names |= {
