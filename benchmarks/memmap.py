@@ -23,6 +23,7 @@ import numpy as np
 from _sides import CLOCKS, DTYPES, RECIPES, How, Ours, Work, rounds
 
 from nanogpt_mac.backends import kinds
+from nanogpt_mac.corpus import prepared
 from nanogpt_mac.errors import InputError
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resident = replace(Work.of(RECIPES[args.recipe], None, Path(name)), now=CLOCKS[args.clock])
         path = Path(name) / "large.bin"
         make(path, int(args.gigabytes * 1e9) // 2 * 2, resident.vocab_size, args.written)
-        mapped = replace(resident, tokens=np.memmap(path, np.uint16, mode="r"))
+        mapped = replace(resident, tokens=prepared.mapped(path))
         sides = []
         for label, work in (("resident", resident), ("memory-mapped", mapped)):
             program = Ours(work, args.device, how, "highest")

@@ -308,15 +308,20 @@ class TorchBackend(Backend):
         return loss.item(), {n: _numpy(g) / scale for n, g in zip(self.parameters, gradients, strict=True)}
 
     def decode(self) -> Callable[[np.ndarray], np.ndarray]:
-        cache = KVCache(self.spec, self.device, self.dtype)
-        feed = partial(self._last_logits, cache=cache)
-        one = Graphed(feed, warmup=0) if self.details["cuda_graph"] else feed
+        made: list[Callable[[Tensor], Tensor]] = []  # for several tokens, and for one; both write one cache
+
+        def through_cache(single: bool) -> Callable[[Tensor], Tensor]:
+            if not made:
+                feed = partial(self._last_logits, cache=KVCache(self.spec, self.device, self.dtype))
+                made.extend((feed, Graphed(feed, warmup=0) if self.details["cuda_graph"] else feed))
+            return made[single]
 
         @torch.no_grad()
         def decoder(tokens: np.ndarray) -> np.ndarray:
             self.model.eval()
             # A window that is full has no room for a further token, so nothing of it need be kept.
-            run = self.full_window if len(tokens) == self.spec.block_size else one if len(tokens) == 1 else feed
+            full = len(tokens) == self.spec.block_size
+            run = self.full_window if full else through_cache(len(tokens) == 1)
             with self.phase("sampling"):
                 return run(torch.from_numpy(tokens[None].astype(np.int64)).to(self.device)).cpu().numpy()
 
@@ -325,7 +330,7 @@ class TorchBackend(Backend):
     def _last_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (V,) of what follows `tokens`, int64 (1, T)."""
         with self.autocast(), self.decoding():
-            return self.model(tokens, cache)[0, -1]
+            return self.model(tokens, cache, last=True)[0, 0]
 
     def decoding(self) -> AbstractContextManager[Any]:
         """Within, attention has no kernel that plans anew for every length of a prompt, as cuDNN's does."""

@@ -142,7 +142,7 @@ def load(folder: Path) -> Corpus:
                 raise damaged(file.name, f"{size} bytes where {2 * expected.tokens} were written")
             if check and hashlib.sha256(file.read_bytes()).hexdigest() != expected.sha256:
                 raise damaged(file.name, "its checksum differs")
-            tokens[split] = _mapped(file)
+            tokens[split] = mapped(file)
         except OSError as error:
             raise damaged(file.name, error.strerror or str(error)) from error
     try:
@@ -151,13 +151,13 @@ def load(folder: Path) -> Corpus:
         raise damaged("meta.json", str(error)) from error
 
 
-def _mapped(file: Path) -> np.ndarray:
+def mapped(file: Path) -> np.ndarray:
     """The tokens of a file, uint16. Of a large one windows are read, and what lies around each is not wanted."""
     with file.open("rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    if len(mapped) > WINDOWS_ABOVE_BYTES and hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, "<u2")
+        pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    if len(pages) > WINDOWS_ABOVE_BYTES and hasattr(mmap, "MADV_RANDOM"):
+        pages.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(pages, "<u2")
 
 
 def _build(root: Path, key: str, build: Callable[[Path], None]) -> None:

@@ -152,8 +152,11 @@ class GPT(nn.Module):
         causal = torch.full((spec.block_size, spec.block_size), float("-inf")).triu(1)
         self.register_buffer("causal", causal, persistent=False)
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) in float32 of tokens `idx` (B, T); with a cache, T new ones that follow its own."""
+    def forward(self, idx: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
+        """Logits (B, T, V) in float32 of tokens `idx` (B, T); with a cache, T new ones that follow its own.
+
+        `last`: of the last token alone, (B, 1, V).
+        """
         t: Any = self.transformer
         few = None
         if cache is None and self.few_kernels in ("always", "training" if self.training else "always"):
@@ -169,6 +172,8 @@ class GPT(nn.Module):
         for block in t["h"]:
             again = self.checkpointing and self.training
             x = checkpoint(block, x, cache, few, use_reentrant=False) if again else block(x, cache, few)
+        if last:
+            x = x[:, -1:]
         # (B, T, V): the head's weight is the embedding's
         return F.linear(t["ln_f"](x), t["wte"].weight).float()
 
