@@ -49,6 +49,9 @@ class TorchSettings:
     """AdamW as one kernel; null is "wherever torch has it"."""
     cuda_graph: bool | None = setting(None)
     """A whole iteration as one CUDA graph; null is "on CUDA, when it is compiled"."""
+    own_kernels: bool | None = setting(None)
+    """Attention, and residual sums with dropout and layer norm, by Triton kernels of our own; null is "on CUDA, where
+    they can"."""
 
 
 class Torch(Kind):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Meant, Tokens
+from nanogpt_mac.backends.cuda_graph import Graphed
 from nanogpt_mac.backends.kinds import KINDS, TorchSettings
 from nanogpt_mac.backends.torch_adamw import AdamW
 from nanogpt_mac.errors import InputError
@@ -52,40 +55,13 @@ def _rounds() -> bool:
         torch.set_float32_matmul_precision(before)
 
 
-class Graphed:
-    """A function of one CUDA tensor, recorded as a CUDA graph after `warmup` calls and replayed from then on.
+@dataclass(frozen=True)
+class Cached:
+    """A cache of keys and values and what feeds it, kept for the next sequence: recording a graph takes long."""
 
-    A replay reads the random generator as it is then, so a seed set before decides the dropout masks. The result is
-    overwritten by the next replay. An argument of another shape than the recorded one is not replayed.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor], warmup: int = 3) -> None:
-        self.function, self.left = function, warmup
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.argument = self.result = torch.empty(0)
-        # Of its own, and the same for all calls, as memory is kept for each: what libraries prepare once a stream
-        # cannot be recorded.
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, argument: Tensor) -> Tensor:
-        if self.graph is not None:
-            if argument.shape != self.argument.shape:
-                return self.function(argument)
-            self.argument.copy_(argument)
-            self.graph.replay()
-            return self.result
-        self.stream.wait_stream(torch.cuda.current_stream())
-        if self.left > 0:
-            self.left -= 1
-            with torch.cuda.stream(self.stream):
-                result = self.function(argument)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        self.argument, graph = argument.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self.result = self.function(self.argument)
-        self.graph = graph
-        return self(argument)
+    cache: KVCache
+    several: Callable[[Tensor], Tensor]  # tokens (1, T) to the logits (V,) after them
+    one: Callable[[Tensor], Tensor]  # the same of a single token, as one CUDA graph where there is one
 
 
 class TorchBackend(Backend):
@@ -111,6 +87,12 @@ class TorchBackend(Backend):
             lambda here, config: here.device == "cuda" and config.compile and config.backend.cuda_graph is not False,
         ),
         Lever(
+            "backend.own_kernels",
+            False,
+            "attention and layer norm by torch's kernels, not by ours",
+            lambda here, config: here.device == "cuda" and config.backend.own_kernels is not False,
+        ),
+        Lever(
             "backend.compile_mode", "reduce-overhead", "the loss as CUDA graphs", lambda here, _: here.device == "cuda"
         ),
         Lever(
@@ -130,7 +112,8 @@ class TorchBackend(Backend):
         self.accelerator = None if options.name == "cpu" else getattr(torch, options.name)  # torch.mps, torch.cuda
         torch.set_float32_matmul_precision(options.matmul_precision)
         self.dtype = getattr(torch, options.dtype)
-        self.model = GPT(spec, self._few_kernels(), options.checkpointing).to(self.device)
+        own = self._own_kernels()
+        self.model = GPT(spec, self._few_kernels(), options.checkpointing, own).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
         if options.compile:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
@@ -159,7 +142,13 @@ class TorchBackend(Backend):
         self.train_windows: Callable[[Tensor], Tensor] = Graphed(self._train) if graph else self._train
         self.evaluate_window: Callable[[Tensor], Tensor] = Graphed(self._evaluate) if graph else self._evaluate
         self.full_window: Callable[[Tensor], Tensor] = Graphed(self._last_logits, 1) if graph else self._last_logits
-        self.details = {"fused_adamw": fused, "cuda_graph": graph, "resident_data": sorted(self.resident)}
+        self.spare: list[Cached] = []
+        self.details = {
+            "fused_adamw": fused,
+            "cuda_graph": graph,
+            "own_kernels": own,
+            "resident_data": sorted(self.resident),
+        }
 
     @classmethod
     def device_of(cls, kind: Kind) -> str:
@@ -180,6 +169,21 @@ class TorchBackend(Backend):
             why = f"backend.compile_mode={mode} makes graphs of its own" if own else f"{self.options.name} has none"
             raise InputError(f"backend.cuda_graph=true: {why}; use null or false")
         return self.device.type == "cuda" and not own and (self.options.compile if asked is None else asked)
+
+    def _own_kernels(self) -> bool:
+        """Whether the model takes our Triton kernels: wherever it can, unless told otherwise."""
+        asked = self.settings.own_kernels
+        why_not = f"{self.options.name} has none" if self.device.type != "cuda" else None
+        if why_not is None and asked is not False:
+            if find_spec("triton") is None:
+                why_not = "the package triton is not installed"
+            else:
+                from nanogpt_mac.gpt import fused
+
+                why_not = fused.fault(self.spec)
+        if asked and why_not:
+            raise InputError(f"backend.own_kernels=true: {why_not}; use null or false")
+        return why_not is None and asked is not False
 
     def _adamw(self, capturable: bool) -> tuple[AdamW, bool]:
         """AdamW, fused wherever torch has it for this device unless told otherwise; whether it is."""
@@ -308,24 +312,28 @@ class TorchBackend(Backend):
         return loss.item(), {n: _numpy(g) / scale for n, g in zip(self.parameters, gradients, strict=True)}
 
     def decode(self) -> Callable[[np.ndarray], np.ndarray]:
-        made: list[Callable[[Tensor], Tensor]] = []  # for several tokens, and for one; both write one cache
-
-        def through_cache(single: bool) -> Callable[[Tensor], Tensor]:
-            if not made:
-                feed = partial(self._last_logits, cache=KVCache(self.spec, self.device, self.dtype))
-                made.extend((feed, Graphed(feed, warmup=0) if self.details["cuda_graph"] else feed))
-            return made[single]
+        mine: list[Cached] = []  # once it is needed
 
         @torch.no_grad()
         def decoder(tokens: np.ndarray) -> np.ndarray:
             self.model.eval()
-            # A window that is full has no room for a further token, so nothing of it need be kept.
-            full = len(tokens) == self.spec.block_size
-            run = self.full_window if full else through_cache(len(tokens) == 1)
+            if len(tokens) == self.spec.block_size:  # no room for a further token, so nothing need be kept
+                run = self.full_window
+            else:
+                if not mine:
+                    mine.append(self.spare.pop() if self.spare else self._cached())
+                    mine[0].cache.clear()
+                run = mine[0].one if len(tokens) == 1 else mine[0].several
             with self.phase("sampling"):
                 return run(torch.from_numpy(tokens[None].astype(np.int64)).to(self.device)).cpu().numpy()
 
+        weakref.finalize(decoder, lambda spare: spare.extend(mine), self.spare).atexit = False
         return decoder
+
+    def _cached(self) -> Cached:
+        cache = KVCache(self.spec, self.device, self.dtype)
+        feed = partial(self._last_logits, cache=cache)
+        return Cached(cache, feed, Graphed(feed, 1) if self.details["cuda_graph"] else feed)
 
     def _last_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (V,) of what follows `tokens`, int64 (1, T)."""

@@ -31,6 +31,11 @@ class KVCache:
         self.visible = self.places[:0, None] >= self.places  # what each of them may look at, bool (T, block_size)
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
 
+    def clear(self) -> None:
+        """Forget all tokens; a number that is not finite would reach the next ones through a weight of zero."""
+        self.layers.zero_()
+        self.length.zero_()
+
     def begin(self, tokens: int) -> None:
         """Make room for so many tokens behind those that are there."""
         self.positions = self.places[:tokens] + self.length
@@ -134,12 +139,20 @@ class GPT(nn.Module):
 
     `few_kernels` says when to take packed.py's functions, the causal mask made once and dropout's masks from one draw.
     With `checkpointing` the backward pass computes each block's activations anew, and only their inputs are kept.
+    `own_kernels`: whole sequences take fused.py's way, which computes the same with kernels for an NVIDIA GPU.
     """
 
     causal: Tensor  # float32 (block_size, block_size): 0 where a token may look, minus infinity elsewhere
 
-    def __init__(self, spec: GPTSpec, few_kernels: FewKernels = "never", checkpointing: bool = False) -> None:
+    def __init__(
+        self, spec: GPTSpec, few_kernels: FewKernels = "never", checkpointing: bool = False, own_kernels: bool = False
+    ) -> None:
         super().__init__()
+        self.own_logits = None
+        if own_kernels:
+            from nanogpt_mac.gpt import fused  # and Triton
+
+            self.own_logits = fused.logits
         self.spec, self.few_kernels, self.checkpointing = spec, few_kernels, checkpointing
         self.transformer = nn.ModuleDict(
             {
@@ -157,6 +170,8 @@ class GPT(nn.Module):
 
         `last`: of the last token alone, (B, 1, V).
         """
+        if self.own_logits is not None and cache is None:
+            return self.own_logits(self, idx, last)
         t: Any = self.transformer
         few = None
         if cache is None and self.few_kernels in ("always", "training" if self.training else "always"):

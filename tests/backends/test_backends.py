@@ -229,6 +229,13 @@ def test_fused_adamw_is_used_and_can_be_switched_off(make, starts):
         np.testing.assert_allclose(w, loop.state().weights[n], atol=1e-6)
 
 
+@pytest.mark.parametrize(("key", "words"), [("own_kernels", "cpu has none"), ("cuda_graph", "cpu has none")])
+def test_what_an_nvidia_gpu_alone_has_is_refused_elsewhere(make, key, words):
+    with pytest.raises(InputError, match=rf"backend\.{key}=true: {words}; use null or false"):
+        make("cpu", **{key: True})
+    assert make("cpu", **{key: False}).details[key] is False
+
+
 def test_a_fused_adamw_that_ignores_overflows_is_not_used_for_float16(make, starts, monkeypatch):
     """As torch's was on MPS until 2026: found_inf has no effect. The loop over tensors takes its place."""
     real = torch._fused_adamw_

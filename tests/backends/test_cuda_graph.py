@@ -1,6 +1,8 @@
 """A CUDA graph of an iteration against the same iteration sent kernel by kernel. Needs an NVIDIA GPU."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -93,3 +95,31 @@ def test_compiled_iterations_with_accumulation_are_the_eager_ones(make, starts, 
     assert compiled.details["cuda_graph"] == (mode == "default")
     one, other = (losses(b, starts, 0, 7, 3) for b in (compiled, eager))
     np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+FRESH = """
+import numpy as np
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import BackendOptions, Tokens
+from nanogpt_mac.gpt.spec import GPTSpec
+spec = GPTSpec(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=65)
+options = BackendOptions("cuda", True, "bfloat16", "high", 1, 0.1, 0.9, 0.99, 1.0)
+backend = kinds.create(spec, options, Tokens({}, 16))
+backend.load(spec.init_weights(1))
+decode = backend.decode()
+print(all(np.isfinite(decode(np.array([token]))).all() for token in (1, 2, 3, 4)))
+"""
+
+
+def test_one_token_can_be_the_first_that_a_process_computes():
+    """What libraries prepare at their first use cannot be recorded."""
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_own_kernels_compute_what_torchs_do(make, spec, starts, dtype):
+    plain = dataclasses.replace(spec, dropout=0.0)
+    one, other = (make("cuda", spec=plain, dtype=dtype, compile=False, own_kernels=own) for own in (True, False))
+    assert (one.details["own_kernels"], other.details["own_kernels"]) == (True, False)
+    np.testing.assert_allclose(losses(one, starts, 0, 10), losses(other, starts, 0, 10), rtol=CLOSE[dtype])

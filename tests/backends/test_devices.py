@@ -330,3 +330,18 @@ def test_one_sequence_is_decoded_at_a_time(make):
         np.testing.assert_allclose(a, backend.logits(np.array([[1, 2, 3]]))[0, -1], rtol=1e-4, atol=1e-6)
         b = first(np.array([4], np.int32))
         np.testing.assert_allclose(b, backend.logits(np.array([[1, 2, 3, 4]]))[0, -1], rtol=1e-4, atol=1e-6)
+        del first, second
+        third = backend.decode()  # may take what they leave behind
+        c = third(np.array([5], np.int32))
+        np.testing.assert_allclose(c, backend.logits(np.array([[5]]))[0, -1], rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_diverged_model_left_in_a_cache_is_forgotten(make):
+    backend = make("cpu", tokens=Tokens(block_size=16))
+    first = backend.decode()
+    first(np.array([1, 2], np.int32))
+    del first
+    (kept,) = backend.spare
+    kept.cache.layers.fill_(float("nan"))
+    assert np.isfinite(backend.decode()(np.array([3], np.int32))).all()
+    assert backend.spare == [kept]

@@ -254,7 +254,7 @@ def test_levers_are_those_with_an_effect(make):
     assert of(MAC, "cpu") == {("compile", True), loop, ("dtype", "bfloat16"), again, dropout}
     assert of(LINUX, "mlx") == {("compile", False), ("backend.blas", "own"), again, ("model.dropout", 0.2)}
     modes = {("backend.compile_mode", m) for m in ("reduce-overhead", "max-autotune-no-cudagraphs")}
-    modes.add(("backend.cuda_graph", False))
+    modes |= {("backend.cuda_graph", False), ("backend.own_kernels", False)}
     assert of(CUDA, "cuda") == {("compile", False), loop, *waits, *halves, again, dropout, *modes}
     document, _ = make("levers=true", machine=MAC)
     assert {v.name for v in document.variants if v.lever and v.lever.key == "compile"} == {

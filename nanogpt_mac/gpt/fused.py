@@ -1,0 +1,301 @@
+"""torch_gpt's forward pass on an NVIDIA GPU with the kernels of triton_kernels.py, as operators that autograd knows.
+
+Same arithmetic, in fewer passes over memory: attention reads q, k and v, and writes their gradients, where the packed
+product has them; a residual sum, its dropout and the layer norm behind it are one kernel. The backward pass draws the
+masks of dropout anew.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nanogpt_mac.gpt import triton_kernels as kernels
+from nanogpt_mac.gpt.spec import GPTSpec
+
+if TYPE_CHECKING:
+    from nanogpt_mac.gpt.torch_gpt import GPT
+
+WIDEST_HEAD = 128
+WIDEST = 4096  # columns of a row that a program holds
+PROGRAMS = 528  # of the layer norm's backward pass: four for each multiprocessor of an H100
+VOCABULARY = 64  # the head's rows are padded to a multiple of it: an odd number has slow kernels
+ELEMENTS = 1024  # of a program of GELU
+EPS = 1e-5
+
+
+def fault(spec: GPTSpec) -> str | None:
+    """Why these kernels cannot compute such a model on this GPU, or None where they can."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "need a GPU of compute capability 8.0 or later"
+    if spec.n_embd // spec.n_head > WIDEST_HEAD:
+        return f"have heads of at most {WIDEST_HEAD} channels"
+    return f"have rows of at most {WIDEST} channels" if spec.n_embd > WIDEST else None
+
+
+def _threshold(dropout: float) -> int:
+    """In units of 2^-32, as the signed number that Triton takes."""
+    dropped = min(round(dropout * 2**32), 2**32 - 1)
+    return dropped - 2**32 if dropped >= 2**31 else dropped
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How products of float32 are made: as torch was asked to make its own; of 16 bits it is of no matter."""
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if exact else "tf32"  # three products of TF32 keep what float32 holds
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def _head(qkv: Tensor, n_head: int, dropout: float, backward: bool = False) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid, and what both kernels are given by name; tiles and stages are the fastest seen on an H100."""
+    B, T, width = qkv.shape
+    hs = width // 3 // n_head
+    padded = max(16, triton.next_power_of_2(hs))
+    precision = _precision(qkv.dtype)
+    small = padded * qkv.element_size() > 256 or (backward and precision == "tf32x3")  # else registers do not hold it
+    block = 32 if small else 64
+    given = {
+        "T": T,
+        "n_head": n_head,
+        "scale": math.log2(math.e) / math.sqrt(hs),
+        "threshold": _threshold(dropout),
+        "kept": 1 / (1 - dropout),
+        "HS": hs,
+        "D": padded,
+        "BLOCK": block,
+        "STEP": block,
+        "DROP": dropout > 0,
+        "PRECISION": precision,
+        "EVEN": hs == padded and T % block == 0,
+        "num_warps": 4,
+        "num_stages": 3 if qkv.element_size() == 2 and not backward else 1,
+    }
+    return (triton.cdiv(T, block), B * n_head), given
+
+
+@torch.library.custom_op("nanogpt_mac::attention", mutates_args=())
+def attention(qkv: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int) -> tuple[Tensor, Tensor]:
+    """Causal attention (B, T, C) of packed `qkv` (B, T, 3 C), in its dtype, and the log2 of its softmax's sums."""
+    B, T, width = qkv.shape
+    out, lse = qkv.new_empty(B, T, width // 3), qkv.new_empty(B * n_head, T, dtype=torch.float32)
+    grid, given = _head(qkv, n_head, dropout)
+    kernels.attention_forward[grid](qkv.contiguous(), out, lse, seeds, site, **given)
+    return out, lse
+
+
+@attention.register_fake
+def _(qkv: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    return qkv.new_empty(B, T, width // 3), qkv.new_empty(B * n_head, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("nanogpt_mac::attention_backward", mutates_args=())
+def _attention_backward(
+    qkv: Tensor, out: Tensor, dout: Tensor, lse: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int
+) -> Tensor:
+    qkv, dout = qkv.contiguous(), dout.contiguous()
+    dqkv = torch.empty_like(qkv)
+    grid, given = _head(qkv, n_head, dropout, backward=True)
+    natural = given["scale"] / math.log2(math.e)
+    kernels.attention_backward[grid](qkv, out, dout, lse, seeds, dqkv, site, natural=natural, **given)
+    return dqkv
+
+
+@_attention_backward.register_fake
+def _(
+    qkv: Tensor, out: Tensor, dout: Tensor, lse: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int
+) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.n_head, ctx.dropout, seeds, ctx.site = inputs
+    ctx.save_for_backward(qkv, *output, seeds)
+
+
+def _attention_gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    qkv, out, lse, seeds = ctx.saved_tensors
+    return _attention_backward(qkv, out, dout, lse, ctx.n_head, ctx.dropout, seeds, ctx.site), None, None, None, None
+
+
+attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
+
+
+# -- residual sum, dropout and layer norm -----------------------------------------------------------------------------
+
+
+def _rows(x: Tensor, dropout: float, bias: Tensor | None) -> dict[str, Any]:
+    C = x.shape[-1]
+    wide = triton.next_power_of_2(C)
+    rows = max(1, min(4, 2048 // wide))
+    return {
+        "M": x.numel() // C,
+        "C": C,
+        "eps": EPS,
+        "threshold": _threshold(dropout),
+        "kept": 1 / (1 - dropout),
+        "WIDE": wide,
+        "ROWS": rows,
+        "DROP": dropout > 0,
+        "BIAS": bias is not None,
+        "num_warps": 4 if wide * rows <= 2048 else 8,
+    }
+
+
+@torch.library.custom_op("nanogpt_mac::add_norm", mutates_args=())
+def add_norm(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dropout: float, seeds: Tensor, site: int
+) -> tuple[Tensor, Tensor]:
+    """x + dropout(y), float32 (..., C), and its layer norm in y's dtype."""
+    x, y = x.contiguous(), y.contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(y)
+    given = _rows(x, dropout, bias)
+    grid = (triton.cdiv(given["M"], given["ROWS"]),)
+    kernels.add_norm_forward[grid](x, y, weight, bias, total, normed, seeds, site, **given)
+    return total, normed
+
+
+@add_norm.register_fake
+def _(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dropout: float, seeds: Tensor, site: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+@torch.library.custom_op("nanogpt_mac::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtotal: Tensor,
+    dnormed: Tensor,
+    dropout: float,
+    seeds: Tensor,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtotal, dnormed = dtotal.contiguous(), dnormed.contiguous()
+    dx, dy = torch.empty_like(total), torch.empty_like(dnormed)
+    given = _rows(total, dropout, bias)
+    programs = min(PROGRAMS, triton.cdiv(given["M"], given["ROWS"]))
+    dweight = total.new_empty(programs, given["C"])
+    dbias = total.new_empty(programs if bias is not None else 0, given["C"])
+    kernels.add_norm_backward[(programs,)](
+        total, weight, dtotal, dnormed, dx, dy, dweight, dbias, seeds, site, programs=programs, **given
+    )
+    return dx, dy, _sum(dweight), _sum(dbias)
+
+
+def _sum(shares: Tensor) -> Tensor:
+    programs, C = shares.shape
+    sums = shares.new_empty(C if programs else 0)
+    if programs:
+        kernels.column_sums[(triton.cdiv(C, 32),)](shares, sums, programs, C, BLOCK=32, STEP=32, num_warps=4)
+    return sums
+
+
+@_add_norm_backward.register_fake
+def _(
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtotal: Tensor,
+    dnormed: Tensor,
+    dropout: float,
+    seeds: Tensor,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    C = total.shape[-1]
+    biases = C if bias is not None else 0
+    return total.new_empty(total.shape), dnormed.new_empty(dnormed.shape), total.new_empty(C), total.new_empty(biases)
+
+
+def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, weight, bias, ctx.dropout, seeds, ctx.site = inputs
+    ctx.biased = bias is not None
+    ctx.save_for_backward(output[0], weight, bias, seeds)
+
+
+def _add_norm_gradients(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+    total, weight, bias, seeds = ctx.saved_tensors
+    dx, dy, dweight, dbias = _add_norm_backward(total, weight, bias, dtotal, dnormed, ctx.dropout, seeds, ctx.site)
+    return dx, dy, dweight, dbias if ctx.biased else None, None, None, None
+
+
+add_norm.register_autograd(_add_norm_gradients, setup_context=_keep_add_norm)
+
+
+# -- GELU -------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("nanogpt_mac::gelu", mutates_args=())
+def gelu(x: Tensor) -> Tensor:
+    """The exact GELU of `x`, of any shape. Kept for the product behind it, where Inductor computes it again."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    kernels.gelu_forward[(triton.cdiv(x.numel(), ELEMENTS),)](x, y, x.numel(), BLOCK=ELEMENTS)
+    return y
+
+
+@torch.library.custom_op("nanogpt_mac::gelu_backward", mutates_args=())
+def _gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
+    x, dy = x.contiguous(), dy.contiguous()
+    dx = torch.empty_like(x)
+    kernels.gelu_backward[(triton.cdiv(x.numel(), ELEMENTS),)](x, dy, dx, x.numel(), BLOCK=ELEMENTS)
+    return dx
+
+
+@gelu.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_gelu_backward.register_fake
+def _(x: Tensor, dy: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+gelu.register_autograd(
+    lambda ctx, dy: _gelu_backward(*ctx.saved_tensors, dy),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def logits(model: GPT, idx: Tensor, last: bool = False) -> Tensor:
+    """Logits (B, T, V) in float32 of tokens `idx` (B, T): what `model` computes by itself, dropout included.
+
+    `last`: of the last token alone, (B, 1, V).
+    """
+    spec: GPTSpec = model.spec
+    t: Any = model.transformer
+    dropout = spec.dropout if model.training else 0.0
+    seeds = torch.randint(2**32, (3 * spec.n_layer,), device=idx.device) if dropout else idx[0]
+    norms = [norm for block in t["h"] for norm in (block.ln_1, block.ln_2)] + [t["ln_f"]]
+
+    def block(layer: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        attn, mlp, after = t["h"][layer].attn, t["h"][layer].mlp, norms[2 * layer + 1 : 2 * layer + 3]
+        y, _ = attention(attn.c_attn(y), spec.n_head, dropout, seeds, 3 * layer)
+        x, y = add_norm(x, attn.c_proj(y), after[0].weight, after[0].bias, dropout, seeds, 3 * layer + 1)
+        hidden = mlp.c_fc(y)
+        hidden = gelu(hidden) if spec.gelu == "exact" else mlp.gelu(hidden)
+        return add_norm(x, mlp.c_proj(hidden), after[1].weight, after[1].bias, dropout, seeds, 3 * layer + 2)
+
+    x = F.dropout(t["wte"](idx) + t["wpe"].weight[: idx.shape[1]], dropout, model.training)  # (B, T, C)
+    y = norms[0](x)  # each layer norm reads the residual stream x and writes what a branch reads
+    for layer in range(spec.n_layer):
+        again = model.checkpointing and model.training
+        x, y = checkpoint(block, layer, x, y, use_reentrant=False) if again else block(layer, x, y)
+    if last:
+        y = y[:, -1:]
+    padded = F.pad(t["wte"].weight, (0, 0, 0, -spec.vocab_size % VOCABULARY))
+    return F.linear(y, padded)[..., : spec.vocab_size].float()
