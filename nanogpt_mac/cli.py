@@ -66,6 +66,8 @@ OPTIONS = ("help", "version", "cfg", "resolve", "package", "run", "multirun", "i
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
 EXTRAS = {"optuna": "sweep", "joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"}
 """Hydra's plugins and the extra of this package that brings each."""
+WANTED = {"a valid bool": "true or false", "converted to Integer": "a whole number", "converted to Float": "a number"}
+"""What OmegaConf says of a value that it cannot convert, and what to use."""
 
 _search_path: list[str] = []  # where the configs of the command under way lie, beside conf/
 
@@ -286,6 +288,7 @@ class Command:
         if isinstance(cause, OverrideParseException):
             return f"{cause.override}: not an override; use key=value, with quotes around anything unusual"
         words = cleaned(str(cause).split("\n    full_key")[0]) or type(cause).__name__
+        words = next((f"use {wanted}" for said, wanted in WANTED.items() if said in words), words)
         return f"{given[key]}: {words}" if key in given else words
 
 
