@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, help="train on it (default: the built-in stand-in)")
     parser.add_argument("--iterations", type=int, help="of a whole run (default: the recipe's)")
     parser.add_argument("--ours", action="append", default=[], metavar="KEY=VALUE", help="another override of train.py")
+    beside.add_turns(parser)
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
     kinds.resolve(args.device)
@@ -129,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for program in [] if args.no_cold else programs:
             program()
         sides = [beside.Side(p.name, p, {"command": p.command(name)}, "s") for p in programs]
-        beside.interleave(sides, args.rounds, deadline)
+        with beside.turn(args, deadline):
+            beside.interleave(sides, args.rounds, deadline)
     for program, side in zip(programs, sides, strict=True):
         cold = None if args.no_cold else program.runs.pop(0)
         side.facts |= {"cold": cold, "runs": program.runs}

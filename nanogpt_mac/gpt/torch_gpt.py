@@ -198,9 +198,15 @@ class GPT(nn.Module):
             return Few(causal, [None] * (1 + 3 * spec.n_layer))
         layer = ((B, spec.n_head, T, T), (B, T, spec.n_embd), (B, T, spec.n_embd))
         shapes: list[tuple[int, ...]] = [layer[1], *(layer * spec.n_layer)]
+        if torch.compiler.is_compiling():  # which draws each mask where it is used
+            return Few(causal, [self._masks(shape) for shape in shapes])
         sizes = [math.prod(shape) for shape in shapes]
-        drawn = torch.empty(sum(sizes), device=causal.device).bernoulli_(1 - spec.dropout).div_(1 - spec.dropout)
-        return Few(causal, [part.view(shape) for part, shape in zip(drawn.split(sizes), shapes, strict=True)])
+        drawn = self._masks((sum(sizes),)).split(sizes)
+        return Few(causal, [part.view(shape) for part, shape in zip(drawn, shapes, strict=True)])
+
+    def _masks(self, shape: tuple[int, ...]) -> Tensor:
+        keep = 1 - self.spec.dropout
+        return torch.empty(shape, device=self.causal.device).bernoulli_(keep).div_(keep)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy, in nats, of `targets` (B, T) after tokens `idx` (B, T)."""
