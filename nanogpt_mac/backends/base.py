@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `--help` has no time for it
     import numpy as np
 
     from nanogpt_mac.backends.arrays import Arrays
+    from nanogpt_mac.backends.parts import Parts
 
 DTYPES = ("float32", "bfloat16", "float16")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
@@ -255,6 +256,16 @@ class Backend(ABC):
 
         Random numbers of its own: the run's are left alone. The precision is the run's.
         """
+
+    # -- where an iteration goes, for suite=parts ------------------------------------------------------------------
+
+    def parts(self, starts: np.ndarray) -> Parts | None:
+        """What an iteration on windows `starts`, int64 (accumulation, batch), consists of; None: it gives no parts.
+
+        Each is computed by the very functions that `step` calls, compiled one by one where `step` is compiled as a
+        whole, and outside of any graph that replays an iteration.
+        """
+        return None
 
     def free_memory(self) -> int:
         """Bytes that the device could still give."""
