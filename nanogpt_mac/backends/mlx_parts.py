@@ -56,14 +56,14 @@ def stages(backend: MLXBackend, batch: int, length: int) -> list[Stage]:
             bound(weights)
             return module(y, mask, None, keep[place : place + 3] if keep else [None] * 3)
 
-        return Stage("attention", attended, ("y", "keep"), ("y",), own(name), note="with both projections and dropout")
+        return Stage("attention", attended, ("y", "keep"), ("y",), own(name), note="has both projections and dropout")
 
     def mlp(name: str, module: Any, place: int) -> Stage:
         def fed(weights: dict[str, mx.array], y: mx.array, keep: list[mx.array]) -> Any:
             bound(weights)
             return module(y, keep[place + 2] if keep else None)
 
-        return Stage("MLP", fed, ("y", "keep"), ("y",), own(name), note="with dropout")
+        return Stage("MLP", fed, ("y", "keep"), ("y",), own(name), note="has dropout")
 
     add = Stage("residual sums", lambda _, x, y: x + y, ("x", "y"), ("x",))
     masks = Stage("dropout masks", lambda _, key: backend._masks(batch, key), ("key",), ("keep",))
@@ -134,7 +134,7 @@ class MLXParts(Parts):
 
     def _batch(self) -> Part:
         backend, gather = self.backend, self.compile(lambda batch: self.backend._windows("train", batch))
-        note = "its windows gathered; what they come from crosses to the device"
+        note = "gathers its windows, of numbers that cross to the device"
         return Part("batch", 1, lambda number: (gather(backend._batch("train", self.starts)),), note=note)
 
     def _of_optimizer(self) -> Iterator[Part]:
@@ -165,9 +165,9 @@ class MLXParts(Parts):
             update(joined, lr, norm)
             return [*trained["weights"], *trained["exp_avg"], *trained["exp_avg_sq"]]
 
-        yield Part("gradients", count, taken, note="all of them into the optimizer's buffers")
-        yield Part("clip", 1, lambda number: clip(joined), note="with the norm")
-        yield Part("optimizer", 1, step, note="AdamW")
+        yield Part("gradients", count, taken, note="are put into the optimizer's buffers")
+        yield Part("clip", 1, lambda number: clip(joined), note="includes the norm")
+        yield Part("optimizer", 1, step, note="is AdamW")
 
     # -- the device -----------------------------------------------------------------------------------------------
 
@@ -183,7 +183,8 @@ class MLXParts(Parts):
         return float(first[(0,) * first.ndim].item() if first.ndim else first.item())
 
     def counted(self, call: Call) -> dict[str, int]:
-        return {"kernels": kernels(call(0))} if self.backend.runs_ahead else {}
+        outputs = call(0)
+        return {"kernels": kernels(outputs)} if self.backend.runs_ahead and outputs else {}
 
 
 def kernels(outputs: Sequence[Any]) -> int:

@@ -58,8 +58,8 @@ def stages(model: GPT) -> list[Stage]:
 
         inside = [
             Stage("layer norms", block.ln_1, ("x",), ("y",), own(block.ln_1)),
-            Stage("attention", attend, ("y", "few"), ("y",), own(block.attn), note="with both projections"),
-            Stage("residual sums", add, ("x", "y", "few"), ("x",), note="with dropout"),
+            Stage("attention", attend, ("y", "few"), ("y",), own(block.attn), note="has both projections"),
+            Stage("residual sums", add, ("x", "y", "few"), ("x",), note="have dropout"),
             Stage("layer norms", block.ln_2, ("x",), ("y",), own(block.ln_2)),
             Stage("MLP", block.mlp, ("y",), ("y",), own(block.mlp)),
             Stage("residual sums", functools.partial(add, place=3), ("x", "y", "few"), ("x",)),
@@ -114,7 +114,7 @@ class TorchParts(Parts):
         return torch.compile(function, dynamic=False, mode=WITHOUT_GRAPHS.get(mode, mode))
 
     def _batch(self) -> Part:
-        note = "its windows gathered; what they come from crosses to the device"
+        note = "gathers its windows, of numbers that cross to the device"
         return Part("batch", 1, lambda number: (self.backend.windows("train", self.starts),), note=note)
 
     def _of_optimizer(self) -> Iterator[Part]:
@@ -142,9 +142,9 @@ class TorchParts(Parts):
             return (optimizer.weights,)
 
         take(0)
-        yield Part("gradients", len(self.starts), take, note="all of them into one buffer")
-        yield Part("clip", 1, clip, note="with the norm")
-        yield Part("optimizer", 1, update, note="AdamW")
+        yield Part("gradients", len(self.starts), take, note="are put into the optimizer's buffers")
+        yield Part("clip", 1, clip, note="includes the norm")
+        yield Part("optimizer", 1, update, note="is AdamW")
 
     # -- the device -----------------------------------------------------------------------------------------------
 
