@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -67,7 +68,66 @@ class MLXArrays(Arrays):
         mx.clear_cache()
 
 
+# -- the operations: as MLX's users call them -------------------------------------------------------------------------
+
+
+def _scatter(into: mx.array, index: mx.array, values: mx.array) -> mx.array:
+    made = mx.array(into)  # assigning changes what a name stands for: this one's alone
+    made[index] = values
+    return made
+
+
+def _linear(x: mx.array, w: mx.array, b: mx.array | None = None) -> mx.array:
+    return x @ w.T if b is None else mx.addmm(b, x, w.T)
+
+
+def _sort_with_indices(x: mx.array, *, axis: int) -> tuple[mx.array, mx.array]:
+    order = mx.argsort(x, axis)
+    return mx.take_along_axis(x, order, axis), order
+
+
+@partial(mx.compile, shapeless=True)  # as nn.selu is, whose constants have five decimals
+def _selu(x: mx.array) -> mx.array:
+    return nn.elu(x, 1.6732632423543772) * 1.0507009873554805
+
+
+def _sdpa(q: mx.array, k: mx.array, v: mx.array, *, causal: bool) -> mx.array:
+    mask = "causal" if causal else None
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+
+
+def _adamw(p: mx.array, g: mx.array, m: mx.array, v: mx.array, *, lr: float, beta1: float, beta2: float, decay: float,
+           epsilon: float, step: int) -> tuple[mx.array, mx.array, mx.array]:  # fmt: skip
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * mx.square(g)
+    update = (m / (1 - beta1**step)) / (mx.sqrt(v / (1 - beta2**step)) + epsilon)
+    return p * (1 - lr * decay) - lr * update, m, v
+
+
 OPS: dict[str, Op] = {
-    "relu": Op(nn.relu),
+    "adamw": Op(_adamw),
+    "argmax": Op(lambda x, *, axis: mx.argmax(x, axis)),
+    "bce": Op(lambda p, t: nn.losses.binary_cross_entropy(p, t, with_logits=False)),
+    "concat": Op(lambda a, b, *, axis: mx.concatenate([a, b], axis)),
+    "conv1d": Op(mx.conv1d),
+    "conv2d": Op(mx.conv2d),
+    "cross_entropy": Op(lambda x, targets: nn.losses.cross_entropy(x, targets, reduction="mean")),
+    "gather": Op(lambda table, index: table[index]),
+    "gelu": Op(lambda x, *, tanh: nn.gelu_approx(x) if tanh else nn.gelu(x)),
+    "layer_norm": Op(lambda x, w, b=None: mx.fast.layer_norm(x, w, b, 1e-5)),
+    "leaky_relu": Op(nn.leaky_relu),
+    "linear": Op(_linear),
     "matmul": Op(mx.matmul),
+    "prelu": Op(nn.prelu),
+    "relu": Op(nn.relu),
+    "scatter": Op(_scatter),
+    "scatter_max": Op(lambda into, index, values: into.at[index].maximum(values)),
+    "scatter_sum": Op(lambda into, index, values: into.at[index].add(values)),
+    "sdpa": Op(_sdpa),
+    "selu": Op(_selu),
+    "sigmoid": Op(mx.sigmoid),
+    "softmax": Op(lambda x, *, axis: mx.softmax(x, axis)),
+    "softplus": Op(nn.softplus),
+    "sort": Op(lambda x, *, axis: mx.sort(x, axis)),
+    "sort_with_indices": Op(_sort_with_indices),
+    "sum": Op(lambda x, *, axis: mx.sum(x, axis)),
 }

@@ -25,7 +25,7 @@ class TorchArrays(Arrays):
         torch.backends.cudnn.allow_tf32 = False  # of convolutions, where torch allows it unasked
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device, copy=True)
+        tensor = torch.from_numpy(np.array(array, order="C")).to(self.device)
         if dtype is not None:
             tensor = tensor.to(getattr(torch, dtype))
         self.wait(())
@@ -86,7 +86,58 @@ class TorchArrays(Arrays):
         return {"kernels": found.kernels, "waits": found.waits, "fallbacks": fallbacks}
 
 
+# -- the operations: as torch's users call them -----------------------------------------------------------------------
+
+
+def _index(array: Tensor) -> Tensor:
+    """Indices are int64 here."""
+    return array.long() if array.dtype == torch.int32 else array
+
+
+def _channels_first(array: Tensor) -> Tensor:
+    return array.movedim(-1, 1).contiguous()
+
+
+def _channels_last(array: Tensor) -> Tensor:
+    return array.movedim(1, -1)
+
+
+def _scatter_max(into: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    return into.scatter_reduce(0, index[:, None].expand_as(values), values, "amax")
+
+
+def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, lr: float, beta1: float, beta2: float, decay: float,
+           epsilon: float, step: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    m, v = m.lerp(g, 1 - beta1), beta2 * v + (1 - beta2) * g * g
+    update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + epsilon)
+    return p * (1 - lr * decay) - lr * update, m, v
+
+
 OPS: dict[str, Op] = {
-    "relu": Op(F.relu),
+    "adamw": Op(_adamw),
+    "argmax": Op(lambda x, *, axis: x.argmax(axis)),
+    "bce": Op(F.binary_cross_entropy),
+    "concat": Op(lambda a, b, *, axis: torch.cat((a, b), axis)),
+    "conv1d": Op(F.conv1d, _channels_first, _channels_last),
+    "conv2d": Op(F.conv2d, _channels_first, _channels_last),
+    "cross_entropy": Op(F.cross_entropy, _index),
+    "gather": Op(lambda table, index: table[index], _index),
+    "gelu": Op(lambda x, *, tanh: F.gelu(x, approximate="tanh" if tanh else "none")),
+    "layer_norm": Op(lambda x, w, b=None: F.layer_norm(x, w.shape, w, b, 1e-5)),
+    "leaky_relu": Op(F.leaky_relu),
+    "linear": Op(F.linear),
     "matmul": Op(torch.matmul),
+    "prelu": Op(F.prelu),
+    "relu": Op(F.relu),
+    "scatter": Op(lambda into, index, values: into.index_put((index,), values), _index),
+    "scatter_max": Op(_scatter_max, _index),
+    "scatter_sum": Op(lambda into, index, values: into.index_add(0, index, values), _index),
+    "sdpa": Op(lambda q, k, v, *, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal)),
+    "selu": Op(F.selu),
+    "sigmoid": Op(torch.sigmoid),
+    "softmax": Op(lambda x, *, axis: x.softmax(axis)),
+    "softplus": Op(F.softplus),
+    "sort": Op(lambda x, *, axis: x.sort(axis)[0]),
+    "sort_with_indices": Op(lambda x, *, axis: tuple(x.sort(axis))),
+    "sum": Op(lambda x, *, axis: x.sum() if axis is None else x.sum(axis)),
 }

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from nanogpt_mac.measure.times import order_interval, summary
 from nanogpt_mac.records.run import Times
 
-BATCH_S = 0.02  # calls are queued, twice as many each time, until a batch takes this long
+BATCH_S = 0.02  # calls are queued, twice as many each time, until a batch takes this long, or a tenth of its row's time
 MOST_QUEUED = 4096
 FEWEST = 5  # batches, unless they take PATIENCE times what a row may take
 PATIENCE = 4.0
@@ -66,15 +66,22 @@ def measure(
     for both figures together; a call that takes longer is timed at least once.
     """
     timer = _Timer(call, device, keep, clock)
+    batch_s = min(BATCH_S, budget_s / 10)
     with _no_collection():
         latencies = timer.batches(1, clock() + budget_s / 2, budget_s / 2)
         queued, throughputs = 1, latencies
-        if latencies[-1] < BATCH_S and most > 1:
+        if latencies[-1] < batch_s and most > 1:
             end = clock() + budget_s / 2
-            queued, first = timer.grown(most)
+            queued, first = timer.grown(batch_s, most)
             throughputs = [s / queued for s in timer.batches(queued, end, budget_s / 2, first)]
         fault = timer.unwaited(queued)
     return Measured(_times(throughputs), _times(latencies), timer.last, timer.number, queued, fault)
+
+
+def once(call: Callable[[], Outputs], device: Device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call and one wait."""
+    with _no_collection():
+        return _Timer(lambda _: call(), device, 1, clock).batch(1)
 
 
 class _Timer:
@@ -98,13 +105,13 @@ class _Timer:
         self.last, self.number = kept[-1], number
         return took
 
-    def grown(self, most: int) -> tuple[int, float]:
-        """How many calls make a batch of BATCH_S, and the seconds of the first that did."""
+    def grown(self, batch_s: float, most: int) -> tuple[int, float]:
+        """How many calls make a batch of so many seconds, and those of the first that did."""
         calls = 1
         while True:
             calls = min(2 * calls, most)
             took = self.batch(calls)
-            if took >= BATCH_S or calls == most:
+            if took >= batch_s or calls == most:
                 return calls, took
 
     def batches(self, calls: int, deadline: float, budget_s: float, first: float | None = None) -> list[float]:

@@ -46,7 +46,7 @@ class Task(Record):
 
 
 class Reading(Record):
-    """One row on one way in one round. A suite adds its figures in a class of its own."""
+    """One row on one way in one round. A suite's own class has figures more, each with a default."""
 
     row: str
     way: str
@@ -79,3 +79,18 @@ class Bench(Document):
     rows: tuple[str, ...]
     work: dict[str, Any] = {}
     readings: tuple[SerializeAsAny[Reading], ...] = ()
+
+
+class OpReading(Calls):
+    """suite=ops: one operation."""
+
+    cold: bool = False  # its inputs and outputs rotate past the last cache
+    copies: Count = 0  # that they rotate over
+    queued: Count = 0  # calls in a batch of `throughput`
+    error: Amount | None = None  # of the last timed call, in units of what float32 may lose: 1 would be wrong
+    deterministic: bool | None = None  # whether two calls gave the same bits; None: too large to be asked
+    floor_ms: Amount | None = None  # what moving its bytes takes here, at least
+
+
+class OpsBench(Bench):
+    readings: tuple[OpReading, ...] = ()

@@ -160,7 +160,7 @@ class Running:
             question = child.Question(
                 "nanogpt_mac.suites.child",
                 task.model_copy(update={"rows": tuple(left)}).model_dump(mode="json"),
-                timeout_s=SILENCE_S,
+                timeout_s=min(SILENCE_S, self.deadline - self.clock() + 1),
             )
             begun, before = None, len(left)
             try:
@@ -175,6 +175,8 @@ class Running:
                     if left:
                         raise child.ChildError("it ended without a word")
             except child.ChildError as error:
+                if self.clock() >= self.deadline:
+                    continue
                 lost = [begun] if begun in left else []
                 if not lost and len(left) == before:  # it never came to a row, and would not the next time
                     lost = left
@@ -182,9 +184,9 @@ class Running:
                 left = [row for row in left if row not in lost]
 
     def _read(self, line: dict[str, object]) -> Reading:
-        kind = self.suite.reading if line.keys() - Reading.model_fields.keys() else Reading
-        return kind.model_validate(line)
+        return self.suite.reading.model_validate(line)
 
     def _lost(self, task: Task, rows: Sequence[str], state: State, reason: str) -> None:
         for row in rows:
-            self.readings.append(Reading(row=row, way=task.way.name, round=task.round, state=state, reason=reason))
+            lost = {"row": row, "way": task.way.name, "round": task.round, "state": state, "reason": reason}
+            self.readings.append(self._read(lost))
