@@ -127,7 +127,8 @@ def left_over(found: Account, queued: float | None, dispatch: float | None, comp
     if rest < 0:
         gain = "fusion across parts" if compiled else "less than each alone"
         return (*lines, Left(name=gain, ms=rest))
-    return (*lines, Left(name="host, casts, caches", ms=rest))
+    take("host, casts, caches", rest)
+    return tuple(lines)
 
 
 # -- two of them ------------------------------------------------------------------------------------------------------

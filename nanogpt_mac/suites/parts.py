@@ -27,7 +27,7 @@ from nanogpt_mac.measure.times import order_interval, summary
 from nanogpt_mac.records.bench import Bench, Reading, State, Task, Way
 from nanogpt_mac.records.parts import ITERATION, Account, PartReading, PartsBench
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, beside, count, interval, ms, percent, text
+from nanogpt_mac.report.words import DASH, beside, count, interval, ms, percent, plural, ratio, text
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.account import accounts
 from nanogpt_mac.suites.config import BenchConfig
@@ -39,6 +39,7 @@ from nanogpt_mac.train.source import open_source
 ROWS = (ITERATION, *NAMES)
 ROUNDS = 2
 FEWEST, MOST = 4, 200  # iterations that are counted
+LIKELY = (0.5, 2.0)  # what the parts may add up to, of an iteration
 QUEUED = 4  # iterations that are enqueued together
 
 
@@ -67,15 +68,15 @@ class PartsSuite(Suite):
     def report(self, bench: Bench) -> Report:
         assert isinstance(bench, PartsBench)
         found = accounts(bench)
-        best = min(
-            (a for a in found if a.iteration), key=lambda a: a.iteration.ms if a.iteration else 0.0, default=None
-        )
-        where = [f"{a.label}: {ms(a.iteration.ms)} ms" for a in found if a.iteration and not a.simulated]
+        timed = [(a, a.iteration.ms) for a in found if a.iteration and not a.simulated]
+        where = [f"{a.label}: {ms(whole)} ms" for a, whole in timed]
         sentence = f"An iteration takes {', '.join(where)}." if where else "No iteration was timed."
-        largest = max(best.parts, key=lambda part: part.ms, default=None) if best and not best.simulated else None
-        if best and largest and best.iteration:
-            share = percent(largest.ms / best.iteration.ms, 0)
-            sentence += f" On {best.label} {share} of it would be {largest.name}, measured alone."
+        for a, whole in timed:
+            largest = max(a.parts, key=lambda part: part.ms)
+            sentence += f" {a.label}: {percent(largest.ms / whole, 0)} of it would be {largest.name}, measured alone."
+        for a in found:
+            if a.kernels is not None and a.simulated:
+                sentence += f" {a.label}: an iteration has {a.kernels} kernels and {plural(a.waits or 0, 'wait')}."
         return Report("Parts", "Where an iteration goes", sentence, [section(found)], version=bench.version)
 
 
@@ -106,7 +107,7 @@ class _Measured:
     def __init__(self, task: Task) -> None:
         way, self.task = task.way, task
         self.config: Config = TypeAdapter(Config).validate_python(task.work["configs"][way.name])
-        kind = kinds.KINDS[way.backend]
+        kind = kinds.KINDS[kinds.resolve(way.backend)]  # which also brings a simulated device
         options = backend_options(self.config, way.backend, way.compiled)
         kind.prepare(options)
         if way.device not in ("", kind.load().device_of(kind)):  # the other one that it can take
@@ -220,6 +221,10 @@ def section(found: Sequence[Account], identifier: str = "parts") -> Section:
     for a in found:
         said = [f"{part.name} {part.note}" for part in a.parts if part.note]
         notes += [f"{a.label}: {'; '.join(said)}."] if said else []
+    for a in found:
+        if a.iteration and not a.simulated and not LIKELY[0] < a.total / a.iteration.ms < LIKELY[1]:
+            times = ratio(a.total / a.iteration.ms)
+            notes.append(f"{a.label}: its parts are {times} x its iteration: something else ran. Close other programs.")
     notes += [f"{a.label}: inside the step nothing is told: {a.not_inside}." for a in found if a.not_inside]
     notes += [f"{a.label}: not measured: {text(a.why_not)}." for a in found if a.why_not]
     tables = [_counts(a) if a.simulated else _times(a) for a in found if a.parts]
