@@ -227,7 +227,9 @@ def _told(events: Any, on_device: bool) -> Inside:
     of_node: dict[int, str] = {}
 
     def took(event: Any) -> float:
-        return float(event.device_time_total if on_device else event.cpu_time_total) / 1e3 / SEEN
+        if not on_device:
+            return float(event.cpu_time_total) / 1e3 / SEEN
+        return float(sum(child.device_time_total for child in event.cpu_children)) / 1e3 / SEEN  # a range has none
 
     def around(event: Any, word: str) -> Any:
         while event is not None and not event.name.startswith(word):

@@ -49,6 +49,7 @@ class Figure(Record):
     ms: Signed
     low: Signed
     high: Signed
+    rounds: dict[int, Signed] = {}  # round -> its own
 
 
 class PartCost(Record):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Mapping, Sequence
+from statistics import mean, median, stdev
 from typing import Any
 
+from scipy import stats
+
+from nanogpt_mac.measure.stats import CONFIDENCE
 from nanogpt_mac.records.bench import State, Way
 from nanogpt_mac.records.parts import (
     ITERATION,
@@ -24,6 +28,7 @@ from nanogpt_mac.report.words import listed, ms
 
 BOUND = 0.8  # of a part's time are its launches: it is these that take it
 HOST_BOUND = 0.9  # of an iteration the host is busy enqueuing it
+LEAST = 0.01  # of a part's time: less is no reason for anything
 MATTERS, MOST = 0.05, 3  # of the difference, and how many causes a sentence names
 
 
@@ -47,7 +52,7 @@ def account(way: Way, readings: Sequence[PartReading]) -> Account:
         return Account(**named, why_not=why)
     whole = done[ITERATION]
     one = whole[0]
-    iteration = _figure([r.forward for r in whole])
+    iteration = _figure({r.round: r.forward for r in whole})
     found = Account(
         **named,
         iteration=iteration,
@@ -70,25 +75,29 @@ def _cost(name: str, readings: Sequence[PartReading]) -> PartCost:
         name=name,
         note=one.note,
         times=times,
-        forward=_figure([r.forward for r in readings], times),
-        backward=_figure([r.both for r in readings], times, [r.forward for r in readings]),
+        forward=_figure({r.round: r.forward for r in readings}, times),
+        backward=_figure({r.round: r.both for r in readings}, times, {r.round: r.forward for r in readings}),
         inside=one.inside,
         kernels=None if kernels is None else times * kernels,
         waits=None if waits is None else times * waits,
     )
 
 
-def _figure(found: Sequence[Times | None], times: int = 1, less: Sequence[Times | None] | None = None) -> Figure | None:
+def _figure(
+    found: Mapping[int, Times | None], times: int = 1, less: Mapping[int, Times | None] | None = None
+) -> Figure | None:
     """Of the rounds' medians, `less` others, `times` each."""
-    values = [
-        [a - b for a, b in zip(_bounds(one), _bounds(other)[::-1], strict=True)] if other else _bounds(one)
-        for one, other in zip(found, less or [None] * len(found), strict=True)
-        if one and one.median is not None
-    ]
+    values = {}
+    for number, one in found.items():
+        other = less[number] if less else None
+        if one and one.median is not None:
+            rest = _bounds(other)[::-1] if other else (0.0, 0.0, 0.0)
+            values[number] = [times * (a - b) for a, b in zip(_bounds(one), rest, strict=True)]
     if not values:
         return None
-    low, middle, high = zip(*values, strict=True)
-    return Figure(ms=times * median(middle), low=times * min(low), high=times * max(high))
+    low, middle, high = zip(*values.values(), strict=True)
+    rounds = {number: value[1] for number, value in values.items()}
+    return Figure(ms=median(middle), low=min(low), high=max(high), rounds=rounds)
 
 
 def _bounds(times: Times) -> tuple[float, float, float]:
@@ -135,7 +144,7 @@ def left_over(found: Account, queued: float | None, dispatch: float | None, comp
 
 
 def differences(faster: Account, slower: Account) -> tuple[Cause, ...]:
-    """In which parts `slower` clearly takes longer, or less: no round's interval reaches into the other's. By size."""
+    """In which parts `slower` clearly takes longer, or less, by size."""
     base = {part.name: part for part in faster.parts}
     nothing, bound = Figure(ms=0.0, low=0.0, high=0.0), dict[str, float]()
     causes, launches = [], 0
@@ -144,7 +153,7 @@ def differences(faster: Account, slower: Account) -> tuple[Cause, ...]:
         held = bool(slower.launch and part.kernels and part.kernels * slower.launch >= BOUND * part.ms)
         for direction in ("forward", "backward"):
             one, two = getattr(part, direction), (getattr(other, direction) if other else None) or nothing
-            if one is None or (one.low <= two.high and two.low <= one.high):
+            if one is None or not _clear(one, two):
                 continue
             if held and one.ms > two.ms:
                 bound[part.name] = bound.get(part.name, 0.0) + one.ms - two.ms
@@ -157,6 +166,17 @@ def differences(faster: Account, slower: Account) -> tuple[Cause, ...]:
     if bound:
         causes.append(Cause(name=f"{launches} kernel launches ({listed(list(bound))})", ms=sum(bound.values())))
     return tuple(sorted(causes, key=lambda cause: -abs(cause.ms)))
+
+
+def _clear(one: Figure, two: Figure) -> bool:
+    """Whether they differ: by Student's t over the rounds that both have, paired as in a comparison, or, of fewer than
+    three, because no round's interval reaches into the other's."""
+    common = one.rounds.keys() & (two.rounds.keys() or one.rounds.keys())
+    if len(common) < 3:
+        return one.low > two.high or two.low > one.high
+    off = [one.rounds[number] - two.rounds.get(number, 0.0) for number in common]
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(off) - 1) * stdev(off) / math.sqrt(len(off))
+    return abs(mean(off)) > max(half, LEAST * max(one.ms, two.ms))
 
 
 def reason(faster: Account, slower: Account, ratio: str) -> Reason:

@@ -37,7 +37,7 @@ from nanogpt_mac.train.schedule import learning_rate
 from nanogpt_mac.train.source import open_source
 
 ROWS = (ITERATION, *NAMES)
-ROUNDS = 2
+ROUNDS = 3
 FEWEST, MOST = 4, 200  # iterations that are counted
 LIKELY = (0.5, 2.0)  # what the parts may add up to, of an iteration
 QUEUED = 4  # iterations that are enqueued together
