@@ -14,9 +14,17 @@ from nanogpt_mac.backends.base import Kind
 from nanogpt_mac.records.capabilities import Capabilities
 
 HERE = Capabilities("cpu", "numpy", compiles=False)
-KIND = Kind("faulty", "", "Faulty", "numpy", (HERE,), arrays=f"{__name__}:FaultyArrays")
+KIND = Kind("faulty", f"{__name__}:Training", "Faulty", "numpy", (HERE,), arrays=f"{__name__}:FaultyArrays")
 VARIABLE = "NANOGPT_MAC_TEST_FAULT"
 CHECKED = 4  # calls that are looked at before anything is timed, or a few more
+
+
+class Training:
+    """In the place of a back end that trains: nothing here does."""
+
+    @classmethod
+    def device_of(cls, kind):
+        return "cpu"
 
 
 class Native:
