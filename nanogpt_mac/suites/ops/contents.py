@@ -280,13 +280,16 @@ def _checks(found: Results) -> Section:
         all_of = [r for (_, w), rs in found.readings.items() if w == way.name for r in rs if r.state is State.OK]
         worst = max((r for r in all_of if r.error is not None), key=lambda r: r.error or 0, default=None)
         unsteady = sorted({r.row for r in all_of if r.deterministic is False})
+        careless = sorted({f"{r.row} ({r.careless})" for r in all_of if r.careless})
         cold = sum(r.cold for r in all_of)
         rows.append([
             way.label, str(len(all_of)), f"{cold}",
             DASH if worst is None or worst.error is None else f"{worst.error:.2f} ({worst.row})",
             _some(unsteady) if unsteady else "none",
+            _some(careless) if careless else "none",
         ])  # fmt: skip
-    columns = ["way", "readings", "of them cold", "largest error, 1 is wrong", "two calls gave different bits"]
+    columns = ["way", "readings", "of them cold", "largest error, 1 is wrong", "two calls gave different bits",
+               "right, but sums lost more than they had to"]  # fmt: skip
     notes = [
         "Every result was held against float64 before its row was timed, and that of the last timed call again.",
         "cold: inputs and outputs rotate past the last cache; other rows need too many copies for that, and are warm.",

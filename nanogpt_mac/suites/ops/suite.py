@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nanogpt_mac import corpus
+from nanogpt_mac.config import BackendConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine import bandwidth, probe
@@ -44,6 +46,7 @@ class Ops(Suite):
             scale=config.scale,
             seed=config.seed,
             cache=config.cache,
+            backend=asdict(config.backend) | {"name": "auto"},
             bandwidth=bandwidth.of_cpu(),
         )
         row_s = row_seconds(config, len(rows), len(found), rounds, most=max(config.scale, FEWEST_ROW_S))
@@ -56,9 +59,10 @@ class Ops(Suite):
         rows = all_rows(GPTSpec(**work.sizes), work.batch, work.scale)  # type: ignore[arg-type]
         chip = probe.chip() if task.way.accelerator else None
         cited = chip.bandwidth if chip is not None else None
+        arrays = ways.arrays(task.way, BenchConfig(backend=BackendConfig(**work.backend)))
         if task.way.accelerator:  # one whose bandwidth no table has has no floor
-            return Measuring(task, ways.arrays(task.way, BenchConfig()), rows, work, cited or float("inf"), CITED)
-        return Measuring(task, ways.arrays(task.way, BenchConfig()), rows, work, work.bandwidth, MEASURED)
+            return Measuring(task, arrays, rows, work, cited or math.inf, CITED)
+        return Measuring(task, arrays, rows, work, work.bandwidth, MEASURED)
 
     def report(self, bench: Bench) -> Report:
         from nanogpt_mac.suites.ops import contents
