@@ -19,6 +19,7 @@ SIZES = {"small": 0.0005, "large": 0.04}
 
 def measure(fault, row, size, monkeypatch, cache="cold", row_s=0.05):
     """What is read of `row` where `fault` is planted; large: beyond the last cache, which is made small for it."""
+    monkeypatch.setattr(measured, "FEW_COPIES", 64)
     if size == "large":
         monkeypatch.setattr(measured, "LAST_CACHE", 1 << 17)
         monkeypatch.setattr(measured, "NEW_BYTES", 0)  # the floor alone
@@ -26,7 +27,7 @@ def measure(fault, row, size, monkeypatch, cache="cold", row_s=0.05):
     way = Way(name="faulty", label="Faulty")
     task = Task(suite="ops", way=way, rows=(row,), round=0, row_s=row_s, folder="", work={})
     rows = all_rows(SPEC, 1, work.scale)
-    return Measuring(task, FaultyArrays(fault=fault), rows, work, 20e9 if size == "large" else 1e15, 0.5)(row)
+    return Measuring(task, FaultyArrays(fault=fault), rows, work, 20e9 if size == "large" else 1e15, 0.4)(row)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nanogpt_mac.report.charts import Chart
     from nanogpt_mac.report.table import Report
 
-CHUNK_ROWS, CHUNK_BYTES = 60, 3 << 30  # of one process: at full size about ten rows, whose memory it gives back
+CHUNK_BYTES = 3 << 30  # of one process: at full size about ten rows, whose memory it gives back
 FEWEST_ROW_S = 0.02
 
 
@@ -100,10 +100,10 @@ def _asked(config: BenchConfig, rows: dict[str, Row]) -> dict[str, Row]:
 
 def _chunks(rows: dict[str, Row]) -> list[tuple[str, ...]]:
     chunks: list[list[str]] = []
-    full = CHUNK_BYTES
+    full = CHUNK_BYTES  # the first begins one
     for name, row in rows.items():
         full += row.input_bytes + row.output_bytes + row.gradient_bytes
-        if full > CHUNK_BYTES or len(chunks[-1]) == CHUNK_ROWS:
+        if full > CHUNK_BYTES:
             full = row.input_bytes + row.output_bytes + row.gradient_bytes
             chunks.append([])
         chunks[-1].append(name)
