@@ -196,11 +196,11 @@ def test_a_planted_slow_part_is_named_in_each_framework(make, starts, monkeypatc
     of_class, method = PLACES[part]
     cls = getattr(twin, of_class)
     method = method or ("forward" if hasattr(cls, "forward") else "__call__")
-    own, count = getattr(cls, method), [0]
+    own, count, more = getattr(cls, method), [0], 5 if method == "head" else 2  # the loss is more than the head
 
     def slower(*given):
         count[0] += 1
-        return own(*given) if count[0] % every else (own(*given) + own(*given)) / 2
+        return own(*given) if count[0] % every else sum(own(*given) for _ in range(more)) / more
 
     def measured(each, number):
         found = {}
