@@ -59,6 +59,7 @@ SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that 
     "coverage": "nanogpt_mac.coverage.config:CoverageConfig",
     "compare": "nanogpt_mac.compare.config:CompareConfig",
     "report": "nanogpt_mac.compare.config:ReportConfig",
+    "bench": "nanogpt_mac.suites.config:BenchConfig",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of the shell
 SCRIPTS = {"config": "train.py", "coverage": "mps_coverage.py"}  # others have the name of their config
@@ -415,7 +416,7 @@ def _tidied(typed: Sequence[str], command: str) -> list[str]:
     is made after all checks."""
     multirun = ["--multirun"] if {"-m", "--multirun"} & set(typed) else []
     rest = [a for a in typed if a not in ("-m", "--multirun", "experiment=null")]  # Hydra takes no null for a group
-    if command in ("config", "compare"):
+    if command in ("config", "compare", "bench"):
         rest = [a.replace("hydra.run.dir=", "run_dir=", 1) if a.startswith("hydra.run.dir=") else a for a in rest]
     if command == "compare":  # the key's name until 0.1
         rest = [a.replace("ways=", "variants=", 1) if a.startswith("ways=") else a for a in rest]

@@ -50,7 +50,7 @@ def test_the_keys_are_those_of_the_schemas():
 def test_every_text_arrives_through_every_key(command):
     """Each key gets every text in turn, all keys at once, so that what is typed for one can spoil no other either."""
     keys = {name: key for name, key in COMMANDS[command].items() if not key.is_list}
-    base = {"config": [], "compare": [], "sample": ["run=x"], "report": [], "coverage": []}[command]
+    base = {"config": [], "compare": [], "sample": ["run=x"], "report": [], "coverage": [], "bench": []}[command]
     for start in range(0, len(NASTY), max(len(keys), 6)):
         chosen = {name: NASTY[(start + i) % len(NASTY)] for i, name in enumerate(keys)}
         others = [text for text in base if text.split("=")[0] not in chosen]

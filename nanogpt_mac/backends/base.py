@@ -24,6 +24,9 @@ from nanogpt_mac.records.capabilities import Capabilities
 if TYPE_CHECKING:  # `--help` has no time for it
     import numpy as np
 
+    from nanogpt_mac.backends.arrays import Arrays
+    from nanogpt_mac.backends.parts import Parts
+
 DTYPES = ("float32", "bfloat16", "float16")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 
@@ -110,6 +113,10 @@ class Kind:
     caches: Mapping[str, str] = field(default_factory=dict)  # variable that says where compiled code is kept -> folder
     nvidia: bool = False  # it computes in the memory of an NVIDIA card, not in the machine's
     keeps_attention: bool = False  # with dropout its backward pass reads whole attention weights
+    arrays: str = (
+        ""  # "module:Class" of its single operations, backends/arrays.py, for bench.py; none: it takes no part
+    )
+    also_on: tuple[str, ...] = ()  # further devices that its arrays may be put on, where it has another one by default
     out_of_memory: str = ""  # a pattern of the line in a log that says so
     missing_operator: str = ""
 
@@ -127,10 +134,26 @@ class Kind:
 
     def load(self) -> type[Backend]:
         """The class, its framework imported."""
-        module, _, name = self.cls.partition(":")
-        with importing():
-            cls: type[Backend] = getattr(import_module(module), name)
+        cls: type[Backend] = _loaded(self.cls)
         return cls
+
+    def load_arrays(self) -> type[Arrays]:
+        """As `load`, of its single operations. Only where `arrays` says where they are."""
+        cls: type[Arrays] = _loaded(self.arrays)
+        return cls
+
+    @property
+    def variants(self) -> dict[bool, str]:
+        """The names of its variants, by whether they are compiled, the bare name first."""
+        bare = not self.eager_by_name  # what the bare name means
+        other = self.name + ("-eager" if bare else "-compile")
+        return {bare: self.name, not bare: other} if self.compiler else {False: self.name}
+
+
+def _loaded(place: str) -> Any:
+    module, _, name = place.partition(":")
+    with importing():
+        return getattr(import_module(module), name)
 
 
 def setting(default: Any, *allowed: Any) -> Any:
@@ -233,6 +256,16 @@ class Backend(ABC):
 
         Random numbers of its own: the run's are left alone. The precision is the run's.
         """
+
+    # -- where an iteration goes, for suite=parts ------------------------------------------------------------------
+
+    def parts(self, starts: np.ndarray) -> Parts | None:
+        """What an iteration on windows `starts`, int64 (accumulation, batch), consists of; None: it gives no parts.
+
+        Each is computed by the very functions that `step` calls, compiled one by one where `step` is compiled as a
+        whole, and outside of any graph that replays an iteration.
+        """
+        return None
 
     def free_memory(self) -> int:
         """Bytes that the device could still give."""

@@ -94,6 +94,7 @@ def _keep_freed_memory() -> None:
 
 TORCH: dict[str, Any] = {
     "cls": "nanogpt_mac.backends.torch_backend:TorchBackend",
+    "arrays": "nanogpt_mac.backends.torch_arrays:TorchArrays",
     "framework": "torch",
     "compiler": "torch.compile",
     "settings": TorchSettings,
@@ -176,6 +177,8 @@ KINDS: dict[str, Kind] = {
         MLX(
             name="mlx",
             cls="nanogpt_mac.backends.mlx_backend:MLXBackend",
+            arrays="nanogpt_mac.backends.mlx_arrays:MLXArrays",
+            also_on=("cpu",),
             label="MLX",
             framework="mlx",
             devices=(

@@ -20,6 +20,7 @@ from mlx.utils import tree_map, tree_unflatten
 from nanogpt_mac.backends import base, blas
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Tokens
 from nanogpt_mac.backends.kinds import KINDS
+from nanogpt_mac.backends.parts import Parts
 from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache, dropout_masks
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 
@@ -161,18 +162,26 @@ class MLXBackend(Backend):
                 total = total + loss
                 grads = [a + b for a, b in zip(grads, new, strict=True)] if grads else new
         with self.phase("clip"):
-            if self.half:
-                grads = [g / self.trained["loss_scale"] for g in grads]
-            norm = mx.sqrt(sum((mx.sum(mx.square(g)) for g in grads), start=mx.zeros(())))
-            if self.options.grad_clip:  # torch.nn.utils.clip_grad_norm_
-                clip = mx.minimum(self.options.grad_clip / (norm + 1e-6), 1.0)
-                grads = [g * clip for g in grads]
+            grads, norm = self._clipped(grads)
         with self.phase("optimizer"):
-            if self.half:
-                self._scaled_update(grads, lr, mx.isfinite(norm))
-            else:
-                self._adamw(grads, lr)
+            self._updated(grads, lr, norm)
         return total, norm
+
+    def _clipped(self, grads: list[mx.array]) -> tuple[list[mx.array], mx.array]:
+        """Gradients without the loss scale, clipped, and their norm before."""
+        if self.half:
+            grads = [g / self.trained["loss_scale"] for g in grads]
+        norm = mx.sqrt(sum((mx.sum(mx.square(g)) for g in grads), start=mx.zeros(())))
+        if self.options.grad_clip:  # torch.nn.utils.clip_grad_norm_
+            clip = mx.minimum(self.options.grad_clip / (norm + 1e-6), 1.0)
+            grads = [g * clip for g in grads]
+        return grads, norm
+
+    def _updated(self, grads: list[mx.array], lr: mx.array, norm: mx.array) -> None:
+        if self.half:
+            self._scaled_update(grads, lr, mx.isfinite(norm))
+        else:
+            self._adamw(grads, lr)
 
     def _masks(self, batch: int, key: mx.array) -> list[mx.array] | None:
         return dropout_masks(self.spec, batch, self.spec.block_size, key) if self.spec.dropout else None
@@ -338,6 +347,11 @@ class MLXBackend(Backend):
             mx.synchronize()
 
         return matmuls
+
+    def parts(self, starts: np.ndarray) -> Parts:
+        from nanogpt_mac.backends.mlx_parts import MLXParts
+
+        return MLXParts(self, starts)
 
     def free_memory(self) -> int:
         return int(mx.device_info().get("free_memory", super().free_memory()))  # there on CUDA alone

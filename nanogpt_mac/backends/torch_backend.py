@@ -20,6 +20,7 @@ from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Meant, Tokens
 from nanogpt_mac.backends.cuda_graph import Graphed
 from nanogpt_mac.backends.kinds import KINDS, TorchSettings
+from nanogpt_mac.backends.parts import Parts
 from nanogpt_mac.backends.torch_adamw import AdamW
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
@@ -420,6 +421,11 @@ class TorchBackend(Backend):
             self.synchronize()
 
         return matmuls
+
+    def parts(self, starts: np.ndarray) -> Parts:
+        from nanogpt_mac.backends.torch_parts import TorchParts  # and torch's profiler
+
+        return TorchParts(self, starts)
 
     def free_memory(self) -> int:
         return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else super().free_memory()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nanogpt_mac
 from nanogpt_mac.backends import kinds
-from nanogpt_mac.compare import doubts, figures, losses, published, runs, verdict
+from nanogpt_mac.compare import doubts, explain, figures, losses, published, runs, verdict
 from nanogpt_mac.compare.runs import Run
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.base import DamagedError
@@ -62,6 +62,9 @@ def collect(folder: Path) -> Comparison:
     if files.work.stand_in:
         more = "The corpus is the stand-in: losses say nothing about Shakespeare."
         said = said.model_copy(update={"sentence": f"{said.sentence} {more}"})
+    explanation = explain.read(files.folder, ranking.ranked, files.problems)
+    if explanation and explanation.reasons:  # against the second: what the verdict is about
+        said = said.model_copy(update={"sentence": f"{said.sentence} Why: {explanation.reasons[0].sentence}"})
     finished = files.finished()
     environments = [run.env for run in finished if run.env]
     heats = [run.outcome.heat for run in finished if run.outcome]
@@ -84,6 +87,7 @@ def collect(folder: Path) -> Comparison:
         if any(variant.lever for variant in variants)
         else None,
         published=published.beside(files.work),
+        explanation=explanation,
         variants=variants,
     )
 

@@ -51,6 +51,8 @@ class CompareConfig(Config):
     """[cpu,mlx] or ["cpu", "cpu backend.fused_adamw=false"]; null: all that this machine has."""
     levers: bool = False
     """On every back end, one setting changed at a time."""
+    explain: bool = False
+    """After the rounds, measure the model's parts in each variant, and say what the slower ones take longer in."""
     rounds: int | None = at_least(1, None)
     """Processes of each variant; null: what the budget allows."""
     iters: int | None = at_least(1, None)

@@ -59,6 +59,7 @@ def report(comparison: Comparison) -> Report:
         [
             _variants(comparison),
             evidence.problems(doubts.problems(comparison, ordered(comparison))),
+            *([_why(comparison)] if comparison.explanation else []),
             _times(comparison, timed),
             _losses(comparison, timed),
             _utilisation(comparison, timed),
@@ -279,6 +280,18 @@ def _held(variant: VariantResult) -> str:
         return f"{doubts.MARKS[VariantState(losses.state)]}: {text(losses.reason)}"
     others = plural(len(losses.against), "other")
     return f"{others}, {plural(losses.iterations, 'iteration')}, at most {percent(losses.share)} of the limit"
+
+
+def _why(comparison: Comparison) -> Section:
+    """The reasons, and what each variant's iteration consists of."""
+    from nanogpt_mac.suites.parts import section
+
+    assert comparison.explanation is not None
+    found = section(comparison.explanation.accounts, "why")
+    found.title, found.items = "Why: where each iteration goes", [r.sentence for r in comparison.explanation.reasons]
+    if not comparison.explanation.complete:
+        found.notes.append("The budget was spent before all parts were measured. Raise budget_minutes= for them.")
+    return found
 
 
 # A variant's key -> its denominator.

@@ -10,7 +10,7 @@ from typing import Any
 
 from nanogpt_mac.backends.base import Lever as Setting
 from nanogpt_mac.backends.kinds import KINDS
-from nanogpt_mac.compare.variants import Machine, known, names_of
+from nanogpt_mac.compare.variants import Machine, known
 from nanogpt_mac.config import Config
 from nanogpt_mac.overrides import merged, slug
 from nanogpt_mac.records.plan import Lever, Variant
@@ -23,7 +23,7 @@ def variants(machine: Machine, backends: Sequence[str], compose: Callable[[Varia
     """For each back end its default variant, its other compilation, and one for each lever that has an effect on it."""
     chosen: list[Variant] = []
     for backend in backends:
-        kind, names = KINDS[backend], names_of(KINDS[backend])
+        kind, names = KINDS[backend], KINDS[backend].variants
         base = known(names[kind.compiled_by_default], machine)
         chosen.append(base)
         if kind.compiler:

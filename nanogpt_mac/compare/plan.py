@@ -64,6 +64,7 @@ def make(config: CompareConfig) -> tuple[Plan, dict[str, Config]]:
         seed=config.seed,
         budget_minutes=config.budget_minutes or BUDGET_MINUTES + extra,
         levers=config.levers,
+        explain=config.explain,
         gate=GateOptions(parity=config.parity, time_wrong=config.time_wrong),
         cooldown_seconds=config.cooldown_seconds,
         heat_wait_seconds=config.heat_wait_seconds,

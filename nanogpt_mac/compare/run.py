@@ -65,11 +65,13 @@ def run(config: CompareConfig) -> int:
 
 
 def _compare(folder: Path, plan: Plan, configs: dict[str, Config]) -> int:
-    from nanogpt_mac.compare import collect, contents, page  # matplotlib: not before the rounds are done
+    from nanogpt_mac.compare import collect, contents, explain, page  # matplotlib: not before the rounds are done
     from nanogpt_mac.report.show import show
 
     _announce(folder, plan, next(iter(configs.values())))
     ComparisonRunner(folder, plan, configs).carry_out()
+    if plan.explain:
+        explain.carry_out(folder, plan, configs, collect.collect(folder).variants, say)
     comparison = collect.collect(folder)
     page.publish(folder, comparison)
     chosen.remember(comparison, folder)
@@ -97,6 +99,8 @@ def _announce(folder: Path, plan: Plan, config: Config) -> None:
     said = ""
     if asked.rounds or asked.iters:
         said = f"as asked, {asked.rounds or 'some'} rounds of {asked.iters or 'some'} iterations, as far as they fit "
+    if plan.explain:
+        say("explain=true: after the rounds the parts of each variant are measured")
     say(f"{said}in about {plan.budget_minutes:g} minutes -> {folder}")
 
 

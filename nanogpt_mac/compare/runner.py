@@ -14,6 +14,7 @@ from typing import Any
 from nanogpt_mac import composed
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Kind
+from nanogpt_mac.compare import explain
 from nanogpt_mac.config import Config
 from nanogpt_mac.files import write_json
 from nanogpt_mac.machine import probe
@@ -140,7 +141,7 @@ class ComparisonRunner(Runner):
         self, folder: Path, plan: Plan, configs: Mapping[str, Config], say: Callable[[str], None] = display.say
     ) -> None:
         jobs = {v.name: Training(v, configs[v.name], plan.overrides) for v in plan.variants}
-        super().__init__(folder, plan, jobs, say, probe.thermal_state, _spent_before(folder))
+        super().__init__(folder, plan, jobs, say, probe.thermal_state, _spent_before(folder) + explain.seconds(plan))
 
     def carry_out(self) -> None:
         """Everything that has not been done. What a variant cannot do is an outcome; this only raises when stopped."""

@@ -22,16 +22,9 @@ class Known(NamedTuple):
     label: str
 
 
-def names_of(kind: Kind) -> dict[bool, str]:
-    """The names of a back end's variants, by whether they are compiled, the bare name first."""
-    bare = not kind.eager_by_name  # what the bare name means
-    other = kind.name + ("-eager" if bare else "-compile")
-    return {bare: kind.name, not bare: other} if kind.compiler else {False: kind.name}
-
-
 def _known(kind: Kind) -> dict[str, Known]:
     words = {True: f"{kind.label} compiled", False: f"{kind.label} eager" if kind.compiler else kind.label}
-    return {name: Known(kind.name, compiled, words[compiled]) for compiled, name in names_of(kind).items()}
+    return {name: Known(kind.name, compiled, words[compiled]) for compiled, name in kind.variants.items()}
 
 
 BACKENDS = tuple(KINDS)
@@ -60,7 +53,7 @@ def parse(text: str, machine: Machine) -> Variant:
     """A variant as it is written: one of KNOWN, then overrides of train.py. InputError says what to use instead."""
     first, *extras = text.split()
     allowed = [name for name, known in KNOWN.items() if known.backend not in machine.missing]
-    spelt = {f"{name}-{how}": names_of(kind) for name, kind in KINDS.items() for how in ("eager", "compile")}
+    spelt = {f"{name}-{how}": kind.variants for name, kind in KINDS.items() for how in ("eager", "compile")}
     if first in spelt:  # every variant can be written in full: cpu-eager is cpu, mlx-compile is mlx
         first = spelt[first].get(first.endswith("-compile"), first)
     if first not in KNOWN:
@@ -78,7 +71,7 @@ def parse(text: str, machine: Machine) -> Variant:
         overrides = [f"backend={KNOWN[first].backend}", f"compile={str(KNOWN[first].compiled).lower()}", *extras]
         return Variant(name=slug(text), label=text, overrides=tuple(merged([], overrides)))
     compiled = kinds.resolve_compile("auto" if how == "auto" else how == "true", backend)
-    base = known(names_of(KINDS[backend])[compiled], machine)
+    base = known(KINDS[backend].variants[compiled], machine)
     rest = [extra for extra in extras if key_of(extra) not in NARROWING]
     return Variant(
         name=slug("-".join([base.name, *(_short(extra) for extra in rest)])),

@@ -278,18 +278,30 @@ class GPT(nn.Module):
         if cache is not None:
             mask = cache.visible(T, self.spec.block_size)
             pos = mx.slice(t["wpe"].weight, mx.array(cache.length).reshape(1), (0,), (T, self.spec.n_embd))
-        x = drop(t["wte"](idx) + pos, keep[0], self.spec.dropout)  # (B, T, C)
+        x = self.embed(idx, pos, keep[0])
         for i, block in enumerate(t["h"]):
             kept = keep[3 * i + 1 : 3 * i + 4]
             again = self.checkpointing and self.training
             x = checkpointed(block, x, mask, kept) if again else block(x, mask, cache, kept)
         if cache is not None:
             cache.length = cache.length + T
-        # (B, T, V): the head's weight is the embedding's
-        return linear(t["ln_f"](x), t["wte"].weight, None, self.dtype).astype(mx.float32)
+        return self.head(t["ln_f"](x))
+
+    def embed(self, idx: mx.array, pos: mx.array, keep: mx.array | None) -> mx.array:
+        """The residual stream's beginning (B, T, C): tokens `idx` (B, T) and positions `pos` (T, C), with dropout."""
+        t: Any = self.transformer
+        return drop(t["wte"](idx) + pos, keep, self.spec.dropout)
+
+    def head(self, x: mx.array) -> mx.array:
+        """Logits (B, T, V) of the last layer norm's output (B, T, C): the head's weight is the embedding's."""
+        t: Any = self.transformer
+        return linear(x, t["wte"].weight, None, self.dtype).astype(mx.float32)
 
     def loss(self, idx: mx.array, targets: mx.array, keep: Sequence[mx.array | None] | None = None) -> mx.array:
         """Mean cross entropy, in nats, of `targets` (B, T) after tokens `idx` (B, T)."""
-        logits = self(idx, keep=keep)
-        # of (B T, V) and (B T,)
-        return nn.losses.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="mean")
+        return mean_nats(self(idx, keep=keep), targets)
+
+
+def mean_nats(logits: mx.array, targets: mx.array) -> mx.array:
+    """Mean cross entropy of `logits` (B, T, V), for each of B T rows."""
+    return nn.losses.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="mean")

@@ -181,16 +181,24 @@ class GPT(nn.Module):
             pos = t["wpe"](cache.positions)  # (T, C)
         else:  # a slice, not a lookup: compiled for Metal, torch 2.13 gets a lookup's gradient wrong (docs/method.md)
             pos = t["wpe"].weight[: idx.shape[1]]
-        x = t["wte"](idx) + pos  # (B, T, C)
-        keep = few.keep[0] if few is not None else None
-        x = F.dropout(x, self.spec.dropout, self.training) if keep is None else x * keep
+        x = self.embed(idx, pos, few)
         for block in t["h"]:
             again = self.checkpointing and self.training
             x = checkpoint(block, x, cache, few, use_reentrant=False) if again else block(x, cache, few)
         if last:
             x = x[:, -1:]
-        # (B, T, V): the head's weight is the embedding's
-        return F.linear(t["ln_f"](x), t["wte"].weight).float()
+        return self.head(t["ln_f"](x))
+
+    def embed(self, idx: Tensor, pos: Tensor, few: Few | None = None) -> Tensor:
+        """The residual stream's beginning (B, T, C): tokens `idx` (B, T) and positions `pos` (T, C), with dropout."""
+        x = self.transformer["wte"](idx) + pos
+        keep = few.keep[0] if few is not None else None
+        return F.dropout(x, self.spec.dropout, self.training) if keep is None else x * keep
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (B, T, V) of the last layer norm's output (B, T, C): the head's weight is the embedding's."""
+        weight: Any = self.transformer["wte"].weight
+        return F.linear(x, weight).float()
 
     def _few(self, B: int, T: int) -> Few:
         spec, causal = self.spec, self.causal[:T, :T]
@@ -210,6 +218,9 @@ class GPT(nn.Module):
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy, in nats, of `targets` (B, T) after tokens `idx` (B, T)."""
-        logits = self(idx)
-        # of (B T, V) and (B T,)
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+        return mean_nats(self(idx), targets)
+
+
+def mean_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of `logits` (B, T, V), for each of B T rows."""
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))

@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue
 from nanogpt_mac.records.base import Amount, Count, Document, Number, Record, Size
 from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.figures import Drift, Outliers, Ratio
+from nanogpt_mac.records.parts import Explanation
 from nanogpt_mac.records.plan import Lever, Parity, ParityState
 from nanogpt_mac.records.run import Denominators, Environment, LeftOut, Mfu, ModelFacts, RunState, Times
 
@@ -297,6 +298,7 @@ class Comparison(Document):
     parity: Parity | None = None
     levers: tuple[LeverRow, ...] | None = None
     published: tuple[Published, ...] = ()
+    explanation: Explanation | None = None
     variants: tuple[VariantResult, ...]
 
     @classmethod

@@ -100,6 +100,7 @@ class Plan(Measurement):
     quick_by_default: bool = False
     recipe: Recipe | None = None
     levers: bool = False
+    explain: bool = False
     gate: GateOptions
     missing: dict[str, str] = {}  # back end -> why it cannot run here
     cwd: str

@@ -1,0 +1,147 @@
+"""The parts of the model as a back end computes them, each alone, for suite=parts. `Backend.parts` makes them.
+
+A forward pass is a chain of stages, each a function of named values. Stages that compute the same are one part, of
+which the first is called, on the values that the chain has there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# In the order of an iteration.
+NAMES = (
+    "batch",
+    "dropout masks",
+    "embedding",
+    "layer norms",
+    "attention",
+    "MLP",
+    "residual sums",
+    "head and loss",
+    "gradients",
+    "clip",
+    "optimizer",
+)
+
+Call = Callable[[int], Sequence[Any]]  # of measure.calls: enqueues one call and returns its outputs
+
+
+@dataclass(frozen=True)
+class Part:
+    """`both` is forward and backward in one call: its gradients by what comes in, by its weights, of a cotangent.
+
+    What backward takes is `both` less `forward`: MLX keeps no graph that could be run backward twice, and torch.compile
+    gives away what it has saved, so this alone can be had everywhere. None: it has no gradient.
+    """
+
+    name: str  # one of NAMES
+    times: int  # in one iteration
+    forward: Call
+    both: Call | None = None
+    parameters: tuple[str, ...] = ()  # canonical names, of all its places in the model; a tied weight is its first's
+    note: str = ""  # what is in it, where its name does not say so
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a profiler has seen of each part within whole iterations: ms an iteration, forward and backward."""
+
+    parts: Mapping[str, tuple[float, float]]
+    iteration_ms: float  # under the profiler
+    why_not: str = ""  # no profiler tells: the reason
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`function(*inputs)` gives `outputs`, one value or a tuple of them. Of `x` and `y` gradients are taken."""
+
+    part: str
+    function: Callable[..., Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()  # parameters of an earlier stage that it reads too
+    note: str = ""
+
+    def made(self, outputs: Any) -> tuple[Any, ...]:
+        return tuple(outputs) if len(self.outputs) > 1 else (outputs,)
+
+    def anew(self, wrapped: Callable[[Callable[..., Any]], Any]) -> Stage:
+        """With checkpointing: its function `wrapped`, so that a backward pass computes it anew."""
+        return replace(self, function=wrapped(self.function))
+
+    @property
+    def moving(self) -> list[int]:
+        """Which of the inputs have gradients."""
+        return [i for i, name in enumerate(self.inputs) if name in ("x", "y")]
+
+
+class Parts(ABC):
+    """The parts in the order of an iteration, and how their device is started, waited for and read (measure.calls).
+
+    Calling them leaves the back end's weights as they are, but not its moments, gradients and random numbers.
+    """
+
+    starts: np.ndarray  # int64 (accumulation, batch), of the windows of an iteration
+    stages: Sequence[Stage]  # of a forward pass
+    values: Mapping[str, Any]  # what its first stages read
+    parts: Mapping[str, Part]
+    smallest: Call | None = None  # the launch of one element's work, where launches are the host's to pay
+
+    def loss(self) -> Any:
+        """The loss of the chain of all stages, (): the model's own, with dropout as these stages draw it."""
+        *_, (_, _, (loss,)) = self._chain()
+        return loss
+
+    def _chain(self) -> Iterator[tuple[Stage, tuple[Any, ...], tuple[Any, ...]]]:
+        """Each stage with what went in and what came out."""
+        values = dict(self.values)
+        for stage in self.stages:
+            given = tuple(values[name] for name in stage.inputs)
+            made = self._run(stage, given)
+            values.update(zip(stage.outputs, made, strict=True))
+            yield stage, given, made
+
+    def _of_model(self) -> Iterator[Part]:
+        """The parts of forward and backward passes."""
+        times, own, seen = Counter(stage.part for stage in self.stages), dict[str, tuple[str, ...]](), set()
+        for stage in self.stages:
+            own[stage.part] = own.get(stage.part, ()) + stage.parameters
+        for stage, given, made in self._chain():
+            if stage.part not in seen:
+                seen.add(stage.part)
+                forward, both = self._calls(stage, given, made)
+                often = times[stage.part] * len(self.starts)
+                yield Part(stage.part, often, forward, both, own[stage.part], stage.note)
+
+    @abstractmethod
+    def _run(self, stage: Stage, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a stage makes, once, as it is."""
+
+    @abstractmethod
+    def _calls(self, stage: Stage, given: tuple[Any, ...], made: tuple[Any, ...]) -> tuple[Call, Call | None]:
+        """`Part.forward` and `both` of a stage that made `made`."""
+
+    @abstractmethod
+    def start(self, outputs: Sequence[Any]) -> None: ...
+
+    @abstractmethod
+    def wait(self, outputs: Sequence[Any]) -> None: ...
+
+    @abstractmethod
+    def peek(self, array: Any) -> float: ...
+
+    def counted(self, call: Call) -> dict[str, int]:
+        """What one call has the device do: `kernels`, and on a simulated device `waits`. Empty where nothing tells."""
+        return {}
+
+    def inside(self, step: Callable[[], Any]) -> Inside:
+        """What a profiler says of the parts within `step`, which enqueues an iteration and waits for it."""
+        return Inside({}, 0.0, "its framework has no profiler that says so")

@@ -1,0 +1,97 @@
+"""What `bench.py` measured: every row on every way of computing it, round by round."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import SerializeAsAny
+
+from nanogpt_mac.records.base import Amount, Count, Document, Record
+from nanogpt_mac.records.run import Environment, Times
+
+
+class State(StrEnum):
+    """What became of a row on a way."""
+
+    OK = "ok"
+    WRONG = "wrong"  # its result, or its time, cannot be right
+    SKIPPED = "skipped"  # not tried: memory, the budget
+    ABSENT = "absent"  # this way does not have it
+    FAILED = "failed"  # an error, a crash, a hang
+
+
+class Way(Record):
+    """One way of computing: a back end's variant on one device or, without a `backend`, something of a suite's own."""
+
+    name: str
+    label: str
+    backend: str = ""
+    device: str = ""
+    compiled: bool = False
+    accelerator: bool = False
+    simulated: bool = False  # its times mean nothing
+
+
+class Task(Record):
+    """What a child process is asked: these rows, on one way."""
+
+    suite: str
+    way: Way
+    rows: tuple[str, ...]
+    round: Count
+    row_s: Amount  # that timing one row may take
+    folder: str  # for what the children of one run share, gone when it ends
+    work: dict[str, Any]  # the suite's own, which it validates
+
+
+class Reading(Record):
+    """One row on one way in one round. A suite's own class has figures more, each with a default."""
+
+    row: str
+    way: str
+    round: Count
+    state: State
+    reason: str = ""  # why it is not OK, in a few words
+
+
+class Calls(Reading):
+    """A function that was called many times: milliseconds a call."""
+
+    throughput: Times | None = None  # queued behind each other, one wait for many
+    latency: Times | None = None  # one call, one wait
+    counts: dict[str, Count] | None = None  # of one call, on a simulated device, in place of times
+
+
+class Bench(Document):
+    """bench.json."""
+
+    suite: str
+    created: str
+    version: str
+    seconds: Amount
+    complete: bool  # False: the budget was spent, or it was stopped
+    seed: Count
+    rounds: Count
+    environment: Environment | None = None
+    ways: tuple[Way, ...]
+    missing: dict[str, str] = {}  # back end -> why it cannot run here
+    rows: tuple[str, ...]
+    work: dict[str, Any] = {}
+    readings: tuple[SerializeAsAny[Reading], ...] = ()
+
+
+class OpReading(Calls):
+    """suite=ops: one operation."""
+
+    cold: bool = False  # its inputs and outputs rotate past the last cache
+    copies: Count = 0  # that they rotate over
+    queued: Count = 0  # calls in a batch of `throughput`
+    error: Amount | None = None  # of the last timed call, in units of what float32 may lose: 1 would be wrong
+    deterministic: bool | None = None  # whether two calls gave the same bits; None: too large to be asked
+    careless: str = ""  # of a right result: where it has lost more than it had to
+    floor_ms: Amount | None = None  # what moving its bytes takes here, at least
+
+
+class OpsBench(Bench):
+    readings: tuple[OpReading, ...] = ()

@@ -1,0 +1,1 @@
+"""suite=ops: single operations, the published rows and this model's own."""

@@ -1,0 +1,274 @@
+"""The child's side of suite=ops: one row on one way, computed, checked, timed, and checked again.
+
+A row is refused, by name, whose result is wrong before or after it was timed, or whose time cannot be: see `_refused`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import psutil
+
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.arrays import Arrays, Op
+from nanogpt_mac.errors import reason
+from nanogpt_mac.machine import bandwidth
+from nanogpt_mac.measure import calls
+from nanogpt_mac.records.base import Record
+from nanogpt_mac.records.bench import OpReading, State, Task
+from nanogpt_mac.report.words import ms, size
+from nanogpt_mac.suites.ops import reference
+from nanogpt_mac.suites.ops.checked import Expected, Off
+from nanogpt_mac.suites.ops.inputs import Drawn
+from nanogpt_mac.suites.ops.reference import ADAMW
+from nanogpt_mac.suites.ops.rows import Row
+
+LAST_CACHE = 128 << 20  # bytes; the largest of today: 96 MB of an M Ultra, 60 MB of an H200
+MOST_COPIES, FEW_COPIES = 64, 8  # a row that needs more to get past the cache is warm; the latter at small sizes
+SHARE = 0.5  # of the free memory that a row may take
+TOLD_APART = 64 << 20  # bytes of results whose bits are compared
+CITED, MEASURED = 0.9, 1 / 3  # of a floor that a time may lie at, by where the bandwidth comes from
+NEW, NEW_MS = 3.0, 0.05  # how much longer a call with new inputs may take, and what it may take in any case, ms
+TRIES = 4  # of such calls
+WARM_UP_S = 0.5
+NEW_BYTES = 8 << 20  # of inputs: above, the floor shows what was not computed
+
+Natives = Sequence[Any]
+
+
+class Work(Record):
+    """What the children of suite=ops must know."""
+
+    sizes: dict[str, int | float | bool | str]  # of the model, as GPTSpec has them
+    batch: int
+    scale: float
+    seed: int
+    cache: str
+    backend: dict[str, Any]  # its settings
+    bandwidth: float  # bytes/s of this machine's memory from its CPU, measured
+
+
+class RefusedError(Exception):
+    """A row that is not timed, or whose time is not shown, and why."""
+
+    def __init__(self, state: State, why: str) -> None:
+        super().__init__(why)
+        self.state = state
+
+
+class Measuring:
+    """Measures rows on one way. `of_memory`: the device's bandwidth, bytes/s; a time may lie at `trust` of a floor."""
+
+    def __init__(
+        self, task: Task, arrays: Arrays, rows: dict[str, Row], work: Work, of_memory: float, trust: float
+    ) -> None:
+        self.task, self.arrays, self.rows, self.work = task, arrays, rows, work
+        self.bandwidth, self.trust = of_memory, trust
+        self.drawn: Drawn | None = None  # of the row before, whose numbers may be this one's
+        if task.way.accelerator:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """A GPU's clock takes a while to rise."""
+        op, a = self.arrays.op("matmul"), self.arrays.put(np.ones((2048, 2048), np.float32))
+        until = time.monotonic() + WARM_UP_S
+        while op is not None and time.monotonic() < until:
+            self.arrays.wait((op.function(a, a),))
+
+    def __call__(self, name: str) -> OpReading:
+        known: dict[str, Any] = {"row": name, "way": self.task.way.name, "round": self.task.round}
+        try:
+            return OpReading(**known, state=State.OK, **self._figures(self.rows[name]))
+        except RefusedError as refused:
+            return OpReading(**known, state=refused.state, reason=str(refused))
+        except Exception as error:
+            words = f"{type(error).__name__}: {error}"
+            states = {"oom": State.SKIPPED, "missing_op": State.ABSENT}
+            state = next((states[s] for s, sign in kinds.signs().items() if sign.search(words)), State.FAILED)
+            why = f"{type(error).__name__}: {reason(error)}"
+            return OpReading(**known, state=state, reason=why)
+        finally:
+            self.arrays.release()
+
+    def _figures(self, row: Row) -> dict[str, Any]:
+        op = self.arrays.op(row.op)
+        if op is None:
+            raise RefusedError(State.ABSENT, f"not written for {self.task.way.label}")
+        copies, cold = self._copies(row)
+        self.drawn = Drawn(row, self.work.seed, self.drawn)
+        one = _One(self.arrays, row, op, self.drawn)
+        self._check(one, one.outputs(0), 0)
+        deterministic = one.same_bits() if row.output_bytes + row.gradient_bytes <= TOLD_APART else None
+        one.forget(0)
+        if self.task.way.simulated:
+            return {"deterministic": deterministic, "counts": one.counted(1), "copies": 1}
+        known = [one.natives(1 + k) for k in range(copies)]
+        made = row.output_bytes + row.gradient_bytes
+        measured = calls.measure(
+            lambda number: one.call(known[number % copies]),
+            self.arrays,
+            self.task.row_s,
+            keep=copies,
+            most=max(1, min(calls.MOST_QUEUED, int(self.arrays.free_memory() / 4 / max(made, 1)))),
+        )
+        if measured.fault:
+            raise RefusedError(State.WRONG, measured.fault)
+        worst = self._check(one, measured.last, 1 + measured.number % copies, " of the last timed call")
+        if measured.before is not None:
+            worst = max(
+                worst, self._check(one, measured.before, 1 + (measured.number - 1) % copies, " of a timed call")
+            )
+        fastest = min(measured.throughput.median or 0.0, measured.latency.median or 0.0)
+        beyond_caches = copies * (row.input_bytes + row.output_bytes) >= LAST_CACHE
+        if beyond_caches and self.trust == MEASURED and fastest < self.trust * self._floor(row):
+            self.bandwidth = max(self.bandwidth, bandwidth.of_cpu())  # the machine was busy when it was measured
+        floor = self._floor(row)
+        if beyond_caches and fastest < self.trust * floor:
+            moved = f"{ms(fastest)} ms, where moving its {size(row.least_bytes)} takes {ms(floor)}"
+            raise RefusedError(State.WRONG, f"faster than the memory: {moved}")
+        if row.input_bytes <= NEW_BYTES:
+            self._hold_against_new(one, known)
+        return {
+            "throughput": measured.throughput,
+            "latency": measured.latency,
+            "cold": cold,
+            "copies": copies,
+            "queued": measured.queued,
+            "error": worst,
+            "deterministic": deterministic,
+            "floor_ms": floor,
+            "careless": one.careless,
+        }
+
+    def _floor(self, row: Row) -> float:
+        """Milliseconds that moving its bytes takes, at least."""
+        return 1e3 * row.least_bytes / self.bandwidth
+
+    def _copies(self, row: Row) -> tuple[int, bool]:
+        """How many copies of the inputs are rotated, and whether that gets past the last cache. Refused: too large."""
+        moved = row.input_bytes + row.output_bytes
+        most = 1 if self.work.cache == "warm" else MOST_COPIES if self.work.scale == 1 else FEW_COPIES
+        copies = min(math.ceil(LAST_CACHE / max(moved, 1)), most)
+        results = row.output_bytes * (1 + row.backward) + row.gradient_bytes
+        needed = (copies + 4) * row.input_bytes + (copies + 1) * results
+        if row.op.startswith("conv"):  # a CPU may unfold what every kernel sees
+            needed += row.input_bytes * math.prod(row.inputs[1].shape[1:-1])
+        for where, free in (("", self.arrays.free_memory()), (" in main memory", psutil.virtual_memory().available)):
+            if needed > SHARE * free:
+                raise RefusedError(
+                    State.SKIPPED,
+                    f"it needs {size(needed)}{where}, more than half of the {size(free)} that are free",
+                )
+        return copies, copies * moved >= LAST_CACHE
+
+    def _check(self, one: _One, outputs: Natives, k: int, when: str = "") -> float:
+        """The worst deviation of the results for copy `k`. Refused: wrong, named as well as can be told."""
+        got = one.got(outputs)
+        found = [e.off(g) for e, g in zip(one.expected(k), got, strict=True)]
+        worst = max(found)
+        if worst.share <= 1:
+            one.careless = next((off.words for off in found if off.careless), one.careless)
+            return worst.share
+        which = found.index(worst)
+        names = ["", *(f", output {i + 1}" for i in range(1, 1 + one.row.further_outputs))]
+        names += [f", gradient by input {i + 1}" for i in one.row.of]
+        why = _diagnosis(one, got, which, k, worst)
+        raise RefusedError(State.WRONG, f"wrong result{when}{names[which]}: {why}")
+
+    def _hold_against_new(self, one: _One, known: Sequence[Natives]) -> None:
+        """Refused: calls with inputs that have not been seen take far longer than those that were timed."""
+        new = [one.natives(len(known) + 1 + k) for k in range(TRIES)]
+        took = [
+            [calls.once(partial(one.call, inputs), self.arrays) for inputs in pair]
+            for pair in zip([known[0]] * TRIES, new, strict=True)
+        ]
+        before, after = statistics.median(pair[0] for pair in took), min(pair[1] for pair in took)
+        if 1e3 * after > max(NEW * 1e3 * before, NEW_MS):
+            words = f"a call takes {ms(1e3 * after)} ms with new inputs, {ms(1e3 * before)} with known ones"
+            raise RefusedError(State.WRONG, f"a cached result: {words}")
+
+
+class _One:
+    """One row in the hands of one framework."""
+
+    def __init__(self, arrays: Arrays, row: Row, op: Op, drawn: Drawn) -> None:
+        self.arrays, self.row, self.op, self.drawn = arrays, row, op, drawn
+        self.careless = ""  # of results that are right
+        settings = ADAMW if row.op == "adamw" else dict(row.settings)
+
+        def function(*inputs: Any) -> Any:
+            return op.function(*inputs, **settings)
+
+        if row.backward:
+            self.against = op.inward(arrays.put(self.drawn.cotangent))
+            with_gradient = arrays.ready_with_gradient(function, row.of)
+            self.ready: Callable[..., Any] = lambda *inputs: with_gradient(self.against, *inputs)
+        else:
+            self.ready = arrays.ready(function)
+        self.first: Natives | None = self.natives(0)
+
+    def natives(self, k: int) -> Natives:
+        found = [self.op.inward(self.arrays.put(array)) for array in self.drawn.copy(k)]
+        self.arrays.wait(found)
+        return found
+
+    def call(self, inputs: Natives) -> Natives:
+        made = self.ready(*inputs)
+        return made if isinstance(made, tuple | list) else (made,)
+
+    def outputs(self, k: int) -> Natives:
+        """Complete."""
+        inputs = self.first if k == 0 and self.first is not None else self.natives(k)
+        made = self.call(inputs)
+        self.arrays.start(made)
+        self.arrays.wait(made)
+        return made
+
+    def got(self, outputs: Natives) -> list[np.ndarray]:
+        return [self.arrays.get(self.op.outward(output)) for output in outputs]
+
+    def expected(self, k: int) -> list[Expected]:
+        return reference.expected(self.row, self.drawn.copy(k), self.drawn.cotangent if self.row.backward else None)
+
+    def same_bits(self) -> bool:
+        once, again = (self.got(self.outputs(0)) for _ in range(2))
+        return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(once, again, strict=True))
+
+    def counted(self, k: int) -> dict[str, int] | None:
+        inputs = self.natives(k)
+        self.arrays.counted()
+        self.arrays.wait(self.call(inputs))
+        found = self.arrays.counted()
+        return None if found is None else dict(found)
+
+    def forget(self, k: int) -> None:
+        self.first = None
+
+
+def _diagnosis(one: _One, got: Sequence[np.ndarray], which: int, k: int, worst: Off) -> str:
+    result = got[which]
+    copies = range(MOST_COPIES + 1 if one.row.input_bytes <= NEW_BYTES // 8 else 1)
+    for other in copies if k else range(0):
+        if other != k and all(e.off(g).share <= 1 for e, g in zip(one.expected(other), got, strict=True)):
+            return "cached: it belongs to the inputs of an earlier call"
+    if worst.words.startswith("its shape"):
+        return worst.words + (": axis ignored?" if "axis" in one.row.settings else "")
+    if not np.isfinite(result).all():
+        return "it is not finite"
+    if result.size > 1 and not result.any():
+        return "nothing was computed, or it was thrown away: it is all zeros"
+    for number, array in enumerate(one.drawn.copy(k)):
+        if array.shape == result.shape and np.array_equal(array, result):
+            return f"nothing was computed, or it was thrown away: it is input {number + 1} as it was"
+    if not one.row.backward and one.row.op in ("sort", "sort_with_indices") and result.shape == one.row.inputs[0].shape:
+        x = one.drawn.copy(k)[0]
+        along = next((a for a in range(x.ndim) if np.array_equal(np.sort(x, a), result)), None)
+        if along is not None:
+            return f"axis ignored: it is that of axis {along}"
+    return f"{worst.words}, {worst.share:.3g} times what float32 may lose"

@@ -1,0 +1,113 @@
+"""suite=ops: the plan, the child's part and the report, as suites/suite.py has them."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from nanogpt_mac import corpus
+from nanogpt_mac.config import BackendConfig
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.machine import bandwidth, probe
+from nanogpt_mac.records.bench import Bench, OpReading, OpsBench, Task
+from nanogpt_mac.suites import ways
+from nanogpt_mac.suites.config import BenchConfig
+from nanogpt_mac.suites.ops.rows import Row, all_rows
+from nanogpt_mac.suites.suite import Plan, Suite, row_seconds
+
+if TYPE_CHECKING:
+    from nanogpt_mac.report.charts import Chart
+    from nanogpt_mac.report.table import Report
+
+CHUNK_BYTES = 3 << 30  # of one process: at full size about ten rows, whose memory it gives back
+FEWEST_ROW_S = 0.02
+
+
+class Ops(Suite):
+    reading = OpReading
+    document = OpsBench
+
+    def plan(self, config: BenchConfig) -> Plan:
+        if config.dtype != "float32":
+            raise InputError(f"dtype={config.dtype}: suite=ops times float32; use dtypes=true for what others give")
+        from nanogpt_mac.suites.ops.measured import Work
+
+        sizes = asdict(_spec(config))
+        rows = _asked(config, all_rows(GPTSpec(**sizes), config.batch_size, config.scale))
+        found, missing = ways.here_for(config)
+        rounds = config.rounds or (2 if config.scale == 1 else 1)
+        work = Work(
+            sizes=sizes,
+            batch=config.batch_size,
+            scale=config.scale,
+            seed=config.seed,
+            cache=config.cache,
+            backend=asdict(config.backend) | {"name": "auto"},
+            bandwidth=bandwidth.of_cpu(),
+        )
+        row_s = row_seconds(config, len(rows), len(found), rounds, most=max(config.scale, FEWEST_ROW_S))
+        return Plan(found, _chunks(rows), rounds, row_s, missing, work.model_dump())
+
+    def measuring(self, task: Task) -> Callable[[str], OpReading]:
+        from nanogpt_mac.suites.ops.measured import CITED, MEASURED, Measuring, Work
+
+        work = Work.model_validate(task.work)
+        rows = all_rows(GPTSpec(**work.sizes), work.batch, work.scale)  # type: ignore[arg-type]
+        chip = probe.chip() if task.way.accelerator else None
+        cited = chip.bandwidth if chip is not None else None
+        arrays = ways.arrays(task.way, BenchConfig(backend=BackendConfig(**work.backend)))
+        if task.way.accelerator:  # one whose bandwidth no table has has no floor
+            return Measuring(task, arrays, rows, work, cited or math.inf, CITED)
+        return Measuring(task, arrays, rows, work, work.bandwidth, MEASURED)
+
+    def report(self, bench: Bench) -> Report:
+        from nanogpt_mac.suites.ops import contents
+
+        assert isinstance(bench, OpsBench)
+        return contents.report(bench)
+
+    def charts(self, bench: Bench) -> dict[str, list[Chart]]:
+        from nanogpt_mac.suites.ops import contents
+
+        assert isinstance(bench, OpsBench)
+        return contents.charts(bench)
+
+
+def _spec(config: BenchConfig) -> GPTSpec:
+    sizes = asdict(config.model)
+    sizes["vocab_size"] = sizes["vocab_size"] or corpus.vocab_size(config.data)
+    if sizes["vocab_size"] is None:
+        raise InputError("model.vocab_size=null: this corpus has its own, which is not known yet; give the number")
+    return GPTSpec(**sizes)
+
+
+def _asked(config: BenchConfig, rows: dict[str, Row]) -> dict[str, Row]:
+    if config.rows is None:
+        return rows
+    if config.rows in rows:
+        return {config.rows: rows[config.rows]}
+    pattern = f"*{config.rows.lower()}*"
+    found = {name: row for name, row in rows.items() if fnmatch.fnmatchcase(name.lower(), pattern)}
+    if not found:
+        families = dict.fromkeys(row.family for row in rows.values())
+        raise InputError(f"rows={config.rows}: no row is called so; use a part of a name such as {', '.join(families)}")
+    return found
+
+
+def _chunks(rows: dict[str, Row]) -> list[tuple[str, ...]]:
+    chunks: list[list[str]] = []
+    full = CHUNK_BYTES  # the first begins one
+    for name, row in rows.items():
+        full += row.input_bytes + row.output_bytes + row.gradient_bytes
+        if full > CHUNK_BYTES:
+            full = row.input_bytes + row.output_bytes + row.gradient_bytes
+            chunks.append([])
+        chunks[-1].append(name)
+    return [tuple(chunk) for chunk in chunks]
+
+
+SUITE = Ops()

@@ -1,0 +1,192 @@
+"""`python bench.py`: carry out a suite, row by row in fresh processes, and report."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import nanogpt_mac
+from nanogpt_mac import child, signals
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.files import run_folder, write_aside, write_json
+from nanogpt_mac.machine import probe
+from nanogpt_mac.measure.progress import Bar
+from nanogpt_mac.records.bench import Bench, Reading, State, Task
+from nanogpt_mac.records.run import Environment
+from nanogpt_mac.suites.config import BenchConfig, validate
+from nanogpt_mac.suites.suite import Plan, Suite
+from nanogpt_mac.train.display import say
+
+MODULES = {  # each has a SUITE
+    "ops": "nanogpt_mac.suites.ops.suite",
+    "gemm": "nanogpt_mac.suites.gemm",
+    "mlp": "nanogpt_mac.suites.mlp",
+    "lm": "nanogpt_mac.suites.lm",
+    "parts": "nanogpt_mac.suites.parts",
+}
+SILENCE_S = 600.0  # of one row: compiling, and drawing its inputs, may take minutes; more is a hang
+
+
+def suite_of(name: str) -> Suite:
+    """The suite called `name`; imported now: each loads what only it needs."""
+    suite: Suite = importlib.import_module(MODULES[name]).SUITE
+    return suite
+
+
+def run(config: BenchConfig) -> int:
+    """Measure as `config` says; 0: all is right or was skipped, 1: something is wrong, failed, or nothing was measured,
+    128 + signal: stopped, with a report of what there is."""
+    began = time.monotonic()
+    validate(config)
+    suite = suite_of(config.suite)
+    plan = suite.plan(config)
+    folder = run_folder(config.run_dir, f"bench-{config.suite}").resolve()
+    _announce(config, plan, folder)
+    running = Running(suite, config, plan, folder, began + 60 * config.budget_minutes)
+    code = None
+    try:
+        with signals.watched("bench.py"), probe.awake():
+            running.carry_out()
+    except signals.Stop as stopped:
+        code = stopped.code
+        say(f"{signals.words(stopped.signum)}; the report is of what was measured until then")
+    bench = suite.document.model_validate(
+        {
+            "suite": config.suite,
+            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "version": nanogpt_mac.__version__,
+            "seconds": time.monotonic() - began,
+            "complete": code is None and running.complete,
+            "seed": config.seed,
+            "rounds": plan.rounds,
+            "environment": Environment.model_validate(probe.environment(kinds.frameworks())),
+            "ways": plan.ways,
+            "missing": plan.missing,
+            "rows": plan.rows,
+            "work": plan.work,
+            "readings": tuple(running.readings),
+        }
+    )
+    publish(folder, suite, bench)
+    states = {reading.state for reading in bench.readings}
+    return code if code is not None else int(bool(states & {State.WRONG, State.FAILED}) or State.OK not in states)
+
+
+def publish(folder: Path, suite: Suite, bench: Bench) -> None:
+    """bench.json, report.md and report.html in `folder`, and the report in the terminal."""
+    from nanogpt_mac.report import page, show, svg  # matplotlib: not before all is measured
+
+    write_json(folder / "bench.json", bench.document())
+    report = suite.report(bench)
+    write_aside(folder / "report.md", show.markdown(report))
+    with svg.style():
+        charts = suite.charts(bench)
+    write_aside(folder / "report.html", page.html(report, charts))
+    show.show(report)
+    say(f"report: {folder / 'report.html'}")
+
+
+def _announce(config: BenchConfig, plan: Plan, folder: Path) -> None:
+    say(f"suite={config.suite}: {len(plan.rows)} rows, {len(plan.ways)} ways: {', '.join(w.name for w in plan.ways)}")
+    for backend, reason in plan.missing.items():
+        say(f"not here: {backend}: {reason}")
+    say(f"{plan.rounds} rounds, at most {config.budget_minutes:g} minutes -> {folder}")
+
+
+class Running:
+    """A suite under way: its readings, in the order in which they came."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        config: BenchConfig,
+        plan: Plan,
+        folder: Path,
+        deadline: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.suite, self.config, self.plan, self.deadline, self.clock = suite, config, plan, deadline, clock
+        self.folder = folder
+        self.readings: list[Reading] = []
+
+    @property
+    def complete(self) -> bool:
+        return not any(reading.reason == self._spent for reading in self.readings)
+
+    @property
+    def _spent(self) -> str:
+        return f"budget_minutes={self.config.budget_minutes:g} was spent"
+
+    def tasks(self) -> Iterator[Task]:
+        """Round after round, chunk after chunk, the ways of each in an order drawn anew."""
+        drawn = random.Random(self.config.seed)
+        for number in range(self.plan.rounds):
+            for chunk in self.plan.chunks:
+                for way in drawn.sample(self.plan.ways, len(self.plan.ways)):
+                    yield Task(
+                        suite=self.config.suite,
+                        way=way,
+                        rows=chunk,
+                        round=number,
+                        row_s=self.plan.row_s,
+                        folder=str(self.folder / "shared"),
+                        work=self.plan.work,
+                    )
+
+    def carry_out(self) -> None:
+        tasks, began = list(self.tasks()), self.clock()
+        shared = self.folder / "shared"
+        shared.mkdir()
+        try:
+            with Bar() as bar:
+                for done, task in enumerate(tasks):
+                    each = (self.clock() - began) / done if done else 0.0
+                    bar.run(f"{task.way.label}: {task.rows[0]}", done, len(tasks), each, each * (len(tasks) - done - 1))
+                    self._one(task)
+        finally:
+            shutil.rmtree(shared, ignore_errors=True)
+
+    def _one(self, task: Task) -> None:
+        """One process, or as many as it takes to get past rows that end theirs."""
+        left = list(task.rows)
+        while left:
+            if self.clock() >= self.deadline:
+                return self._lost(task, left, State.SKIPPED, self._spent)
+            question = child.Question(
+                "nanogpt_mac.suites.child",
+                task.model_copy(update={"rows": tuple(left)}).model_dump(mode="json"),
+                timeout_s=min(SILENCE_S, self.deadline - self.clock() + 1),
+            )
+            begun, before = None, len(left)
+            try:
+                for line in child.ask_lines(question):
+                    begun = line.get("begun", begun)
+                    if "row" in line:
+                        self.readings.append(self._read(line))
+                        left.remove(line["row"])
+                    if self.clock() >= self.deadline:
+                        break
+                else:
+                    if left:
+                        raise child.ChildError("it ended without a word")
+            except child.ChildError as error:
+                if self.clock() >= self.deadline:
+                    continue
+                lost = [begun] if begun in left else []
+                if not lost and len(left) == before:  # it never came to a row, and would not the next time
+                    lost = left
+                self._lost(task, lost, State.FAILED, str(error))
+                left = [row for row in left if row not in lost]
+
+    def _read(self, line: dict[str, object]) -> Reading:
+        return self.suite.reading.model_validate(line)
+
+    def _lost(self, task: Task, rows: Sequence[str], state: State, reason: str) -> None:
+        for row in rows:
+            lost = {"row": row, "way": task.way.name, "round": task.round, "state": state, "reason": reason}
+            self.readings.append(self._read(lost))
