@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from nanogpt_mac.backends import blas
 from nanogpt_mac.backends.arrays import Arrays, Function, Op
 from nanogpt_mac.backends.base import Kind
 
@@ -60,6 +62,14 @@ class MLXArrays(Arrays):
             return output, *gradients
 
         return self.ready(both)
+
+    def library(self, dtype: str) -> str:
+        if self.device != "cpu":
+            return {"cuda": "cuBLAS"}.get(self.device, "MLX's own")
+        if sys.platform == "darwin" and dtype == "float32":
+            return "Accelerate"
+        lent = blas.taken()
+        return f"{lent}'s BLAS" if dtype == "float32" and lent != "own" else "MLX's own"
 
     def free_memory(self) -> int:
         return int(mx.device_info().get("free_memory", super().free_memory()))  # there on CUDA alone

@@ -94,3 +94,14 @@ class OpReading(Calls):
 
 class OpsBench(Bench):
     readings: tuple[OpReading, ...] = ()
+
+
+class GemmReading(OpReading):
+    """suite=gemm: one matrix product. `error` is of its root mean square, in units of what float32 sums may lose."""
+
+    library: str = ""  # whose product it is
+    coarse: bool = False  # of 16 bits: it sums in less than float32
+
+
+class GemmBench(OpsBench):
+    readings: tuple[GemmReading, ...] = ()

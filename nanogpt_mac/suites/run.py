@@ -24,7 +24,7 @@ from nanogpt_mac.train.display import say
 
 MODULES = {  # each has a SUITE
     "ops": "nanogpt_mac.suites.ops.suite",
-    "gemm": "nanogpt_mac.suites.gemm",
+    "gemm": "nanogpt_mac.suites.gemm.suite",
     "mlp": "nanogpt_mac.suites.mlp",
     "lm": "nanogpt_mac.suites.lm",
     "parts": "nanogpt_mac.suites.parts",
@@ -72,6 +72,7 @@ def run(config: BenchConfig) -> int:
             "readings": tuple(running.readings),
         }
     )
+    suite.finished(bench)
     publish(folder, suite, bench)
     states = {reading.state for reading in bench.readings}
     return code if code is not None else int(bool(states & {State.WRONG, State.FAILED}) or State.OK not in states)

@@ -53,6 +53,9 @@ class Suite(ABC):
     @abstractmethod
     def report(self, bench: Bench) -> Report: ...
 
+    def finished(self, bench: Bench) -> None:  # noqa: B027 (most keep nothing)
+        """What is to be remembered of it, beyond its report."""
+
     def charts(self, bench: Bench) -> dict[str, list[Chart]]:
         """Section id -> its charts."""
         return {}
