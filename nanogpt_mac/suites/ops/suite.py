@@ -84,6 +84,8 @@ def model_spec(config: BenchConfig) -> GPTSpec:
 def _asked(config: BenchConfig, rows: dict[str, Row]) -> dict[str, Row]:
     if config.rows is None:
         return rows
+    if config.rows in rows:
+        return {config.rows: rows[config.rows]}
     pattern = f"*{config.rows.lower()}*"
     found = {name: row for name, row in rows.items() if fnmatch.fnmatchcase(name.lower(), pattern)}
     if not found:
