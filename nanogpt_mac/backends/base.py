@@ -129,6 +129,7 @@ class Kind:
     )
     also_on: tuple[str, ...] = ()  # further devices that its arrays may be put on, where it has another one by default
     rungs: tuple[Rung, ...] = ()
+    falls_back: Mapping[str, str] = field(default_factory=dict)  # environment in which the CPU does what it lacks
     by_threads: bool = False  # its arrays can be held to fewer threads than there are cores
     out_of_memory: str = ""  # a pattern of the line in a log that says so
     missing_operator: str = ""

@@ -158,6 +158,7 @@ KINDS: dict[str, Kind] = {
                 replace(_MPS, device=simulator.DEVICE_NAME, accelerator=False, simulated=True, note="simulated"),
             ),
             rank={"darwin": 30},
+            falls_back={"PYTORCH_ENABLE_MPS_FALLBACK": "1"},
             rungs=(
                 Rung("tiled", "our tiled kernel, Metal", ("mps", simulator.DEVICE_NAME), f"{_PRODUCT}metal:product"),
             ),

@@ -22,9 +22,8 @@ class MLXArrays(Arrays):
         mx.set_default_device(mx.Device(mx.cpu if device == "cpu" else mx.gpu))
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> mx.array:
-        made = mx.array(array)
-        if dtype is not None:
-            made = made.astype(mx.bool_ if dtype == "bool" else getattr(mx, dtype))
+        wanted = None if dtype is None else mx.bool_ if dtype == "bool" else getattr(mx, dtype)
+        made = mx.array(array, wanted)  # which alone keeps float64: without a dtype it would become float32
         self.wait((made,))
         return made
 

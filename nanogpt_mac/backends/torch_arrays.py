@@ -96,7 +96,7 @@ class TorchArrays(Arrays):
     def release(self) -> None:
         if self.compiled:
             torch.compiler.reset()  # or the ninth shape of a function would run eagerly, without a word
-        if self.accelerator is not None:
+        if self.accelerator is not None and not self.simulated:  # which keeps nothing
             self.accelerator.empty_cache()
 
     def counted(self) -> Mapping[str, int] | None:

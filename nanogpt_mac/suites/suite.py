@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,6 +52,10 @@ class Suite(ABC):
 
     @abstractmethod
     def report(self, bench: Bench) -> Report: ...
+
+    def environment(self, way: Way) -> Mapping[str, str] | None:
+        """Of the processes that measure `way`; None: this one's."""
+        return None
 
     def finished(self, bench: Bench) -> None:  # noqa: B027 (most keep nothing)
         """What is to be remembered of it, beyond its report."""
