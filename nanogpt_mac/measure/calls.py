@@ -76,7 +76,7 @@ def measure(
         latencies = timer.batches(1, clock() + budget_s / 2, budget_s / 2)
         queued, throughputs = 1, latencies
         fault = timer.unwaited(1)  # before more is queued behind it
-        if not fault and latencies[-1] < batch_s and most > 1:
+        if not fault and min(latencies) < batch_s and most > 1:
             end = clock() + budget_s / 2
             queued, first = timer.grown(batch_s, most)
             throughputs = [s / queued for s in timer.batches(queued, end, budget_s / 2, first)]

@@ -89,6 +89,7 @@ def _spelt(name: str, found: Mapping[str, Way]) -> Way | None:
 
 def arrays(way: Way, config: BenchConfig, settings: Mapping[str, Any] | None = None) -> Arrays:
     """The operations of `way`, in the child that measures it; `settings` of its kind take the place of `config`'s."""
-    kind, options = kinds.KINDS[way.backend], backend_options(config, way.backend, way.compiled)
+    kind = kinds.KINDS[kinds.resolve(way.backend)]  # which also installs a simulated device
+    options = backend_options(config, way.backend, way.compiled)
     kind.prepare(options if settings is None else replace(options, settings=settings))
     return kind.load_arrays()(kind, way.device, way.compiled)

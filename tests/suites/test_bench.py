@@ -27,6 +27,12 @@ def bench(tmp_path, *overrides, **environment):
     return done.returncode, done.stdout, done.stderr, OpsBench.load(file) if file.exists() else None
 
 
+def planned(overrides):
+    config = cli.compose(overrides, "bench")
+    validate(config)
+    return running.suite_of(config.suite).plan(config)
+
+
 @pytest.fixture
 def registered(tmp_path):
     """PYTHONPATH on which the back end with faults is installed, as a package of its own would be."""
@@ -60,9 +66,7 @@ def test_bad_input_is_one_line(overrides, words, monkeypatch):
     if "cuda" in words and ways.here.look()[1].get("cuda"):
         pytest.skip("there is a CUDA device here")
     with pytest.raises(InputError) as refused:
-        config = cli.compose(overrides, "bench")
-        validate(config)
-        running.suite_of(config.suite).plan(config)
+        planned(overrides)
     assert str(refused.value).startswith(words)
     assert "\n" not in str(refused.value)
 

@@ -56,7 +56,7 @@ def test_speed_is_the_geometric_mean_over_rows_that_both_have():
 def test_the_verdict_and_the_first_table_name_the_count():
     report = contents.report(made())
     assert report.verdict == (
-        "6 of 6 were measured and right, none wrong. By geometric mean SLOW is 0.630 times as fast as FAST (3 rows)."
+        "3 rows on 2 ways: 6 right, none wrong. By geometric mean SLOW is 0.630 times as fast as FAST (3 rows)."
     )
     assert table(made(), "overall")["SLOW"]["throughput, forward"] == "0.630 (3)"
     assert table(made(), "operations")["Softmax"]["SLOW: throughput"] == "0.250 (2)"
@@ -85,7 +85,7 @@ def test_what_has_no_time_is_named_with_its_reason(state):
     assert problems.items == [f"SLOW: {contents.HELD[state]}: {A}: because"]
     assert problems.alarming is (state in (State.WRONG, State.FAILED))
     assert table(bench, "throughput")[A]["SLOW"] == contents.HELD[state]
-    assert "5 of 6" in report.verdict
+    assert "5 right" in report.verdict
 
 
 def test_one_wrong_round_is_enough():
@@ -110,6 +110,6 @@ def test_markdown_and_page_hold_all_of_it():
 def test_one_way_alone_and_nothing_measured_still_make_a_report():
     bench = made().model_copy(update={"ways": (Way(name="fast", label="FAST"),), "readings": ()})
     report = contents.report(bench)
-    assert report.verdict == "0 of 3 were measured and right, none wrong."
+    assert report.verdict == "3 rows on 1 way: 0 right, none wrong, 3 without a result."
     assert contents.charts(bench) == {}
     show.markdown(report)

@@ -14,19 +14,20 @@ from nanogpt_mac.suites.ops.rows import all_rows
 SPEC = GPTSpec(1, 1, 8, 8, 11)
 AXIS = "Sort 64x128x1024 axis=1", "Sum 64x128x128x128 axis=1"
 PLAIN = ("ReLU 64x128x1024", "Concat 64x1000000 64x1000000 axis=0", "MatMul 1000x64x256 256x32", *AXIS)
-SIZES = {"small": 0.0005, "large": 0.02}
+SIZES = {"small": 0.0005, "large": 0.04}
 
 
 def measure(fault, row, size, monkeypatch, cache="cold", row_s=0.05):
     """What is read of `row` where `fault` is planted; large: beyond the last cache, which is made small for it."""
+    monkeypatch.setattr(measured, "FEW_COPIES", 64)
     if size == "large":
         monkeypatch.setattr(measured, "LAST_CACHE", 1 << 17)
         monkeypatch.setattr(measured, "NEW_BYTES", 0)  # the floor alone
-    work = Work(sizes={}, batch=1, scale=SIZES[size], seed=1, cache=cache, bandwidth=0)
+    work = Work(sizes={}, batch=1, scale=SIZES[size], seed=1, cache=cache, bandwidth=0, backend={})
     way = Way(name="faulty", label="Faulty")
     task = Task(suite="ops", way=way, rows=(row,), round=0, row_s=row_s, folder="", work={})
     rows = all_rows(SPEC, 1, work.scale)
-    return Measuring(task, FaultyArrays(fault=fault), rows, work, 20e9 if size == "large" else 1e15, 0.5)(row)
+    return Measuring(task, FaultyArrays(fault=fault), rows, work, 20e9 if size == "large" else 1e15, 0.4)(row)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -11,7 +11,7 @@ from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.records.bench import Way
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
-from nanogpt_mac.suites.ops import reference
+from nanogpt_mac.suites.ops import checked
 from nanogpt_mac.suites.ops.inputs import Drawn
 from nanogpt_mac.suites.ops.measured import _One
 from nanogpt_mac.suites.ops.rows import WITH_GRADIENT, all_rows, published
@@ -76,7 +76,7 @@ def one(framework, row):
     kind = kinds.KINDS[framework]
     device = kind.load().device_of(kind)
     return _One(ways.arrays(Way(name="", label="", backend=framework, device=device), BenchConfig()), row,
-                kind.load_arrays()(kind, device, False).op(row.op), seed=3)  # fmt: skip
+                kind.load_arrays()(kind, device, False).op(row.op), Drawn(row, 3))  # fmt: skip
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -113,7 +113,7 @@ def test_values_along_an_axis_are_distinct_and_indices_where_they_must_be():
             assert (np.diff(x, axis=row.settings["axis"]) > 0).all()
     index = Drawn(FULL["Scatter 1024x32 10"], 1).copy(3)[1]
     assert len(set(index)) == 10
-    into, index, values = Drawn(FULL["Scatter 64x16 1000"], 1).copy(3)
+    _, index, values = Drawn(FULL["Scatter 64x16 1000"], 1).copy(3)
     for i in range(64):  # whoever wins is right
         assert len(np.unique(values[index == i], axis=0)) == 1
 
@@ -123,11 +123,11 @@ def test_values_along_an_axis_are_distinct_and_indices_where_they_must_be():
 
 @pytest.fixture
 def product(monkeypatch):
-    monkeypatch.setattr(reference, "FULL", 0)  # as if it were too large to be computed whole
-    monkeypatch.setattr(reference, "ROWS", 4)
+    monkeypatch.setattr(checked, "FULL", 0)  # as if it were too large to be computed whole
+    monkeypatch.setattr(checked, "ROWS", 4)
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((3, 200, 64), np.float32), rng.standard_normal((3, 64, 100), np.float32)
-    return reference.Product(a, b), a @ b
+    return checked.Product(a, b), a @ b
 
 
 def test_a_product_is_right(product):
@@ -150,6 +150,15 @@ def test_a_product_that_is_wrong_in_a_few_places_is_found(product, spoil):
     expected, right = product
     spoil(right)
     assert expected.off(right).share > 1
+
+
+def test_a_sum_one_after_the_other_is_right_but_careless():
+    value = np.asarray(0.8)
+    expected = checked.total(value, 10_000_000)
+    assert not expected.off(np.asarray(0.8 * (1 + 1e-4), np.float32)).careless
+    assert expected.off(np.asarray(0.8 * 1.016, np.float32)).careless
+    assert expected.off(np.asarray(0.8 * 1.06, np.float32)).share > 1
+    assert checked.total(value, 100).off(np.asarray(0.8 * (1 + 1e-4), np.float32)).share > 1
 
 
 def test_another_shape_is_named(product):

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from nanogpt_mac.suites.ops.rows import Row
+from nanogpt_mac.suites.ops.rows import WITH_GRADIENT, Row
 
 GROWN = (1.75, 1.25, 1.5)  # how much larger a copy is than the first: other than its neighbours, and never as large
 
@@ -19,8 +19,11 @@ class Drawn:
     is distinct or belongs together stays so.
     """
 
-    def __init__(self, row: Row, seed: int) -> None:
-        self.row, self.seed = row, seed
+    def __init__(self, row: Row, seed: int, other: Drawn | None = None) -> None:
+        """`other`: of another row; where its first copy would be the same it is taken over."""
+        self.row, self.seed, self.key = row, seed, row.name.removesuffix(WITH_GRADIENT)
+        if other is not None and (other.key, other.seed) == (self.key, seed) and "first" in vars(other):
+            self.first = other.first
 
     @cached_property
     def first(self) -> list[np.ndarray]:
@@ -71,9 +74,7 @@ class Drawn:
         return np.asarray(drawn + np.float32(0.5))
 
     def _rng(self, number: int) -> np.random.Generator:
-        return np.random.default_rng(
-            [self.seed, zlib.crc32(self.row.name.removesuffix(" with gradient").encode()), number]
-        )
+        return np.random.default_rng([self.seed, zlib.crc32(self.key.encode()), number])
 
 
 def _distinct(rng: np.random.Generator, shape: tuple[int, ...], axis: int) -> np.ndarray:
