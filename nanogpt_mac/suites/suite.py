@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -63,6 +64,15 @@ class Suite(ABC):
     def charts(self, bench: Bench) -> dict[str, list[Chart]]:
         """Section id -> its charts."""
         return {}
+
+
+def asked(rows: str | None, names: Iterable[str]) -> list[str]:
+    """Of `names` those that rows= asks for: the one that is called so, or all that have it in them (* is anything)."""
+    known = list(names)
+    if rows in known:
+        return [rows]
+    pattern = f"*{(rows or '').lower()}*"
+    return [name for name in known if fnmatch.fnmatchcase(name.lower(), pattern)]
 
 
 def row_seconds(config: BenchConfig, rows: int, ways: int, rounds: int, most: float = 1.0) -> float:

@@ -52,6 +52,8 @@ def report(bench: DtypeBench) -> Report:
     facts += [f"{name} {v}" for name, v in (env.versions if env else {}).items() if v and name in ("torch", "mlx")]
     facts += [seconds(bench.seconds), when(bench.created)]
     alarms = [] if bench.complete else ["It is not complete: what was not tried is empty."]
+    if any(way.simulated for way in bench.ways):
+        alarms.append("A simulated device takes what torch takes on a CPU: what it refuses is not what a Mac refuses.")
     sections = [_answer(matrix), *(_table(matrix, way) for way in bench.ways), _problems(matrix), _refusals(matrix)]
     shown = ("answer", *(f"matrix-{way.name}" for way in bench.ways), "problems")
     return Report(

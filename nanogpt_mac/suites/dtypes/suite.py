@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from nanogpt_mac.records.bench import Bench, DtypeBench, DtypeReading, Task, Way
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
 from nanogpt_mac.suites.ops.rows import Row, all_rows
-from nanogpt_mac.suites.suite import Plan, Suite
+from nanogpt_mac.suites.suite import Plan, Suite, asked
 
 if TYPE_CHECKING:
     from nanogpt_mac.report.table import Report
@@ -42,8 +41,7 @@ class Dtypes(Suite):
             raise InputError(f"dtype={config.dtype}: dtypes=true has all of them; leave it out")
         from nanogpt_mac.suites.dtypes.probe import cells
 
-        pattern = f"*{(config.rows or '').lower()}*"
-        names = [name for name in operations() if fnmatch.fnmatchcase(name, pattern)]
+        names = asked(config.rows, operations())
         if not names:
             raise InputError(f"rows={config.rows}: no operation is called so; use a part of {', '.join(operations())}")
         found, missing = ways.here_for(config)

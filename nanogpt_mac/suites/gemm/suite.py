@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import os
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from nanogpt_mac.records.bench import Bench, GemmBench, GemmReading, State, Task
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
 from nanogpt_mac.suites.ops.suite import model_spec
-from nanogpt_mac.suites.suite import Plan, Suite, row_seconds
+from nanogpt_mac.suites.suite import Plan, Suite, asked, row_seconds
 
 if TYPE_CHECKING:
     from nanogpt_mac.report.charts import Chart
@@ -146,8 +145,7 @@ def _sizes(spec: GPTSpec, batch: int) -> dict[str, tuple[str, int, int, int]]:
 
 
 def _asked(config: BenchConfig, sizes: dict[str, tuple[str, int, int, int]]) -> dict[str, tuple[str, int, int, int]]:
-    pattern = f"*{(config.rows or '').lower()}*"
-    found = {row: size for row, size in sizes.items() if fnmatch.fnmatchcase(row.lower(), pattern)}
+    found = {row: sizes[row] for row in asked(config.rows, sizes)}
     if not found:
         raise InputError(f"rows={config.rows}: no row is called so; use a part of a name such as {next(iter(sizes))!r}")
     return found
