@@ -119,10 +119,8 @@ class Measuring:
             raise RefusedError(State.SKIPPED, "a simulated device is not timed; smaller ones show that it is right")
         known = self.best.get(dtype)
         if known and flops / known > LONGEST * self.task.row_s:
-            one, had = seconds(flops / known), rate(known, "FLOP/s")
-            raise RefusedError(
-                State.SKIPPED, f"one would take about {one} at the {had} of the largest that was measured"
-            )
+            limit, had = seconds(LONGEST * self.task.row_s), rate(known, "FLOP/s")
+            raise RefusedError(State.SKIPPED, f"one takes more than {limit} at the {had} of the largest measured")
         for where, free, each in (
             ("", self.arrays.free_memory(), DTYPES[dtype]),
             (" in main memory", psutil.virtual_memory().available, 4 + (0 if way.accelerator else DTYPES[dtype])),
