@@ -206,7 +206,7 @@ class _One:
             return op.function(*inputs, **settings)
 
         if row.backward:
-            self.against = op.inward(arrays.put(self.drawn.cotangent()))
+            self.against = op.inward(arrays.put(self.drawn.cotangent))
             with_gradient = arrays.ready_with_gradient(function, row.of)
             self.ready: Callable[..., Any] = lambda *inputs: with_gradient(self.against, *inputs)
         else:
@@ -234,7 +234,7 @@ class _One:
         return [self.arrays.get(self.op.outward(output)) for output in outputs]
 
     def expected(self, k: int) -> list[Expected]:
-        return reference.expected(self.row, self.drawn.copy(k), self.drawn.cotangent() if self.row.backward else None)
+        return reference.expected(self.row, self.drawn.copy(k), self.drawn.cotangent if self.row.backward else None)
 
     def same_bits(self) -> bool:
         once, again = (self.got(self.outputs(0)) for _ in range(2))
