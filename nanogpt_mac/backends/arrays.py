@@ -81,6 +81,20 @@ class Arrays(ABC):
     def ready_with_gradient(self, function: Function, of: Sequence[int]) -> Function:
         """(cotangent, *inputs) -> (output, gradients of <output, cotangent> by the inputs numbered `of`)."""
 
+    def library(self, dtype: str) -> str:
+        """Whose matrix products of `dtype` these are, as far as it is known: "mkl", "Accelerate"."""
+        return ""
+
+    def limit_threads(self, threads: int) -> None:
+        """Compute with so many from now on; only where the kind has `by_threads`."""
+        raise NotImplementedError
+
+    def watched(self, call: Callable[[], Any]) -> tuple[Any, int]:
+        """What `call` returns, complete, and how many of its operations the CPU did in the device's place."""
+        made = call()
+        self.wait(made if isinstance(made, tuple | list) else (made,))
+        return made, 0
+
     def free_memory(self) -> int:
         """Bytes that the device could still give."""
         import psutil

@@ -97,6 +97,18 @@ class Lever:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """A further way in which a kind multiplies matrices: suite=gemm measures it beside the framework's own."""
+
+    name: str  # of its way, after the kind's: "tiled"
+    label: str
+    devices: tuple[str, ...]  # where it can be had
+    product: str = ""  # "module:function" of two matrices, in place of the framework's
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the kind's own
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run here
+
+
+@dataclass(frozen=True)
 class Kind:
     """One back end's entry in the registry: what must be known of it before its framework is imported."""
 
@@ -117,6 +129,9 @@ class Kind:
         ""  # "module:Class" of its single operations, backends/arrays.py, for bench.py; none: it takes no part
     )
     also_on: tuple[str, ...] = ()  # further devices that its arrays may be put on, where it has another one by default
+    rungs: tuple[Rung, ...] = ()
+    falls_back: Mapping[str, str] = field(default_factory=dict)  # environment in which the CPU does what it lacks
+    by_threads: bool = False  # its arrays can be held to fewer threads than there are cores
     out_of_memory: str = ""  # a pattern of the line in a log that says so
     missing_operator: str = ""
 
@@ -134,12 +149,12 @@ class Kind:
 
     def load(self) -> type[Backend]:
         """The class, its framework imported."""
-        cls: type[Backend] = _loaded(self.cls)
+        cls: type[Backend] = loaded(self.cls)
         return cls
 
     def load_arrays(self) -> type[Arrays]:
         """As `load`, of its single operations. Only where `arrays` says where they are."""
-        cls: type[Arrays] = _loaded(self.arrays)
+        cls: type[Arrays] = loaded(self.arrays)
         return cls
 
     @property
@@ -150,7 +165,8 @@ class Kind:
         return {bare: self.name, not bare: other} if self.compiler else {False: self.name}
 
 
-def _loaded(place: str) -> Any:
+def loaded(place: str) -> Any:
+    """What "module:name" stands for."""
     module, _, name = place.partition(":")
     with importing():
         return getattr(import_module(module), name)

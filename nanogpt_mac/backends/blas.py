@@ -69,7 +69,7 @@ def lend(asked: str) -> None:
         return
     late = bool(_lent) or "mlx.core" in sys.modules
     if asked == "auto":
-        if late or not _reference_blas():
+        if late or not wanted():
             return
         for name in LIBRARIES:
             try:
@@ -82,8 +82,8 @@ def lend(asked: str) -> None:
     _load(asked)
 
 
-def _reference_blas() -> bool:
-    """Whether this MLX is its CPU build for Linux."""
+def wanted() -> bool:
+    """Whether this MLX is its CPU build for Linux, which has only the reference BLAS."""
     try:
         return sys.platform == "linux" and bool(distribution("mlx-cpu"))
     except PackageNotFoundError:

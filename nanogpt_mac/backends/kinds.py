@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any, get_type_hints
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import blas
-from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Tokens, importing, setting
+from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Rung, Tokens, importing, setting
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.records.capabilities import Capabilities
@@ -148,6 +149,7 @@ def _require_compiler(what: str, *compilers: str) -> None:
 _MPS = Capabilities(
     "mps", "torch", True, True, compiles_evaluation=True, dtypes=HALVES, detector=True, memory=POOL
 )  # fmt: skip
+_PRODUCT = "nanogpt_mac.backends.product_"
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -159,6 +161,10 @@ KINDS: dict[str, Kind] = {
                 replace(_MPS, device=simulator.DEVICE_NAME, accelerator=False, simulated=True, note="simulated"),
             ),
             rank={"darwin": 30},
+            falls_back={"PYTORCH_ENABLE_MPS_FALLBACK": "1"},
+            rungs=(
+                Rung("tiled", "our tiled kernel, Metal", ("mps", simulator.DEVICE_NAME), f"{_PRODUCT}metal:product"),
+            ),
             **TORCH,
         ),
         Torch(
@@ -172,6 +178,15 @@ KINDS: dict[str, Kind] = {
             ),
             compiled_by_default=True,
             rank={"darwin": 10, "linux": 10},
+            rungs=(
+                Rung(
+                    "tiled",
+                    "our tiled kernel, Triton",
+                    ("cuda",),
+                    f"{_PRODUCT}triton:product",
+                    missing=lambda: None if find_spec("triton") else "the package triton is not installed",
+                ),
+            ),
             **TORCH,
         ),
         MLX(
@@ -192,6 +207,15 @@ KINDS: dict[str, Kind] = {
             rank={"darwin": 20, "linux": 30},
             settings=MLXSettings,
             keeps_attention=True,
+            rungs=(
+                Rung(
+                    "own",
+                    "its own BLAS",
+                    ("cpu",),
+                    settings={"blas": "own"},
+                    missing=lambda: None if blas.wanted() else "MLX's product is its own here as it is",
+                ),
+            ),
             caches={"TMPDIR": "tmp"} if sys.platform == "linux" else {},  # its CPU build keeps compiled kernels there
             out_of_memory=r"(?i:Insufficient Memory|failed to allocate)",
             missing_operator=r"(No|no) Metal kernel|Unable to load kernel",
@@ -205,6 +229,7 @@ KINDS: dict[str, Kind] = {
                 ),
             ),
             rank={"darwin": 40, "linux": 20},
+            by_threads=True,
             **TORCH,
         ),
     )

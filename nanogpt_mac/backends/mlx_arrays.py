@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from nanogpt_mac.backends import blas
 from nanogpt_mac.backends.arrays import Arrays, Function, Op
 from nanogpt_mac.backends.base import Kind
 
@@ -20,9 +22,8 @@ class MLXArrays(Arrays):
         mx.set_default_device(mx.Device(mx.cpu if device == "cpu" else mx.gpu))
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> mx.array:
-        made = mx.array(array)
-        if dtype is not None:
-            made = made.astype(mx.bool_ if dtype == "bool" else getattr(mx, dtype))
+        wanted = None if dtype is None else mx.bool_ if dtype == "bool" else getattr(mx, dtype)
+        made = mx.array(array, wanted)  # which alone keeps float64: without a dtype it would become float32
         self.wait((made,))
         return made
 
@@ -60,6 +61,14 @@ class MLXArrays(Arrays):
             return output, *gradients
 
         return self.ready(both)
+
+    def library(self, dtype: str) -> str:
+        if self.device != "cpu":
+            return {"cuda": "cuBLAS"}.get(self.device, "MLX's own")
+        if sys.platform == "darwin" and dtype == "float32":
+            return "Accelerate"
+        lent = blas.taken()
+        return f"{lent}'s BLAS" if dtype == "float32" and lent != "own" else "MLX's own"
 
     def free_memory(self) -> int:
         return int(mx.device_info().get("free_memory", super().free_memory()))  # there on CUDA alone

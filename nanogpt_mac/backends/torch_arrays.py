@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,13 +70,33 @@ class TorchArrays(Arrays):
     def _compiled(self, function: Function) -> Function:
         return torch.compile(function, dynamic=False) if self.compiled else function
 
+    def library(self, dtype: str) -> str:
+        if self.device.type != "cpu":
+            return {"cuda": "cuBLAS", "mps": "MPS"}.get(self.device.type, "")
+        known = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+        return known.group(1) if known and dtype == "float32" else ""
+
+    def limit_threads(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+
+    def watched(self, call: Callable[[], Any]) -> tuple[Any, int]:
+        if self.device.type != "mps":
+            return super().watched(call)
+        torch.set_warn_always(True)  # or the second operation that falls back would do so in silence
+        self.counted()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            made, _ = super().watched(call)
+        told = sum("fall back to run on the CPU" in str(warning.message) for warning in seen)
+        return made, max(told, (self.counted() or {}).get("fallbacks", 0))
+
     def free_memory(self) -> int:
         return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else super().free_memory()
 
     def release(self) -> None:
         if self.compiled:
             torch.compiler.reset()  # or the ninth shape of a function would run eagerly, without a word
-        if self.accelerator is not None:
+        if self.accelerator is not None and not self.simulated:  # which keeps nothing
             self.accelerator.empty_cache()
 
     def counted(self) -> Mapping[str, int] | None:

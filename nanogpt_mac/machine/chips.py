@@ -314,3 +314,63 @@ NVIDIA: Mapping[str, Chip] = {
         _nvidia("NVIDIA GeForce RTX 4090", _ADA, 1008, 82.6, 82.6, 165.2, 165.2),
     )
 }
+
+
+# -- matrix products, as published ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a unit of `chip` does in matrix products, FLOP/s by dtype, and how that is known: "theoretical", "measured",
+    or "by digest" (of a page that could not be read)."""
+
+    chip: str
+    what: str
+    flops: Mapping[str, float]
+    status: str
+    source: str
+    link: str
+    peak_of_cpu: bool = False  # the most that this chip's CPU, with its matrix units, can do
+
+
+_AMX = "philipturner/amx-benchmarks", "https://github.com/philipturner/amx-benchmarks"
+_CORSIX = "corsix/amx, fma.md", "https://github.com/corsix/amx/blob/main/fma.md"
+_SME = "tzakharko/m4-sme-exploration; arXiv 2409.18779", "https://github.com/tzakharko/m4-sme-exploration"
+_KTH = "KTH, arXiv 2502.05317", "https://arxiv.org/abs/2502.05317"
+_PYTORCH = "pytorch #198182", "https://github.com/pytorch/pytorch/issues/198182"
+_SWIFT = 'Matt Gallagher, "Training an LLM in Swift", 2026', "https://www.cocoawithlove.com"
+
+
+def _alike(flops: float) -> dict[str, float]:
+    return dict.fromkeys(("float32", "bfloat16", "float16"), flops)
+
+
+PRODUCTS = (
+    Rate("Apple M1 Max", "AMX", {"float32": 3305e9, "float64": 826e9}, "theoretical", *_AMX, peak_of_cpu=True),
+    Rate("Apple M1 Max", "AMX, best seen", {"float32": 2746e9, "float64": 700e9}, "measured", *_AMX),
+    Rate("Apple M1 Max", "AMX instructions, 1 thread", {"float32": 1475e9, "float16": 2959e9}, "measured", *_CORSIX),
+    Rate("Apple M1 Max", "AMX instructions, 2 threads", {"float32": 2957e9, "float16": 5916e9}, "measured", *_CORSIX),
+    Rate(
+        "Apple M1 Max", "AMX instructions, 6 threads", {"float32": 3119e9, "float16": 6263e9}, "measured", *_CORSIX,
+        peak_of_cpu=True,
+    ),
+    Rate("Apple M1 Max", "NEON", {"float32": 801e9}, "theoretical", *_AMX),
+    Rate("Apple M1 Max", "NEON, best seen", {"float32": 655e9}, "measured", *_AMX),
+    Rate("Apple M4", "SME, performance cores", _alike(2000e9), "measured", *_SME),
+    Rate("Apple M4", "SME, efficiency cores", {"float32": 360e9, "float64": 90e9}, "measured", *_SME),
+    Rate(
+        "Apple M4", "SME, both", _alike(2300e9), "measured", *_SME,
+        peak_of_cpu=True,
+    ),
+    Rate("Apple M4", "GPU through MPS", {"float32": 2900e9}, "measured", *_KTH),
+    Rate("Apple M4 Max", "GPU, MPSGraph from 512 on: 7800 to 12000", {"float32": 12000e9}, "measured", *_PYTORCH),
+    Rate("Apple M4 Max", "GPU, torch's own Metal kernel: 1100 to 1400", {"float32": 1400e9}, "measured", *_PYTORCH),
+    Rate("Apple M3 Max", "the Swift story's first: naive Swift", {"float32": 2.8e9}, "by digest", *_SWIFT),
+    Rate("Apple M3 Max", "the Swift story's last: tiled Metal", {"float32": 1100e9}, "by digest", *_SWIFT),
+)  # fmt: skip
+
+
+def cpu_peak(brand: str, dtype: str) -> Rate | None:
+    """The published peak of this chip's CPU in products of `dtype`; None where nobody has published one for it."""
+    known = [rate for rate in PRODUCTS if rate.peak_of_cpu and rate.chip == brand.strip() and dtype in rate.flops]
+    return max(known, key=lambda rate: rate.flops[dtype], default=None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from nanogpt_mac import files
 from nanogpt_mac.records.base import cached, update
+from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.run import MatmulPeaks
 
 
@@ -26,6 +27,18 @@ def name(environment: Mapping[str, Any], framework: str, device: str, *rest: obj
     threads = os.environ.get("OMP_NUM_THREADS"), getattr(os, "sched_getaffinity", lambda _: ())(0)
     version = (environment.get("versions") or {}).get(framework)
     return " ".join(str(part) for part in (*chip, threads[0], len(threads[1]), framework, version, device, *rest))
+
+
+def of_run(
+    environment: Mapping[str, Any],
+    able: Capabilities,
+    dtype: str,
+    precision: str,
+    settings: Mapping[str, Any],
+) -> str:
+    """The key of a training run's peak: `able` is its back end's, `settings` are all that this kind has of its own."""
+    own = (f"{key}={value}" for key, value in sorted(settings.items()))
+    return name(environment, able.framework, able.device, dtype, precision, *own)
 
 
 def best(key: str) -> float | None:

@@ -150,12 +150,16 @@ def gpu_utilisation() -> float | None:
 def chip() -> chips.Chip | None:
     """This machine's accelerator, when chips.py knows it."""
     if on_mac():
-        values = _ask(SYSCTL, parse.sysctl)
-        brand = values.get("machdep.cpu.brand_string") if values else None
-        gpu = _apple_gpu(None)
+        brand, gpu = apple_brand(), _apple_gpu(None)
         return chips.find(brand, gpu.cores if gpu else None) if brand else None
     name, _ = _nvidia_gpu()
     return chips.find(name, None) if name else None
+
+
+def apple_brand() -> str | None:
+    """ "Apple M4 Pro"; None on anything but a Mac."""
+    values = _ask(SYSCTL, parse.sysctl) if on_mac() else None
+    return values.get("machdep.cpu.brand_string") if values else None
 
 
 def _apple_gpu(problems: list[str] | None) -> parse.Gpu | None:

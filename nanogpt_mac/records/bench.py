@@ -95,3 +95,39 @@ class OpReading(Calls):
 
 class OpsBench(Bench):
     readings: tuple[OpReading, ...] = ()
+
+
+class GemmReading(OpReading):
+    """suite=gemm: one matrix product. `error` is of its root mean square, in units of what float32 sums may lose."""
+
+    library: str = ""  # whose product it is
+    coarse: bool = False  # of 16 bits: it sums in less than float32
+
+
+class GemmBench(OpsBench):
+    readings: tuple[GemmReading, ...] = ()
+
+
+class Outcome(StrEnum):
+    """What an operation made of a dtype."""
+
+    OK = "ok"
+    PROMOTES = "promotes"  # the result has another dtype, and is right
+    COARSER = "float32 inside"  # float64 in name, and right as far as float32 goes
+    REFUSED = "refused"
+    ON_CPU = "on the CPU"  # a fallback was counted
+    WRONG = "wrong"
+    ERROR = "error"
+    MEMORY = "out of memory"
+    CRASHED = "crashed"  # or hung: its process gave no answer
+
+
+class DtypeReading(Reading):
+    """suite=ops dtypes=true: one operation in one dtype. `reason` is the framework's own text where it has one."""
+
+    outcome: Outcome = Outcome.CRASHED
+    became: str = ""  # the dtype of its result
+
+
+class DtypeBench(Bench):
+    readings: tuple[DtypeReading, ...] = ()

@@ -24,7 +24,8 @@ from nanogpt_mac.train.display import say
 
 MODULES = {  # each has a SUITE
     "ops": "nanogpt_mac.suites.ops.suite",
-    "gemm": "nanogpt_mac.suites.gemm",
+    "dtypes": "nanogpt_mac.suites.dtypes.suite",
+    "gemm": "nanogpt_mac.suites.gemm.suite",
     "mlp": "nanogpt_mac.suites.mlp",
     "lm": "nanogpt_mac.suites.lm",
     "parts": "nanogpt_mac.suites.parts",
@@ -38,14 +39,18 @@ def suite_of(name: str) -> Suite:
     return suite
 
 
+def _name(config: BenchConfig) -> str:
+    return "dtypes" if config.suite == "ops" and config.dtypes else config.suite
+
+
 def run(config: BenchConfig) -> int:
     """Measure as `config` says; 0: all is right or was skipped, 1: something is wrong, failed, or nothing was measured,
     128 + signal: stopped, with a report of what there is."""
     began = time.monotonic()
     validate(config)
-    suite = suite_of(config.suite)
+    suite = suite_of(_name(config))
     plan = suite.plan(config)
-    folder = run_folder(config.run_dir, f"bench-{config.suite}").resolve()
+    folder = run_folder(config.run_dir, f"bench-{_name(config)}").resolve()
     _announce(config, plan, folder)
     running = Running(suite, config, plan, folder, began + 60 * config.budget_minutes)
     code = None
@@ -57,7 +62,7 @@ def run(config: BenchConfig) -> int:
         say(f"{signals.words(stopped.signum)}; the report is of what was measured until then")
     bench = suite.document.model_validate(
         {
-            "suite": config.suite,
+            "suite": _name(config),
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
             "version": nanogpt_mac.__version__,
             "seconds": time.monotonic() - began,
@@ -72,6 +77,7 @@ def run(config: BenchConfig) -> int:
             "readings": tuple(running.readings),
         }
     )
+    suite.finished(bench)
     publish(folder, suite, bench)
     states = {reading.state for reading in bench.readings}
     return code if code is not None else int(bool(states & {State.WRONG, State.FAILED}) or State.OK not in states)
@@ -129,7 +135,7 @@ class Running:
             for chunk in self.plan.chunks:
                 for way in drawn.sample(self.plan.ways, len(self.plan.ways)):
                     yield Task(
-                        suite=self.config.suite,
+                        suite=_name(self.config),
                         way=way,
                         rows=chunk,
                         round=number,

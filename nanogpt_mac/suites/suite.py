@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -53,9 +54,25 @@ class Suite(ABC):
     @abstractmethod
     def report(self, bench: Bench) -> Report: ...
 
+    def environment(self, way: Way) -> Mapping[str, str] | None:
+        """Of the processes that measure `way`; None: this one's."""
+        return None
+
+    def finished(self, bench: Bench) -> None:  # noqa: B027 (most keep nothing)
+        """What is to be remembered of it, beyond its report."""
+
     def charts(self, bench: Bench) -> dict[str, list[Chart]]:
         """Section id -> its charts."""
         return {}
+
+
+def asked(rows: str | None, names: Iterable[str]) -> list[str]:
+    """Of `names` those that rows= asks for: the one that is called so, or all that have it in them (* is anything)."""
+    known = list(names)
+    if rows in known:
+        return [rows]
+    pattern = f"*{(rows or '').lower()}*"
+    return [name for name in known if fnmatch.fnmatchcase(name.lower(), pattern)]
 
 
 def row_seconds(config: BenchConfig, rows: int, ways: int, rounds: int, most: float = 1.0) -> float:

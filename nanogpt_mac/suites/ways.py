@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from nanogpt_mac.backends import here, kinds
 from nanogpt_mac.backends.arrays import Arrays
@@ -15,16 +16,21 @@ from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.suites import config as configs
 from nanogpt_mac.suites.config import BenchConfig
 
+Ways = dict[str, Way]
 
-def here_for(config: BenchConfig, brings: str = "arrays") -> tuple[tuple[Way, ...], dict[str, str]]:
+
+def here_for(
+    config: BenchConfig, brings: str = "arrays", further: Callable[[Ways], Ways] = lambda found: found
+) -> tuple[tuple[Way, ...], dict[str, str]]:
     """The ways that `config` asks for, and why other back ends are missing.
 
-    `brings` is the attribute of a Kind without which it takes no part. InputError for a way that is not there.
+    `brings` is the attribute of a Kind without which it takes no part; `further` makes of these ways, by name, all that
+    the suite has. InputError for a way that is not there.
     """
     missing, has = here.look()
     missing |= {name: f"it brings no {brings}" for name in has if not getattr(kinds.KINDS[name], brings)}
     found = {way.name: way for name, at in has.items() if name not in missing for way in _of(kinds.KINDS[name], at)}
-    return _chosen(config, found, missing), missing
+    return _chosen(config, further(found), missing), missing
 
 
 def _of(kind: Kind, at: Capabilities) -> list[Way]:
@@ -81,8 +87,9 @@ def _spelt(name: str, found: Mapping[str, Way]) -> Way | None:
     )  # fmt: skip
 
 
-def arrays(way: Way, config: BenchConfig) -> Arrays:
-    """The operations of `way`, in the child that measures it."""
+def arrays(way: Way, config: BenchConfig, settings: Mapping[str, Any] | None = None) -> Arrays:
+    """The operations of `way`, in the child that measures it; `settings` of its kind take the place of `config`'s."""
     kind = kinds.KINDS[kinds.resolve(way.backend)]  # which also installs a simulated device
-    kind.prepare(backend_options(config, way.backend, way.compiled))
+    options = backend_options(config, way.backend, way.compiled)
+    kind.prepare(options if settings is None else replace(options, settings=settings))
     return kind.load_arrays()(kind, way.device, way.compiled)

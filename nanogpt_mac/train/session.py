@@ -252,9 +252,8 @@ def _peak(config: Config, spec: GPTSpec, backend: Backend, environment: Mapping[
         backend.reset_peak_memory()
         return found.flops_per_s
 
-    able, own = backend.capabilities, sorted(backend.options.settings.items())
-    how = config.dtype, config.matmul_precision, *(f"{key}={value}" for key, value in own)
-    return peaks.Peak(peaks.name(environment, able.framework, able.device, *how), measure)
+    able, own = backend.capabilities, backend.options.settings
+    return peaks.Peak(peaks.of_run(environment, able, config.dtype, config.matmul_precision, own), measure)
 
 
 def _work(config: Config, spec: GPTSpec, backend: Backend, measured: peaks.Peak | None) -> Work:

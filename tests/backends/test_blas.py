@@ -20,7 +20,7 @@ a, b = mx.arange(6.0).reshape(2, 3), mx.arange(12.0).reshape(3, 4)
 wide = mx.ones((300, 300))
 print(json.dumps([blas.taken(), (a @ b).tolist(), (b.T @ a.T).tolist(), mx.sum(wide @ wide).item()]))
 """
-linux = pytest.mark.skipif(not blas._reference_blas(), reason="MLX's Linux CPU build alone is lent a BLAS")
+linux = pytest.mark.skipif(not blas.wanted(), reason="MLX's Linux CPU build alone is lent a BLAS")
 
 
 @linux
@@ -41,7 +41,7 @@ def fresh(monkeypatch):
     loaded = []
     monkeypatch.setattr(blas, "_lent", {})
     monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
-    monkeypatch.setattr(blas, "_reference_blas", lambda: True)
+    monkeypatch.setattr(blas, "wanted", lambda: True)
     monkeypatch.setattr(blas, "_shim", lambda name, library, compiler: f"shim for {name}")
 
     class Library:
@@ -92,7 +92,7 @@ def test_what_is_asked_for_and_cannot_be_had_is_refused(fresh, monkeypatch):
 
 
 def test_any_other_mlx_keeps_its_own(fresh, monkeypatch):
-    monkeypatch.setattr(blas, "_reference_blas", lambda: False)
+    monkeypatch.setattr(blas, "wanted", lambda: False)
     blas.lend("auto")
     assert (blas.taken(), fresh) == ("own", [])
 

@@ -43,7 +43,7 @@ def supported() -> None:
 # Files under device/ that share a child; `refused` comes first, before any other warns.
 GROUPS = {
     "device": ["refused", "api", "training", "faults", "timeline"],
-    "kernels": ["metal", "inductor", "product"],
+    "kernels": ["metal", "inductor", "product", "matmul"],
     "opinfo": ["opinfo"],
     "fallback": ["fallback"],
 }

@@ -122,6 +122,7 @@ def test_two_frameworks_two_rounds_and_all_that_is_written(tmp_path):
 
 class Suite:
     reading = Reading
+    environment = staticmethod(lambda way: None)
 
 
 WAYS = tuple(Way(name=name, label=name) for name in "abc")

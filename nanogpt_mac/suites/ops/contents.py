@@ -102,7 +102,7 @@ def report(bench: OpsBench) -> Report:
     found = Results(bench)
     sections = [
         _overall(found),
-        _problems(found),
+        problems(found),
         _families(found),
         _detailed(found, "throughput", "Throughput: milliseconds a call, many queued and waited for once"),
         _detailed(found, "latency", "Latency: milliseconds of one call and one wait"),
@@ -182,7 +182,7 @@ def _overall(found: Results) -> Section:
     return Section("overall", "Every way", notes=[note], tables=[Table("Speed, by geometric mean", columns, rows)])
 
 
-def _problems(found: Results) -> Section:
+def problems(found: Results) -> Section:
     """What has no time, and why; equal reasons once."""
     labels = {way.name: way.label for way in found.bench.ways}
     lines: dict[tuple[State, str, str], list[str]] = {}

@@ -36,7 +36,7 @@ class Ops(Suite):
             raise InputError(f"dtype={config.dtype}: suite=ops times float32; use dtypes=true for what others give")
         from nanogpt_mac.suites.ops.measured import Work
 
-        sizes = asdict(_spec(config))
+        sizes = asdict(model_spec(config))
         rows = _asked(config, all_rows(GPTSpec(**sizes), config.batch_size, config.scale))
         found, missing = ways.here_for(config)
         rounds = config.rounds or (2 if config.scale == 1 else 1)
@@ -77,7 +77,7 @@ class Ops(Suite):
         return contents.charts(bench)
 
 
-def _spec(config: BenchConfig) -> GPTSpec:
+def model_spec(config: BenchConfig) -> GPTSpec:
     sizes = asdict(config.model)
     sizes["vocab_size"] = sizes["vocab_size"] or corpus.vocab_size(config.data)
     if sizes["vocab_size"] is None:

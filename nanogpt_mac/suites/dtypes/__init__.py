@@ -1,0 +1,1 @@
+"""suite=ops dtypes=true: which dtypes every operation takes, and what it makes of them."""
