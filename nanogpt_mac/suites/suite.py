@@ -57,6 +57,10 @@ class Suite(ABC):
         """Section id -> its charts."""
         return {}
 
+    def files(self, bench: Bench) -> dict[str, str]:
+        """Name -> text of further files in the report's folder."""
+        return {}
+
 
 def row_seconds(config: BenchConfig, rows: int, ways: int, rounds: int, most: float = 1.0) -> float:
     """What one row may be timed for, so that half of the budget is left for everything else."""
