@@ -41,13 +41,18 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds a call. `last`: the outputs of the last call that was timed, which had the number `number`."""
+    """Milliseconds a call. `last`: the outputs of the last call that was timed, which had the number `number`.
+
+    `before` are those of the call before it, where more than one was to be kept: a result that stays the same cannot be
+    right for both.
+    """
 
     throughput: Times
     latency: Times
     last: Outputs
     number: int
     queued: int  # calls in a batch of `throughput`
+    before: Outputs | None = None
     fault: str = ""  # why these are not the times of anything
 
 
@@ -70,12 +75,13 @@ def measure(
     with _no_collection():
         latencies = timer.batches(1, clock() + budget_s / 2, budget_s / 2)
         queued, throughputs = 1, latencies
-        if latencies[-1] < batch_s and most > 1:
+        fault = timer.unwaited(1)  # before more is queued behind it
+        if not fault and min(latencies) < batch_s and most > 1:
             end = clock() + budget_s / 2
             queued, first = timer.grown(batch_s, most)
             throughputs = [s / queued for s in timer.batches(queued, end, budget_s / 2, first)]
-        fault = timer.unwaited(queued)
-    return Measured(_times(throughputs), _times(latencies), timer.last, timer.number, queued, fault)
+            fault = timer.unwaited(queued)
+    return Measured(_times(throughputs), _times(latencies), timer.last, timer.number, queued, timer.before, fault)
 
 
 def once(call: Callable[[], Outputs], device: Device, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -88,6 +94,7 @@ class _Timer:
     def __init__(self, call: Callable[[int], Outputs], device: Device, keep: int, clock: Callable[[], float]) -> None:
         self.call, self.device, self.keep, self.clock = call, device, max(keep, 1), clock
         self.last: Outputs = ()
+        self.before: Outputs | None = None
         self.number = -1
 
     def batch(self, calls: int) -> float:
@@ -102,6 +109,8 @@ class _Timer:
             kept.append(outputs)
         self.device.wait([output for outputs in kept for output in outputs])
         took = self.clock() - began
+        if self.keep > 1:
+            self.before = kept[-2] if len(kept) > 1 else self.last or None
         self.last, self.number = kept[-1], number
         return took
 

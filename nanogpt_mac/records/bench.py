@@ -89,6 +89,7 @@ class OpReading(Calls):
     queued: Count = 0  # calls in a batch of `throughput`
     error: Amount | None = None  # of the last timed call, in units of what float32 may lose: 1 would be wrong
     deterministic: bool | None = None  # whether two calls gave the same bits; None: too large to be asked
+    careless: str = ""  # of a right result: where it has lost more than it had to
     floor_ms: Amount | None = None  # what moving its bytes takes here, at least
 
 

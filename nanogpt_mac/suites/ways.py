@@ -83,6 +83,6 @@ def _spelt(name: str, found: Mapping[str, Way]) -> Way | None:
 
 def arrays(way: Way, config: BenchConfig) -> Arrays:
     """The operations of `way`, in the child that measures it."""
-    kind = kinds.KINDS[way.backend]
+    kind = kinds.KINDS[kinds.resolve(way.backend)]  # which also installs a simulated device
     kind.prepare(backend_options(config, way.backend, way.compiled))
     return kind.load_arrays()(kind, way.device, way.compiled)

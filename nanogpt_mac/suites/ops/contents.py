@@ -150,7 +150,9 @@ def _verdict(found: Results) -> str:
     right, wrong = _count(found, State.OK), _count(found, State.WRONG, State.FAILED)
     cells = len(found.bench.rows) * len(found.bench.ways)
     bad = f"{wrong} wrong or failed" if wrong else "none wrong"
-    first = f"{right:,} of {cells:,} were measured and right, {bad}."
+    rest = cells - right - wrong
+    rows = f"{plural(len(found.bench.rows), 'row')} on {plural(len(found.bench.ways), 'way')}"
+    first = f"{rows}: {right:,} right, {bad}" + (f", {rest:,} without a result." if rest else ".")
     told = []
     for way in found.others:
         speed = found.speed(way.name, found.base.name, "throughput", found.bench.rows)
@@ -226,11 +228,8 @@ def _detailed(found: Results, figure: str, title: str) -> Section:
     for row in found.bench.rows:
         cells, mark = [row], Mark.NONE
         for way in found.bench.ways:
-            time, state = found.time(row, way.name, figure), found.state(row, way.name)
-            cells.append(
-                beside(ms(time.value), interval(time.bounds)) if time else HELD.get(state, DASH) if state else DASH
-            )
-            mark = Mark.WRONG if state in (State.WRONG, State.FAILED) else mark
+            cells.append(_cell(found, row, way, figure))
+            mark = Mark.WRONG if found.state(row, way.name) in (State.WRONG, State.FAILED) else mark
         for way in others:
             pair = found.common(way.name, found.base.name, figure, [row])
             cells.append(ratio(pair[0][1] / pair[0][0]) if pair else DASH)
@@ -239,6 +238,17 @@ def _detailed(found: Results, figure: str, title: str) -> Section:
         f"In brackets from the lowest to the highest that a round's interval allows; speed against {found.base.label}."
     )
     return Section(figure, title.split(":")[0], notes=[note], tables=[Table(title, columns, rows)], folded=True)
+
+
+def _cell(found: Results, row: str, way: Way, figure: str) -> str:
+    """A time; of a simulated device what it counted; or why there is none."""
+    if time := found.time(row, way.name, figure):
+        return beside(ms(time.value), interval(time.bounds))
+    counts = next((r.counts for r in found.readings.get((row, way.name), []) if r.counts), None)
+    if counts and figure == "latency":
+        return ", ".join(f"{name}: {count}" for name, count in counts.items() if count)
+    state = found.state(row, way.name)
+    return HELD.get(state, DASH) if state else DASH
 
 
 def _published(found: Results) -> Section:
@@ -280,13 +290,16 @@ def _checks(found: Results) -> Section:
         all_of = [r for (_, w), rs in found.readings.items() if w == way.name for r in rs if r.state is State.OK]
         worst = max((r for r in all_of if r.error is not None), key=lambda r: r.error or 0, default=None)
         unsteady = sorted({r.row for r in all_of if r.deterministic is False})
+        careless = sorted({f"{r.row} ({r.careless})" for r in all_of if r.careless})
         cold = sum(r.cold for r in all_of)
         rows.append([
             way.label, str(len(all_of)), f"{cold}",
             DASH if worst is None or worst.error is None else f"{worst.error:.2f} ({worst.row})",
             _some(unsteady) if unsteady else "none",
+            _some(careless) if careless else "none",
         ])  # fmt: skip
-    columns = ["way", "readings", "of them cold", "largest error, 1 is wrong", "two calls gave different bits"]
+    columns = ["way", "readings", "of them cold", "largest error, 1 is wrong", "two calls gave different bits",
+               "right, but sums lost more than they had to"]  # fmt: skip
     notes = [
         "Every result was held against float64 before its row was timed, and that of the last timed call again.",
         "cold: inputs and outputs rotate past the last cache; other rows need too many copies for that, and are warm.",

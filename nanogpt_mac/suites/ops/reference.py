@@ -1,158 +1,26 @@
-"""What every operation must give: numpy in float64, without a framework. A result is held against it piece by piece.
-
-A tolerance is relative to the sum of |terms| that a number is made of, and grows with the root of how many there are:
-what float32 loses in any order of summing. Copies, maxima and indices must be exact.
-"""
+"""What every operation and every gradient must give: numpy in float64, without a framework."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
+from nanogpt_mac.suites.ops.checked import (
+    Array,
+    Expected,
+    Piece,
+    Pieces,
+    Product,
+    blocks,
+    by_first,
+    exactly,
+    total,
+    whole,
+)
 from nanogpt_mac.suites.ops.rows import SLOPE, Row
-
-EPSILON = 2.0**-23
-PIECE = 1 << 22  # elements that are held in float64 at once
-ROWS = 64  # of a large product that are computed in full
-FULL = 5e8  # multiplications of a product that is
-
-Array = np.ndarray
-Piece = tuple[Any, Array, Array | float]  # where in the output, what must stand there, the sum of its |terms|
-
-
-def tolerance(depth: float) -> float:
-    return EPSILON * (16 + 4 * math.sqrt(depth))
-
-
-class Off(NamedTuple):
-    """The largest deviation of a result, in units of what float32 may lose: above 1 it is wrong."""
-
-    share: float
-    words: str = ""  # where, and what stands there
-
-
-class Expected(Protocol):
-    """One output."""
-
-    def off(self, got: Array) -> Off: ...
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """An output that is computed piece by piece; `depth` terms are summed in each number. A scale of 0 is exact."""
-
-    shape: tuple[int, ...]
-    pieces: Callable[[], Iterator[Piece]]
-    depth: float = 1
-
-    def off(self, got: Array) -> Off:
-        if got.shape != self.shape:
-            return _shape(got, self.shape)
-        found = [_off(got[where], value, tolerance(self.depth) * scale) for where, value, scale in self.pieces()]
-        return max(found, default=Off(0.0))
-
-
-@dataclass(frozen=True)
-class Product:
-    """`a @ b + plus`, (..., M, K) by (..., K, N): all of it by random signs (Freivalds), at the cost of one column, and
-    as many rows in full as can be afforded."""
-
-    a: Array
-    b: Array
-    plus: Array | float = 0.0
-
-    def off(self, got: Array) -> Off:
-        if got.shape != (shape := (*self.a.shape[:-1], self.b.shape[-1])):
-            return _shape(got, shape)
-        m, n = (math.prod(got.shape[:-1]) if self.b.ndim == 2 else got.shape[-2]), got.shape[-1]
-        a, b, got = (
-            self.a.reshape(-1, m, self.a.shape[-1]),
-            self.b.reshape(-1, *self.b.shape[-2:]),
-            got.reshape(-1, m, n),
-        )
-        k = a.shape[-1]
-        rng = np.random.default_rng(0)
-        signs = rng.choice([-1.0, 1.0], n)
-        few = ROWS if len(a) * m * k * n > FULL else len(a) * m
-        chosen = np.sort(rng.choice(len(a) * m, min(few, len(a) * m), replace=False))
-        plus = np.broadcast_to(np.asarray(self.plus, np.float64), n)
-        worst, allowed = Off(0.0), tolerance(k)
-        for batch, (one, other) in enumerate(zip(a, b, strict=True)):
-            norms = np.sqrt(np.einsum("kn,kn->n", other, other, dtype=np.float64))
-            signed = _product(other, signs)
-            for rows in _blocks(m, max(k, n)):
-                left = one[rows].astype(np.float64)
-                sizes = np.sqrt((left**2).sum(-1))
-                scale = sizes * math.sqrt(float((norms**2).sum())) + np.abs(plus).sum()
-                worst = max(worst, _off(got[batch, rows] @ signs, left @ signed + plus @ signs, allowed * scale))
-            here = chosen[(chosen >= batch * m) & (chosen < (batch + 1) * m)] - batch * m
-            for some in np.array_split(here, max(1, len(here) * max(k, n) // PIECE)):
-                left = one[some].astype(np.float64)
-                scale = np.sqrt((left**2).sum(-1))[:, None] * norms + np.abs(plus)
-                worst = max(worst, _off(got[batch, some], _product(left, other) + plus, allowed * scale))
-        return worst
-
-
-def _product(a: Array, b: Array) -> Array:
-    """In float64, without a copy of more than a piece of what is not."""
-    if a.dtype == b.dtype == np.float64 or a.size + b.size <= PIECE:
-        return a.astype(np.float64, copy=False) @ b.astype(np.float64, copy=False)
-    if a.size >= b.size:
-        return np.concatenate([a[rows].astype(np.float64) @ b for rows in _blocks(len(a), a.shape[1])])
-    total = np.zeros((*a.shape[:-1], b.shape[1]))
-    for k in _blocks(len(b), b.shape[1]):
-        total += a[..., k].astype(np.float64) @ b[k].astype(np.float64)
-    return total
-
-
-def _off(got: Array, value: Array, allowed: Array | float) -> Off:
-    off = np.abs(got.astype(np.float64) - value)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = np.where(off == 0, 0.0, off / allowed)
-    shares = np.where(np.isnan(shares), np.inf, shares)
-    if not shares.size:
-        return Off(0.0)
-    at = np.unravel_index(int(shares.argmax()), shares.shape)
-    wanted = np.broadcast_to(value, shares.shape)[at]
-    return Off(float(shares[at]), f"{got[at]:.8g} in place of {wanted:.8g}")
-
-
-def _shape(got: Array, shape: tuple[int, ...]) -> Off:
-    return Off(math.inf, f"its shape is {got.shape}, not {shape}")
-
-
-def _blocks(length: int, width: int) -> Iterator[slice]:
-    step = max(1, PIECE // max(width, 1))
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
-
-
-# -- the pieces -------------------------------------------------------------------------------------------------------
-
-
-def _whole(value: Array, scale: Array | float = 0.0, depth: float = 1) -> Pieces:
-    value = np.asarray(value)
-    return Pieces(value.shape, lambda: iter([(..., value, scale)]), depth)
-
-
-def _by_first(
-    shape: tuple[int, ...], function: Callable[..., tuple[Array, Array | float]], *arrays: Array, depth: float = 1
-) -> Pieces:
-    """`function` of the same stretch of the first axis of every array, in float64: value and scale."""
-
-    def pieces() -> Iterator[Piece]:
-        for rows in _blocks(shape[0], math.prod(shape[1:])):
-            yield rows, *function(*(a[rows].astype(np.float64) for a in arrays))
-
-    return Pieces(shape, pieces, depth)
-
-
-def _exactly(shape: tuple[int, ...], function: Callable[[slice], Array]) -> Pieces:
-    """A stretch of the first axis at a time, which must be there bit for bit."""
-    return Pieces(shape, lambda: ((r, function(r), 0.0) for r in _blocks(shape[0], math.prod(shape[1:]))))
 
 
 def expected(row: Row, inputs: Sequence[Array], cotangent: Array | None = None) -> list[Expected]:
@@ -169,10 +37,10 @@ def _map(function: Callable[[Array], Array], slope: Callable[[Array], Array], sc
     """An operation on each number by itself, its derivative, and what it is a sum of."""
 
     def both(row: Row, x: Array, g: Array | None = None) -> Both:
-        out = _by_first(x.shape, lambda x: (function(x), scale(x)), x)
+        out = by_first(x.shape, lambda x: (function(x), scale(x)), x)
         if g is None:
             return [out], {}
-        return [out], {0: _by_first(x.shape, lambda x, g: (g * slope(x), g * (1 + np.abs(x))), x, g)}
+        return [out], {0: by_first(x.shape, lambda x, g: (g * slope(x), g * (1 + np.abs(x))), x, g)}
 
     return both
 
@@ -208,12 +76,12 @@ def _gelu(row: Row, x: Array, g: Array | None = None) -> Both:
 
 def _prelu(row: Row, x: Array, a: Array, g: Array | None = None) -> Both:
     slope = float(a[0])
-    out = _by_first(x.shape, lambda x: (np.where(x > 0, x, slope * x), np.abs(x) * max(1, abs(slope))), x)
+    out = by_first(x.shape, lambda x: (np.where(x > 0, x, slope * x), np.abs(x) * max(1, abs(slope))), x)
     if g is None:
         return [out], {}
-    dx = _by_first(x.shape, lambda x, g: (g * np.where(x > 0, 1, slope), np.abs(g) * max(1, abs(slope))), x, g)
+    dx = by_first(x.shape, lambda x, g: (g * np.where(x > 0, 1, slope), np.abs(g) * max(1, abs(slope))), x, g)
     terms = np.minimum(x, 0).astype(np.float64) * g
-    return [out], {0: dx, 1: _whole(terms.sum(keepdims=True).reshape(1), np.abs(terms).sum(), terms.size)}
+    return [out], {0: dx, 1: total(terms.sum(keepdims=True).reshape(1), terms.size)}
 
 
 def _softmax(row: Row, x: Array, g: Array | None = None) -> Both:
@@ -231,44 +99,44 @@ def _softmax(row: Row, x: Array, g: Array | None = None) -> Both:
         return y * (g - mean), scale * (np.abs(g) + np.abs(mean))
 
     depth = x.shape[-1]
-    out = _by_first(x.shape, forward, x, depth=depth)
-    return [out], {} if g is None else {0: _by_first(x.shape, backward, x, g, depth=depth)}
+    out = by_first(x.shape, forward, x, depth=depth)
+    return [out], {} if g is None else {0: by_first(x.shape, backward, x, g, depth=depth)}
 
 
 def _sum(row: Row, x: Array, g: Array | None = None) -> Both:
     axis = row.settings["axis"]
-    total = x.sum(axis, dtype=np.float64)
-    out = _whole(total, np.abs(total), x.size / total.size)  # its terms are positive
+    sums = x.sum(axis, dtype=np.float64)
+    out = total(sums, x.size / sums.size)
     if g is None:
         return [out], {}
     spread = np.broadcast_to(g if axis is None else np.expand_dims(g, axis), x.shape)
-    return [out], {0: _exactly(x.shape, lambda rows: spread[rows])}
+    return [out], {0: exactly(x.shape, lambda rows: spread[rows])}
 
 
 def _argmax(row: Row, x: Array) -> Both:
-    return [_whole(x.argmax(row.settings["axis"]))], {}
+    return [whole(x.argmax(row.settings["axis"]))], {}
 
 
 def _sort(row: Row, x: Array, g: Array | None = None) -> Both:
     axis = row.settings["axis"]
     if g is None and row.op == "sort":
-        return [_whole(np.sort(x, axis))], {}
+        return [whole(np.sort(x, axis))], {}
     order = x.argsort(axis)
-    values = _whole(np.take_along_axis(x, order, axis))
+    values = whole(np.take_along_axis(x, order, axis))
     if g is None:
-        return [values, _whole(order)], {}
+        return [values, whole(order)], {}
     dx = np.zeros_like(g)
     np.put_along_axis(dx, order, g, axis)
-    return [values], {0: _whole(dx)}
+    return [values], {0: whole(dx)}
 
 
 def _bce(row: Row, p: Array, t: Array, g: Array | None = None) -> Both:
-    total = -sum(
+    lost = -sum(
         float(np.where(b > 0, np.log(a), np.log1p(-a)).sum())
-        for rows in _blocks(len(p), p.size // len(p))
+        for rows in blocks(len(p), p.size // len(p))
         for a, b in [(p[rows].astype(np.float64), t[rows])]
     )
-    out = _whole(np.asarray(total / p.size), total / p.size, p.size)
+    out = total(np.asarray(lost / p.size), p.size)
     if g is None:
         return [out], {}
     each = float(g) / p.size
@@ -277,22 +145,22 @@ def _bce(row: Row, p: Array, t: Array, g: Array | None = None) -> Both:
         d = each * (p - t) / (p * (1 - p))
         return d, np.abs(d) / np.minimum(p, 1 - p)
 
-    return [out], {0: _by_first(p.shape, slope, p, t)}
+    return [out], {0: by_first(p.shape, slope, p, t)}
 
 
 def _cross_entropy(row: Row, x: Array, targets: Array, g: Array | None = None) -> Both:
     x64 = x.astype(np.float64)
     low = x64 - x64.max(-1, keepdims=True)
-    total = np.exp(low).sum(-1, keepdims=True)
-    each = np.log(total)[:, 0] - low[np.arange(len(x)), targets]
-    out = _whole(np.asarray(each.mean()), (1 + np.abs(x64).max(-1)).mean(), len(x))
+    sums = np.exp(low).sum(-1, keepdims=True)
+    each = np.log(sums)[:, 0] - low[np.arange(len(x)), targets]
+    out = whole(np.asarray(each.mean()), (1 + np.abs(x64).max(-1)).mean(), len(x))
     if g is None:
         return [out], {}
-    p = np.exp(low) / total
+    p = np.exp(low) / sums
     hot = np.zeros_like(p)
     hot[np.arange(len(x)), targets] = 1
     share = float(g) / len(x)
-    return [out], {0: _whole((p - hot) * share, (p * (1 - low) + hot) * share, x.shape[-1])}
+    return [out], {0: whole((p - hot) * share, (p * (1 - low) + hot) * share, x.shape[-1])}
 
 
 def _concat(row: Row, a: Array, b: Array, g: Array | None = None) -> Both:
@@ -300,7 +168,7 @@ def _concat(row: Row, a: Array, b: Array, g: Array | None = None) -> Both:
     cut = a.shape[axis]
     left, right = ((slice(None),) * axis + (s,) for s in (slice(None, cut), slice(cut, None)))
     both = Pieces(row.output, lambda: iter([(left, a, 0.0), (right, b, 0.0)]))
-    return [both], {} if g is None else {0: _whole(g[left]), 1: _whole(g[right])}
+    return [both], {} if g is None else {0: whole(g[left]), 1: whole(g[right])}
 
 
 # -- by index ---------------------------------------------------------------------------------------------------------
@@ -311,16 +179,15 @@ def _added(index: Array, rows: int, values: Array) -> Array:
     from scipy.sparse import csr_array
 
     ones = csr_array((np.ones(len(index)), (index, np.arange(len(index)))), (rows, len(index)))
-    columns = _blocks(values.shape[1], len(values))
+    columns = blocks(values.shape[1], len(values))
     return np.concatenate([ones @ values[:, c].astype(np.float64) for c in columns], axis=1)
 
 
 def _gather(row: Row, table: Array, index: Array, g: Array | None = None) -> Both:
-    out = _exactly(row.output, lambda rows: table[index[rows]])
+    out = exactly(row.output, lambda rows: table[index[rows]])
     if g is None:
         return [out], {}
-    sums = _added(index, len(table), g)  # whose terms are positive
-    return [out], {0: _whole(sums, np.abs(sums), _most(index))}
+    return [out], {0: total(_added(index, len(table), g), _most(index))}
 
 
 def _most(index: Array) -> int:
@@ -331,16 +198,16 @@ def _scatter(row: Row, into: Array, index: Array, values: Array, g: Array | None
     out = into.copy()
     out[index] = values
     if g is None:
-        return [_whole(out)], {}
+        return [whole(out)], {}
     kept = g.copy()
     kept[index] = 0
-    return [_whole(out)], {0: _whole(kept), 2: _whole(g[index])}
+    return [whole(out)], {0: whole(kept), 2: whole(g[index])}
 
 
 def _scatter_sum(row: Row, into: Array, index: Array, values: Array, g: Array | None = None) -> Both:
     scale = np.abs(into) + _added(index, len(into), np.abs(values))
-    out = _whole(into + _added(index, len(into), values), scale, 1 + _most(index))
-    return [out], {} if g is None else {0: _whole(g), 2: _exactly(values.shape, lambda rows: g[index[rows]])}
+    out = whole(into + _added(index, len(into), values), scale, 1 + _most(index))
+    return [out], {} if g is None else {0: whole(g), 2: exactly(values.shape, lambda rows: g[index[rows]])}
 
 
 def _scatter_max(row: Row, into: Array, index: Array, values: Array, g: Array | None = None) -> Both:
@@ -350,9 +217,9 @@ def _scatter_max(row: Row, into: Array, index: Array, values: Array, g: Array | 
     touched = index[order][starts]
     out[touched] = np.maximum(into[touched], np.maximum.reduceat(values[order], starts, axis=0))
     if g is None:
-        return [_whole(out)], {}
-    won = _exactly(values.shape, lambda rows: np.where(values[rows] == out[index[rows]], g[index[rows]], 0))
-    return [_whole(out)], {0: _whole(np.where(into == out, g, 0)), 2: won}
+        return [whole(out)], {}
+    won = exactly(values.shape, lambda rows: np.where(values[rows] == out[index[rows]], g[index[rows]], 0))
+    return [whole(out)], {0: whole(np.where(into == out, g, 0)), 2: won}
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -374,7 +241,7 @@ def _linear(row: Row, x: Array, w: Array, *rest: Array) -> Both:
         return [out], {}
     x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     db = g2.sum(0, dtype=np.float64)
-    return [out], {0: Product(g, w), 1: Product(g2.T, x2), 2: _whole(db, np.abs(db), len(g2))}
+    return [out], {0: Product(g, w), 1: Product(g2.T, x2), 2: total(db, len(g2))}
 
 
 def _windows(x: Array, lengths: tuple[int, ...]) -> Array:
@@ -393,7 +260,7 @@ def _conv(row: Row, x: Array, w: Array, g: Array | None = None) -> Both:
         norms = np.sqrt((flat**2).sum(-1))
 
         def pieces() -> Iterator[Piece]:
-            for rows in _blocks(len(x), math.prod(shape[1:-1]) * flat.shape[1]):
+            for rows in blocks(len(x), math.prod(shape[1:-1]) * flat.shape[1]):
                 seen = _windows(x[rows].astype(np.float64), w.shape[1:-1])
                 seen = seen.reshape(*seen.shape[: x.ndim - 1], -1)
                 yield rows, seen @ flat.T, np.sqrt((seen**2).sum(-1))[..., None] * norms
@@ -407,7 +274,7 @@ def _conv(row: Row, x: Array, w: Array, g: Array | None = None) -> Both:
     turned = np.moveaxis(np.flip(w, tuple(range(1, w.ndim - 1))), 0, -1)  # (length..., channels, outputs)
     dx = through(around, np.moveaxis(turned, -2, 0), x.shape)
     dw, of_g, of_x = np.zeros((len(w), depth)), np.zeros(len(w)), np.zeros(depth)
-    for rows in _blocks(len(x), math.prod(row.output[1:-1]) * depth):
+    for rows in blocks(len(x), math.prod(row.output[1:-1]) * depth):
         seen = _windows(x[rows].astype(np.float64), lengths).reshape(-1, depth)
         g2 = g[rows].reshape(-1, len(w)).astype(np.float64)
         dw += g2.T @ seen
@@ -415,7 +282,7 @@ def _conv(row: Row, x: Array, w: Array, g: Array | None = None) -> Both:
         of_x += (seen**2).sum(0)
     scale = np.sqrt(of_g)[:, None] * np.sqrt(of_x)
     summed = g.size / len(w)
-    return [out], {0: dx, 1: _whole(dw.reshape(w.shape), scale.reshape(w.shape), summed)}
+    return [out], {0: dx, 1: whole(dw.reshape(w.shape), scale.reshape(w.shape), summed)}
 
 
 # -- of a Transformer -------------------------------------------------------------------------------------------------
@@ -441,19 +308,19 @@ def _layer_norm(row: Row, x: Array, w: Array, *rest: Array) -> Both:
         sizes = np.abs(d) + np.abs(d).mean(-1, keepdims=True) + np.abs(z) * np.abs(d * z).mean(-1, keepdims=True)
         return (d - mean - z * along) * one, sizes * one * (1 + np.abs(z))
 
-    out = _by_first(x.shape, forward, x, depth=depth)
+    out = by_first(x.shape, forward, x, depth=depth)
     if g is None:
         return [out], {}
     dw, of_w, db = np.zeros(depth), np.zeros(depth), np.zeros(depth)
     columns, g2 = x.reshape(-1, depth), g.reshape(-1, depth)
-    for rows in _blocks(len(columns), depth):
+    for rows in blocks(len(columns), depth):
         terms = g2[rows] * z_of(columns[rows].astype(np.float64))[0]
         dw, of_w, db = dw + terms.sum(0), of_w + np.abs(terms).sum(0), db + g2[rows].sum(0, dtype=np.float64)
     count = len(columns)
     return [out], {
-        0: _by_first(x.shape, backward, x, g, depth=depth),
-        1: _whole(dw, of_w, count),
-        2: _whole(db, np.abs(db), count),
+        0: by_first(x.shape, backward, x, g, depth=depth),
+        1: whole(dw, of_w, count),
+        2: total(db, count),
     }
 
 
@@ -489,10 +356,10 @@ def _sdpa(row: Row, q: Array, k: Array, v: Array, g: Array | None = None) -> Bot
 
         return of
 
-    out = _by_first(q.shape, forward, q, k, v, depth=depth)
+    out = by_first(q.shape, forward, q, k, v, depth=depth)
     if g is None:
         return [out], {}
-    return [out], {i: _by_first((q, k, v)[i].shape, backward(i), q, k, v, g, depth=depth) for i in range(3)}
+    return [out], {i: by_first((q, k, v)[i].shape, backward(i), q, k, v, g, depth=depth) for i in range(3)}
 
 
 ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "decay": 0.1, "epsilon": 1e-8, "step": 10}
@@ -513,8 +380,8 @@ def _adamw(row: Row, p: Array, g: Array, m: Array, v: Array) -> Both:
         update = first / (np.sqrt(second) + o["epsilon"])
         return p * (1 - o["lr"] * o["decay"]) - o["lr"] * update, np.abs(p) + o["lr"] * (1 + np.abs(m) + np.abs(g))
 
-    new = _by_first(p.shape, weight, p, g, m, v)
-    return [new, _by_first(p.shape, moment, g, m), _by_first(p.shape, square, g, v)], {}
+    new = by_first(p.shape, weight, p, g, m, v)
+    return [new, by_first(p.shape, moment, g, m), by_first(p.shape, square, g, v)], {}
 
 
 _OPERATIONS: dict[str, Callable[..., Both]] = {

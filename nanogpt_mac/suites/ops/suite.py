@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nanogpt_mac import corpus
+from nanogpt_mac.config import BackendConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine import bandwidth, probe
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from nanogpt_mac.report.charts import Chart
     from nanogpt_mac.report.table import Report
 
-CHUNK_ROWS, CHUNK_BYTES = 60, 3 << 30  # of one process: at full size about ten rows, whose memory it gives back
+CHUNK_BYTES = 3 << 30  # of one process: at full size about ten rows, whose memory it gives back
 FEWEST_ROW_S = 0.02
 
 
@@ -44,6 +46,7 @@ class Ops(Suite):
             scale=config.scale,
             seed=config.seed,
             cache=config.cache,
+            backend=asdict(config.backend) | {"name": "auto"},
             bandwidth=bandwidth.of_cpu(),
         )
         row_s = row_seconds(config, len(rows), len(found), rounds, most=max(config.scale, FEWEST_ROW_S))
@@ -56,9 +59,10 @@ class Ops(Suite):
         rows = all_rows(GPTSpec(**work.sizes), work.batch, work.scale)  # type: ignore[arg-type]
         chip = probe.chip() if task.way.accelerator else None
         cited = chip.bandwidth if chip is not None else None
+        arrays = ways.arrays(task.way, BenchConfig(backend=BackendConfig(**work.backend)))
         if task.way.accelerator:  # one whose bandwidth no table has has no floor
-            return Measuring(task, ways.arrays(task.way, BenchConfig()), rows, work, cited or float("inf"), CITED)
-        return Measuring(task, ways.arrays(task.way, BenchConfig()), rows, work, work.bandwidth, MEASURED)
+            return Measuring(task, arrays, rows, work, cited or math.inf, CITED)
+        return Measuring(task, arrays, rows, work, work.bandwidth, MEASURED)
 
     def report(self, bench: Bench) -> Report:
         from nanogpt_mac.suites.ops import contents
@@ -84,6 +88,8 @@ def _spec(config: BenchConfig) -> GPTSpec:
 def _asked(config: BenchConfig, rows: dict[str, Row]) -> dict[str, Row]:
     if config.rows is None:
         return rows
+    if config.rows in rows:
+        return {config.rows: rows[config.rows]}
     pattern = f"*{config.rows.lower()}*"
     found = {name: row for name, row in rows.items() if fnmatch.fnmatchcase(name.lower(), pattern)}
     if not found:
@@ -94,10 +100,10 @@ def _asked(config: BenchConfig, rows: dict[str, Row]) -> dict[str, Row]:
 
 def _chunks(rows: dict[str, Row]) -> list[tuple[str, ...]]:
     chunks: list[list[str]] = []
-    full = CHUNK_BYTES
+    full = CHUNK_BYTES  # the first begins one
     for name, row in rows.items():
         full += row.input_bytes + row.output_bytes + row.gradient_bytes
-        if full > CHUNK_BYTES or len(chunks[-1]) == CHUNK_ROWS:
+        if full > CHUNK_BYTES:
             full = row.input_bytes + row.output_bytes + row.gradient_bytes
             chunks.append([])
         chunks[-1].append(name)
