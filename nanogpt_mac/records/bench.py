@@ -100,6 +100,7 @@ class OpsBench(Bench):
 class NetReading(Reading):
     """suite=mlp, suite=lm: one network, trained or asked, in one process: a run."""
 
+    batch: Count = 0  # rows of a step of training
     epochs_s: tuple[Amount, ...] = ()  # seconds of each timed epoch, in their order; of suite=lm, of so many iterations
     median_s: Amount | None = None  # of `epochs_s`
     calls: Times | None = None  # of inference: milliseconds a call

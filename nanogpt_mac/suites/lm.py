@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
 from nanogpt_mac import corpus
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.nets import LMSpec
+from nanogpt_mac.config import BackendConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.bench import NetReading, State, Task
@@ -38,6 +40,7 @@ class Work(Record):
     placement: str
     sync: str
     seed: int
+    backend: dict[str, Any]  # settings of back ends
     iterations: int = ITERATIONS
 
 
@@ -65,6 +68,7 @@ class LM(Nets):
             placement=config.placement,
             sync=config.sync,
             seed=config.seed,
+            backend=asdict(config.backend) | {"name": "auto"},
         )
         rounds = config.rounds or 5
         row_s = row_seconds(config, sum(map(len, chunks)), len(found), rounds, most=MOST_ROW_S)
@@ -72,7 +76,7 @@ class LM(Nets):
 
     def measuring(self, task: Task) -> Callable[[str], NetReading]:
         work = Work.model_validate(task.work)
-        arrays = ways.arrays(task.way, BenchConfig())
+        arrays = ways.arrays(task.way, BenchConfig(backend=BackendConfig(**work.backend)))
         tokens = corpus.prepare(corpus.DataConfig(**work.corpus))  # type: ignore[arg-type]
 
         def row(name: str) -> NetRow:

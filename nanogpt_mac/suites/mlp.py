@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.nets import MLPSpec
+from nanogpt_mac.config import BackendConfig
 from nanogpt_mac.corpus import mnist
 from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.bench import Task
@@ -36,6 +39,7 @@ class Work(Record):
     placement: str
     sync: str
     seed: int
+    backend: dict[str, Any]  # settings of back ends
 
 
 def _name(widths: tuple[int, ...], what: str) -> str:
@@ -69,13 +73,14 @@ class MLP(Nets):
             placement=config.placement,
             sync=config.sync,
             seed=config.seed,
+            backend=asdict(config.backend) | {"name": "auto"},
         )
         row_s = row_seconds(config, sum(map(len, chunks)), len(found), rounds, most=MOST_ROW_S)
         return Plan(found, chunks, rounds, row_s, missing, work.model_dump())
 
     def measuring(self, task: Task) -> Measuring:
         work = Work.model_validate(task.work)
-        arrays = ways.arrays(task.way, BenchConfig())
+        arrays = ways.arrays(task.way, BenchConfig(backend=BackendConfig(**work.backend)))
         images = mnist.stand_in() if work.stand_in else mnist.load(Path(work.folder), given=True)
         inputs, answers = _shares(images.train[: work.images]), images.train_classes[: work.images].astype(np.int32)
         tests, classes = _shares(images.test), images.test_classes.astype(np.int32)

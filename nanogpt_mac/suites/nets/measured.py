@@ -155,6 +155,7 @@ class _One:
         accuracy, distance = self._check_last(before, self.order(len(epochs)))
         return {
             **checked,
+            "batch": self.row.batch,
             "epochs_s": tuple(epochs),
             "median_s": statistics.median(epochs),
             "run_s": run_s,

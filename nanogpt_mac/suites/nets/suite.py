@@ -47,10 +47,9 @@ class Nets(Suite):
             columns = [*(f"epoch_{i}" for i in range(most)), "batch_size", "avg", "iter_total", "network", "data"]
             lines: list[list[object]] = []
             for r in trained:
-                network, _, what = r.row.partition(" ")
                 blanks = [""] * (most - len(r.epochs_s))
-                batch = what.removeprefix("batch ")
-                lines.append([*r.epochs_s, *blanks, batch, statistics.fmean(r.epochs_s), r.run_s, network, data])
+                mean, network = statistics.fmean(r.epochs_s), r.row.split()[0]
+                lines.append([*r.epochs_s, *blanks, r.batch, mean, r.run_s, network, data])
             if lines:
                 found[f"training-{way.name}.csv"] = _csv(columns, lines)
             if asked_for:
