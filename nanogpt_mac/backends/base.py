@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `--help` has no time for it
     import numpy as np
 
     from nanogpt_mac.backends.arrays import Arrays
+    from nanogpt_mac.backends.nets import Net
     from nanogpt_mac.backends.parts import Parts
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -128,6 +129,7 @@ class Kind:
     arrays: str = (
         ""  # "module:Class" of its single operations, backends/arrays.py, for bench.py; none: it takes no part
     )
+    nets: str = ""  # "module:Class" of its small networks, backends/nets.py; none: not in suite=mlp and suite=lm
     also_on: tuple[str, ...] = ()  # further devices that its arrays may be put on, where it has another one by default
     rungs: tuple[Rung, ...] = ()
     falls_back: Mapping[str, str] = field(default_factory=dict)  # environment in which the CPU does what it lacks
@@ -155,6 +157,11 @@ class Kind:
     def load_arrays(self) -> type[Arrays]:
         """As `load`, of its single operations. Only where `arrays` says where they are."""
         cls: type[Arrays] = loaded(self.arrays)
+        return cls
+
+    def load_nets(self) -> type[Net]:
+        """As `load`, of its small networks. Only where `nets` says where they are."""
+        cls: type[Net] = loaded(self.nets)
         return cls
 
     @property

@@ -96,6 +96,7 @@ def _keep_freed_memory() -> None:
 TORCH: dict[str, Any] = {
     "cls": "nanogpt_mac.backends.torch_backend:TorchBackend",
     "arrays": "nanogpt_mac.backends.torch_arrays:TorchArrays",
+    "nets": "nanogpt_mac.backends.torch_nets:TorchNet",
     "framework": "torch",
     "compiler": "torch.compile",
     "settings": TorchSettings,
@@ -193,6 +194,7 @@ KINDS: dict[str, Kind] = {
             name="mlx",
             cls="nanogpt_mac.backends.mlx_backend:MLXBackend",
             arrays="nanogpt_mac.backends.mlx_arrays:MLXArrays",
+            nets="nanogpt_mac.backends.mlx_nets:MLXNet",
             also_on=("cpu",),
             label="MLX",
             framework="mlx",

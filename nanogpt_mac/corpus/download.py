@@ -12,8 +12,12 @@ from nanogpt_mac.network import NoNetwork, reaching
 TIMEOUT_S = (4, 10)  # to connect to one address, and between two pieces of the answer
 
 
-def download(url: str, sha256: str) -> bytes:
-    """The bytes at `url`, which must have this sha256. Nothing is kept on disk, whatever happens.
+def download(
+    url: str, known: str, algorithm: str = "sha256", key: str = "data.url", instead: str = "data.path=FILE"
+) -> bytes:
+    """The bytes at `url`, whose checksum by `algorithm` is `known`. Nothing is kept on disk, whatever happens.
+
+    An error names `key`, and `instead` as what gives a local copy.
 
     Raises NoNetwork where no connection could be made, and InputError where one was made but the answer is
     an HTTP error, is cut short or has another checksum. Proxies are taken from the environment, as
@@ -22,28 +26,23 @@ def download(url: str, sha256: str) -> bytes:
     import pooch
     import requests
 
+    expected = f"a whole file with {algorithm} {known}; nothing was kept; try again, or use a local copy with {instead}"
     pooch.get_logger().setLevel(logging.WARNING)
     print(f"downloading {url}", file=sys.stderr)
     fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=TIMEOUT_S)
     with temporary_folder() as folder:
         try:
-            retrieve = partial(pooch.retrieve, url, f"sha256:{sha256}", "download", folder, downloader=fetch)
+            retrieve = partial(pooch.retrieve, url, f"{algorithm}:{known}", "download", folder, downloader=fetch)
             file = reaching(url, retrieve)
         except requests.RequestException as error:
             if error.response is not None:
                 error.response.close()  # pooch leaves it open
             if _unreachable(error):
                 raise NoNetwork(str(_reason(error))) from error
-            raise InputError(f"data.url={url}: {_describe(error)}; expected {_expected(sha256)}") from error
+            raise InputError(f"{key}={url}: {_describe(error)}; expected {expected}") from error
         except ValueError as error:  # pooch: the checksum differs
-            raise InputError(
-                f"data.url={url}: the file there is cut short or altered; expected {_expected(sha256)}"
-            ) from error
+            raise InputError(f"{key}={url}: the file there is cut short or altered; expected {expected}") from error
         return Path(file).read_bytes()
-
-
-def _expected(sha256: str) -> str:
-    return f"a whole file with sha256 {sha256}; nothing was kept; try again, or use a local copy with data.path=FILE"
 
 
 def _reason(error: Exception) -> object:

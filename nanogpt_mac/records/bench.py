@@ -131,3 +131,24 @@ class DtypeReading(Reading):
 
 class DtypeBench(Bench):
     readings: tuple[DtypeReading, ...] = ()
+
+
+class NetReading(Reading):
+    """suite=mlp, suite=lm: one network, trained or asked, in one process: a run."""
+
+    batch: Count = 0  # rows of a step of training
+    epochs_s: tuple[Amount, ...] = ()  # seconds of each timed epoch, in their order; of suite=lm, of so many iterations
+    median_s: Amount | None = None  # of `epochs_s`
+    calls: Times | None = None  # of inference: milliseconds a call
+    run_s: Amount | None = None  # all of them and what lay between
+    cpu: Amount | None = None  # seconds of process CPU time per second of the epochs
+    gpu: Amount | None = None  # share of the time in which the GPU was busy, 0 to 1
+    accuracy: Amount | None = None  # on the test images after the epoch that was checked
+    accuracy_last: Amount | None = None  # after the last
+    distance: Amount | None = None  # from float64's weights after the checked epoch, relative
+    distance_last: Amount | None = None  # the same of the last timed epoch; None: too many steps for it
+    counts: dict[str, Count] | None = None  # of one epoch, on a simulated device, in place of times
+
+
+class NetBench(Bench):
+    readings: tuple[NetReading, ...] = ()

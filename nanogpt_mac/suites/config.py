@@ -52,7 +52,43 @@ class OpsKeys:
 
 
 @dataclass
-class BenchConfig(OpsKeys, Config):
+class NetKeys:
+    """Of suite=mlp and suite=lm."""
+
+    READ_BY: ClassVar[tuple[str, ...]] = ("mlp", "lm")
+
+    epochs: int = at_least(1, 10)
+    """Timed epochs of a run, of suite=lm as many times 20 iterations; `rounds` are its runs, by default 5."""
+    placement: str = one_of("resident", "per_batch")
+    """Where the data are: on the device, or on the host, from where each batch is brought."""
+    sync: str = one_of("batch", "epoch")
+    """When the host waits for the device."""
+
+
+@dataclass
+class MLPKeys:
+    """Of suite=mlp."""
+
+    READ_BY: ClassVar[tuple[str, ...]] = ("mlp",)
+
+    mnist: str | None = path_field(None)
+    """Folder with MNIST's four IDX files, .gz or not; null: under data.dir, downloaded where they are missing."""
+    images: int = at_least(1000, 60_000, below=60_001)
+    """Of the training images, the first so many: fewer are for tests."""
+
+
+@dataclass
+class LMKeys:
+    """Of suite=lm."""
+
+    READ_BY: ClassVar[tuple[str, ...]] = ("lm",)
+
+    lm_size: str = one_of("auto", "small", "full")
+    """full: 12 blocks, 1024 wide, context 1024; small: 2 blocks, 128 wide, context 128; auto: full where a GPU is."""
+
+
+@dataclass
+class BenchConfig(OpsKeys, NetKeys, MLPKeys, LMKeys, Config):
     """Everything that `python bench.py` can be told. The keys of one suite stand in a class of their own, as above.
 
     It inherits from `Config` because model, precision and back ends' settings are train.py's, and so is a recipe

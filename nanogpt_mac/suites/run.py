@@ -88,6 +88,8 @@ def publish(folder: Path, suite: Suite, bench: Bench) -> None:
     from nanogpt_mac.report import page, show, svg  # matplotlib: not before all is measured
 
     write_json(folder / "bench.json", bench.document())
+    for name, text in suite.files(bench).items():
+        write_aside(folder / name, text)
     report = suite.report(bench)
     write_aside(folder / "report.md", show.markdown(report))
     with svg.style():

@@ -65,6 +65,10 @@ class Suite(ABC):
         """Section id -> its charts."""
         return {}
 
+    def files(self, bench: Bench) -> dict[str, str]:
+        """Name -> text of further files in the report's folder."""
+        return {}
+
 
 def asked(rows: str | None, names: Iterable[str]) -> list[str]:
     """Of `names` those that rows= asks for: the one that is called so, or all that have it in them (* is anything)."""

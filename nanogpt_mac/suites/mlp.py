@@ -1,0 +1,103 @@
+"""suite=mlp: a small classifier on MNIST, trained and asked, as richiksc/mlx-benchmarks does it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.nets import MLPSpec
+from nanogpt_mac.config import BackendConfig
+from nanogpt_mac.corpus import mnist
+from nanogpt_mac.records.base import Record
+from nanogpt_mac.records.bench import Task
+from nanogpt_mac.suites import ways
+from nanogpt_mac.suites.config import BenchConfig
+from nanogpt_mac.suites.nets.measured import Measuring, NetRow, Settings
+from nanogpt_mac.suites.nets.suite import Nets, asked
+from nanogpt_mac.suites.suite import Plan, row_seconds
+
+DEEP, WIDE = (784, 32, 32, 10), (784, 128, 10)  # richiksc's; that of the hand-written Metal kernels
+MAIN_BATCH = 256
+SWEEP = tuple(2**power for power in range(3, 15))  # 8 to 16384
+WIDE_BATCHES = (8, 32, 128)
+MOST_ROW_S = 60.0
+
+
+class Work(Record):
+    """What the children of suite=mlp must know."""
+
+    folder: str
+    given: bool
+    stand_in: bool
+    data: str
+    images: int
+    epochs: int
+    placement: str
+    sync: str
+    seed: int
+    backend: dict[str, Any]  # settings of back ends
+
+
+def _name(widths: tuple[int, ...], what: str) -> str:
+    return f"{'-'.join(map(str, widths))} {what}"
+
+
+ASKED = "inference"
+MAIN = _name(DEEP, f"batch {MAIN_BATCH}")
+# One process measures a line of these.
+CHUNKS: tuple[tuple[str, ...], ...] = (
+    (MAIN, _name(DEEP, ASKED)),
+    tuple(_name(DEEP, f"batch {batch}") for batch in SWEEP if batch != MAIN_BATCH),
+    (*(_name(WIDE, f"batch {batch}") for batch in WIDE_BATCHES), _name(WIDE, ASKED)),
+)
+
+
+class MLP(Nets):
+    def plan(self, config: BenchConfig) -> Plan:
+        chunks = asked(config, CHUNKS)
+        found, missing = ways.here_for(config, "nets")
+        folder = Path(config.mnist or Path(config.data.dir) / "mnist")
+        images = mnist.load(folder, given=config.mnist is not None)
+        rounds = config.rounds or 5
+        work = Work(
+            folder=str(folder.resolve()),
+            given=config.mnist is not None,
+            stand_in=images.stand_in,
+            data=images.label,
+            images=config.images,
+            epochs=config.epochs,
+            placement=config.placement,
+            sync=config.sync,
+            seed=config.seed,
+            backend=asdict(config.backend) | {"name": "auto"},
+        )
+        row_s = row_seconds(config, sum(map(len, chunks)), len(found), rounds, most=MOST_ROW_S)
+        return Plan(found, chunks, rounds, row_s, missing, work.model_dump())
+
+    def measuring(self, task: Task) -> Measuring:
+        work = Work.model_validate(task.work)
+        arrays = ways.arrays(task.way, BenchConfig(backend=BackendConfig(**work.backend)))
+        images = mnist.stand_in() if work.stand_in else mnist.load(Path(work.folder), given=True)
+        inputs, answers = _shares(images.train[: work.images]), images.train_classes[: work.images].astype(np.int32)
+        tests, classes = _shares(images.test), images.test_classes.astype(np.int32)
+
+        def row(name: str) -> NetRow:
+            widths, _, what = name.partition(" ")
+            spec = MLPSpec(tuple(map(int, widths.split("-"))))
+            trained = what != ASKED
+            batch = int(what.split()[1]) if trained else MAIN_BATCH
+            return NetRow(spec, batch, inputs, answers, tests, classes, len(inputs), trained)
+
+        settings = Settings(work.epochs, work.placement, work.sync, work.seed)
+        return Measuring(task, arrays, kinds.KINDS[task.way.backend].load_nets(), row, settings)
+
+
+def _shares(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32) / np.float32(255)
+
+
+SUITE = MLP()

@@ -1,0 +1,1 @@
+"""Small networks that are trained: suite=mlp and suite=lm."""

@@ -1,0 +1,81 @@
+"""What suite=mlp and suite=lm share: which rows are asked for, the report, the CSV files in the original's columns."""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import io
+import statistics
+from typing import TYPE_CHECKING
+
+from nanogpt_mac.errors import InputError
+from nanogpt_mac.records.bench import Bench, NetBench, NetReading, State
+from nanogpt_mac.suites.config import BenchConfig
+from nanogpt_mac.suites.suite import Suite
+
+if TYPE_CHECKING:
+    from nanogpt_mac.report.charts import Chart
+    from nanogpt_mac.report.table import Report
+
+
+class Nets(Suite):
+    reading = NetReading
+    document = NetBench
+
+    def report(self, bench: Bench) -> Report:
+        from nanogpt_mac.suites.nets import contents
+
+        assert isinstance(bench, NetBench)
+        return contents.report(bench)
+
+    def charts(self, bench: Bench) -> dict[str, list[Chart]]:
+        from nanogpt_mac.suites.nets import contents
+
+        assert isinstance(bench, NetBench)
+        return contents.charts(bench)
+
+    def files(self, bench: Bench) -> dict[str, str]:
+        """One file a way and kind: seconds, in richiksc's columns, after them what they are of."""
+        assert isinstance(bench, NetBench)
+        found: dict[str, str] = {}
+        for way in bench.ways:
+            right = [r for r in bench.readings if r.way == way.name and r.state is State.OK]
+            trained = [r for r in right if r.epochs_s]
+            asked_for = [r for r in right if r.calls and r.calls.median]
+            data = str(bench.work.get("data", ""))
+            most = max((len(r.epochs_s) for r in trained), default=0)
+            columns = [*(f"epoch_{i}" for i in range(most)), "batch_size", "avg", "iter_total", "network", "data"]
+            lines: list[list[object]] = []
+            for r in trained:
+                blanks = [""] * (most - len(r.epochs_s))
+                mean, network = statistics.fmean(r.epochs_s), r.row.split()[0]
+                lines.append([*r.epochs_s, *blanks, r.batch, mean, r.run_s, network, data])
+            if lines:
+                found[f"training-{way.name}.csv"] = _csv(columns, lines)
+            if asked_for:
+                rows = [[r.calls.median / 1e3, r.row.split()[0], data] for r in asked_for if r.calls and r.calls.median]
+                found[f"inference-{way.name}.csv"] = _csv(["iter_total", "network", "data"], rows)
+        return found
+
+
+def _csv(columns: list[str], lines: list[list[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *lines])
+    return text.getvalue()
+
+
+def asked(config: BenchConfig, chunks: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
+    """The rows of `chunks` whose names have `config.rows` in them, or at their end where that is a number."""
+    if config.dtype != "float32":
+        raise InputError(f"dtype={config.dtype}: suite={config.suite} trains in float32; leave it out")
+    if config.rows is None:
+        return list(chunks)
+    wanted = config.rows.lower().strip()
+    pattern = f"*{wanted}" if wanted[-1:].isdigit() else f"*{wanted}*"
+    left = [tuple(name for name in chunk if fnmatch.fnmatchcase(name.lower(), pattern)) for chunk in chunks]
+    if not any(left):
+        names = [name for chunk in chunks for name in chunk]
+        raise InputError(
+            f"rows={config.rows}: no row is called so; use a part of a name such as {', '.join(names[:3])}"
+        )
+    return [chunk for chunk in left if chunk]
