@@ -9,7 +9,9 @@ from nanogpt_mac.backends.kinds import KINDS
 
 PACKAGE = ROOT / "nanogpt_mac"
 NAMES = KINDS.keys() | {here.device for kind in KINDS.values() for here in kind.devices}
-ITS_OWN = {f"gpt/{name}_gpt.py" for name in ("torch", "mlx")} | {f"backends/{n}_backend.py" for n in ("torch", "mlx")}
+ITS_OWN = {f"gpt/{name}_gpt.py" for name in ("torch", "mlx")} | {
+    f"backends/{name}_{what}.py" for name in ("torch", "mlx") for what in ("backend", "arrays", "nets", "parts")
+}
 
 # Rooms whose subject is one device: MPS, seen through torch, with the CPU beside it. No other back end is named there.
 ABOUT_MPS = {
@@ -22,6 +24,10 @@ ABOUT_MPS = {
 ELSEWHERE = {  # file -> names, and why
     "gpt/pretrained.py": ({"cpu"}, "where torch.load puts a checkpoint: into the host's memory"),
     "compare/published.py": ({"cpu", "mps"}, "results that others published, in their words"),
+    "suites/ops/rows.py": ({"cpu", "mps"}, "columns of the published table"),
+    "suites/nets/contents.py": ({"cpu", "mps"}, "published columns, and the share of processor time"),
+    "suites/nets/measured.py": ({"cpu"}, "the share of processor time"),
+    "suites/gemm/contents.py": ({"cpu"}, "a word of the report: the part of a chip that is not its GPU"),
 }
 
 

@@ -8,8 +8,9 @@ from functools import cached_property
 
 from nanogpt_mac.records.bench import DtypeBench, DtypeReading, Outcome, State, Way
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, listed, plural, seconds, text, when
+from nanogpt_mac.report.words import DASH, listed, plural, seconds, when
 from nanogpt_mac.suites.dtypes.probe import DTYPES, INTEGERS
+from nanogpt_mac.suites.suite import where_it_ran
 
 BAD = (Outcome.WRONG, Outcome.ERROR, Outcome.CRASHED)
 TAKEN = (Outcome.OK, Outcome.PROMOTES)
@@ -47,10 +48,7 @@ def _split(row: str) -> tuple[str, str]:
 
 def report(bench: DtypeBench) -> Report:
     matrix = Matrix(bench)
-    env = bench.environment
-    facts = [text(fact) for fact in (env.gpu, env.chip) if fact] if env else []
-    facts += [f"{name} {v}" for name, v in (env.versions if env else {}).items() if v and name in ("torch", "mlx")]
-    facts += [seconds(bench.seconds), when(bench.created)]
+    facts = [*where_it_ran(bench), seconds(bench.seconds), when(bench.created)]
     alarms = [] if bench.complete else ["It is not complete: what was not tried is empty."]
     if any(way.simulated for way in bench.ways):
         alarms.append("A simulated device takes what torch takes on a CPU: what it refuses is not what a Mac refuses.")

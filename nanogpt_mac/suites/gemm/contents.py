@@ -12,9 +12,10 @@ from nanogpt_mac.records.bench import GemmBench, GemmReading, State, Way
 from nanogpt_mac.report import charts as kit
 from nanogpt_mac.report.charts import Chart, RowsChart
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, beside, interval, listed, number, percent, plural, ratio, seconds, text, when
+from nanogpt_mac.report.words import DASH, beside, interval, listed, number, percent, plural, ratio, seconds, when
 from nanogpt_mac.suites.gemm.suite import Work
 from nanogpt_mac.suites.ops.contents import HELD, Results, problems
+from nanogpt_mac.suites.suite import where_it_ran
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,10 +74,7 @@ class Rates:
 
 def report(bench: GemmBench) -> Report:
     rates = Rates(bench)
-    env = bench.environment
-    facts = [text(fact) for fact in (env.gpu, env.chip) if fact] if env else []
-    facts += [f"{name} {v}" for name, v in (env.versions if env else {}).items() if v and name in ("torch", "mlx")]
-    facts += [plural(bench.rounds, "round"), seconds(bench.seconds), when(bench.created)]
+    facts = [*where_it_ran(bench), plural(bench.rounds, "round"), seconds(bench.seconds), when(bench.created)]
     alarms = [] if bench.complete else ["It is not complete: what is missing is listed as skipped."]
     if any(way.simulated for way in bench.ways):
         alarms.append("A simulated device was used: its products are checked, and have no times.")

@@ -17,7 +17,8 @@ from nanogpt_mac.report import charts as kit
 from nanogpt_mac.report.charts import BAR, Chart, RowsChart
 from nanogpt_mac.report.svg import COLOURS
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, percent, plural, ratio, seconds, text, when
+from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, percent, plural, ratio, seconds, when
+from nanogpt_mac.suites.suite import where_it_ran
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,11 +90,8 @@ def report(bench: NetBench) -> Report:
     lm = bench.suite == "lm"
     sections = [_times(found, lm), _speeds(found), _problems(found), _checks(found, lm), _use(found)]
     sections += [] if lm else [_published(found)]
-    env = bench.environment
-    chip = [text(fact) for fact in (env.gpu, env.chip) if fact] if env else []
-    versions = [f"{name} {v}" for name, v in (env.versions if env else {}).items() if v and name in ("torch", "mlx")]
     facts = [
-        *chip, *versions, found.data, f"placement={bench.work.get('placement')}", f"sync={bench.work.get('sync')}",
+        *where_it_ran(bench), found.data, f"placement={bench.work.get('placement')}", f"sync={bench.work.get('sync')}",
         plural(bench.rounds, "run"), seconds(bench.seconds), when(bench.created),
     ]  # fmt: skip
     alarms = [] if bench.complete else ["It is not complete: what is missing is listed as skipped."]

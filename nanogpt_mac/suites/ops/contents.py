@@ -15,8 +15,9 @@ from nanogpt_mac.report import charts as kit
 from nanogpt_mac.report.charts import BAR, Chart, RowsChart
 from nanogpt_mac.report.svg import COLOURS
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, plural, ratio, seconds, text, when
+from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, plural, ratio, seconds, when
 from nanogpt_mac.suites.ops.rows import PUBLISHED_WAYS, WITH_GRADIENT, published, source
+from nanogpt_mac.suites.suite import where_it_ran
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,14 +120,10 @@ def report(bench: OpsBench) -> Report:
 
 
 def _facts(bench: OpsBench) -> list[str]:
-    env = bench.environment
-    chip = [text(fact) for fact in (env.gpu, env.chip) if fact] if env else []
-    versions = [f"{name} {v}" for name, v in (env.versions if env else {}).items() if v and name in ("torch", "mlx")]
     work = f"scale {bench.work.get('scale'):g}" if bench.work.get("scale") != 1 else "full size"
     rounds = plural(bench.rounds, "round")
     return [
-        *chip,
-        *versions,
+        *where_it_ran(bench),
         work,
         str(bench.work.get("cache", "")),
         rounds,
