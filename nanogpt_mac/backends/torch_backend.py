@@ -142,7 +142,11 @@ class TorchBackend(Backend):
         self.iteration = 0
         self.train_windows: Callable[[Tensor], Tensor] = Graphed(self._train) if graph else self._train
         self.evaluate_window: Callable[[Tensor], Tensor] = Graphed(self._evaluate) if graph else self._evaluate
-        self.full_window: Callable[[Tensor], Tensor] = Graphed(self._last_logits, 1) if graph else self._last_logits
+        # Eager too: of one token the host would take three times as long to send the kernels as they take.
+        self.one_graph = self.device.type == "cuda" and self.settings.cuda_graph is not False
+        self.full_window: Callable[[Tensor], Tensor] = (
+            Graphed(self._last_logits, 1) if self.one_graph else self._last_logits
+        )
         self.spare: list[Cached] = []
         self.details = {
             "fused_adamw": fused,
@@ -334,7 +338,7 @@ class TorchBackend(Backend):
     def _cached(self) -> Cached:
         cache = KVCache(self.spec, self.device, self.dtype)
         feed = partial(self._last_logits, cache=cache)
-        return Cached(cache, feed, Graphed(feed, 1) if self.details["cuda_graph"] else feed)
+        return Cached(cache, feed, Graphed(feed, 1) if self.one_graph else feed)
 
     def _last_logits(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (V,) of what follows `tokens`, int64 (1, T)."""
