@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.checkpoint import checkpoint
 
@@ -31,13 +31,7 @@ SEEN = 3  # iterations under the profiler
 def stages(model: GPT) -> list[Stage]:
     """A training forward pass of `model` as a chain. `few` is None, or what a pass in few kernels shares."""
     t: Any = model.transformer
-    names = {id(p): name for name, p in model.named_parameters()}
-
-    def own(*modules: nn.Module) -> tuple[str, ...]:
-        return tuple(names[id(p)] for module in modules for p in module.parameters())
-
-    def again(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(checkpoint, function, use_reentrant=False)
+    own = _owner(model)
 
     def embed(tokens: Tensor, few: Few | None) -> Tensor:
         return model.embed(tokens, t["wpe"].weight[: tokens.shape[1]], few)
@@ -64,13 +58,72 @@ def stages(model: GPT) -> list[Stage]:
             Stage("MLP", block.mlp, ("y",), ("y",), own(block.mlp)),
             Stage("residual sums", functools.partial(add, place=3), ("x", "y", "few"), ("x",)),
         ]
-        chain += [stage.anew(again) for stage in inside] if model.checkpointing else inside
+        chain += [stage.anew(_again) for stage in inside] if model.checkpointing else inside
 
     def head(y: Tensor, targets: Tensor) -> Tensor:
         return torch_gpt.mean_nats(model.head(y), targets)
 
     last = Stage("head and loss", head, ("y", "targets"), ("loss",), tied=("transformer.wte.weight",))
     return [*chain, Stage("layer norms", t["ln_f"], ("x",), ("y",), own(t["ln_f"])), last]
+
+
+def own_stages(model: GPT) -> list[Stage]:
+    """The same where `model` takes the way of fused.py, whose kernels draw their masks from `seeds`."""
+    from nanogpt_mac.gpt import fused  # and Triton
+
+    t: Any = model.transformer
+    own, norms = _owner(model), fused.norms(model)
+
+    def embed(tokens: Tensor) -> Tensor:
+        return model.embed(tokens, t["wpe"].weight[: tokens.shape[1]])
+
+    def draw(tokens: Tensor) -> Tensor:
+        return fused.seeds(model, tokens)
+
+    def head(y: Tensor, targets: Tensor) -> Tensor:
+        return torch_gpt.mean_nats(fused.head(model, y), targets)
+
+    chain = [Stage("dropout masks", draw, ("tokens",), ("seeds",), note="are seeds: kernels draw them where they are")]
+    if not model.spec.dropout:
+        chain = []
+    chain += [
+        Stage("embedding", embed, ("tokens",), ("x",), own(t["wte"], t["wpe"])),
+        Stage("layer norms", norms[0], ("x",), ("y",), own(norms[0]), note="are the first one alone"),
+    ]
+    note = "have dropout and the layer norm behind them, in one kernel of ours"
+    for layer in range(model.spec.n_layer):
+
+        def attend(y: Tensor, seeds: Tensor, layer: int = layer) -> Tensor:
+            return fused.attend(model, layer, y, seeds)
+
+        def mlp(y: Tensor, layer: int = layer) -> Tensor:
+            return fused.mlp(model, layer, y)
+
+        def add(x: Tensor, y: Tensor, seeds: Tensor, layer: int = layer) -> tuple[Tensor, Tensor]:
+            return fused.add(model, layer, 1, x, y, seeds)
+
+        def add_last(x: Tensor, y: Tensor, seeds: Tensor, layer: int = layer) -> tuple[Tensor, Tensor]:
+            return fused.add(model, layer, 2, x, y, seeds)
+
+        block, sums = t["h"][layer], (("x", "y", "seeds"), ("x", "y"))
+        inside = [
+            Stage("attention", attend, ("y", "seeds"), ("y",), own(block.attn), note="has both projections"),
+            Stage("residual sums", add, *sums, own(norms[2 * layer + 1]), note=note),
+            Stage("MLP", mlp, ("y",), ("y",), own(block.mlp)),
+            Stage("residual sums", add_last, *sums, own(norms[2 * layer + 2])),
+        ]
+        chain += [stage.anew(_again) for stage in inside] if model.checkpointing else inside
+    return [*chain, Stage("head and loss", head, ("y", "targets"), ("loss",), tied=("transformer.wte.weight",))]
+
+
+def _owner(model: GPT) -> Callable[..., tuple[str, ...]]:
+    """A function from modules to the names of their parameters."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return lambda *modules: tuple(names[id(p)] for module in modules for p in module.parameters())
+
+
+def _again(function: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(checkpoint, function, use_reentrant=False)
 
 
 class TorchParts(Parts):
@@ -80,7 +133,9 @@ class TorchParts(Parts):
         window = backend.windows("train", starts)[0]
         few = None if model.few_kernels == "never" or model.spec.dropout else model._few(*window[:, :-1].shape)
         self.values: dict[str, Any] = {"tokens": window[:, :-1], "targets": window[:, 1:], "few": few}
-        self.stages = stages(model)
+        if model.own_logits is not None:
+            self.values["seeds"] = window[0, :-1]  # where nothing is dropped; else a stage's
+        self.stages = stages(model) if model.own_logits is None else own_stages(model)
         self.parts = {part.name: part for part in (self._batch(), *self._of_model(), *self._of_optimizer())}
         if backend.accelerator is not None:
             one = torch.zeros(1, device=backend.device)
@@ -207,6 +262,13 @@ def _marked(backend: TorchBackend) -> Iterator[None]:
         of_block = ((block.ln_1, "layer norms"), (block.ln_2, "layer norms"), (block.attn, "attention"))
         found += [(block, "_add", "residual sums"), (block.mlp, "forward", "MLP")]
         found += [(module, "forward", part) for module, part in of_block]
+    if model.own_logits is not None:
+        from nanogpt_mac.gpt import fused
+
+        found += [
+            (fused, "seeds", "dropout masks"), (fused, "attend", "attention"), (fused, "mlp", "MLP"),
+            (fused, "add", "residual sums"), (fused, "head", "head and loss"),
+        ]  # fmt: skip
     with ExitStack() as stack:
         for thing, name, part in found:
             stack.enter_context(mock.patch.object(thing, name, _range(getattr(thing, name), part)))

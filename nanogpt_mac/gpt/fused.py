@@ -20,7 +20,7 @@ from nanogpt_mac.gpt import triton_kernels as kernels
 from nanogpt_mac.gpt.spec import GPTSpec
 
 if TYPE_CHECKING:
-    from nanogpt_mac.gpt.torch_gpt import GPT
+    from nanogpt_mac.gpt.torch_gpt import GPT, LayerNorm
 
 WIDEST_HEAD = 128
 WIDEST = 4096  # columns of a row that a program holds
@@ -276,26 +276,60 @@ def logits(model: GPT, idx: Tensor, last: bool = False) -> Tensor:
 
     `last`: of the last token alone, (B, 1, V).
     """
-    spec: GPTSpec = model.spec
     t: Any = model.transformer
-    dropout = spec.dropout if model.training else 0.0
-    seeds = torch.randint(2**32, (3 * spec.n_layer,), device=idx.device) if dropout else idx[0]
-    norms = [norm for block in t["h"] for norm in (block.ln_1, block.ln_2)] + [t["ln_f"]]
+    drawn = seeds(model, idx)
 
     def block(layer: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        attn, mlp, after = t["h"][layer].attn, t["h"][layer].mlp, norms[2 * layer + 1 : 2 * layer + 3]
-        y, _ = attention(attn.c_attn(y), spec.n_head, dropout, seeds, 3 * layer)
-        x, y = add_norm(x, attn.c_proj(y), after[0].weight, after[0].bias, dropout, seeds, 3 * layer + 1)
-        hidden = mlp.c_fc(y)
-        hidden = gelu(hidden) if spec.gelu == "exact" else mlp.gelu(hidden)
-        return add_norm(x, mlp.c_proj(hidden), after[1].weight, after[1].bias, dropout, seeds, 3 * layer + 2)
+        x, y = add(model, layer, 1, x, attend(model, layer, y, drawn), drawn)
+        return add(model, layer, 2, x, mlp(model, layer, y), drawn)
 
-    x = F.dropout(t["wte"](idx) + t["wpe"].weight[: idx.shape[1]], dropout, model.training)  # (B, T, C)
-    y = norms[0](x)  # each layer norm reads the residual stream x and writes what a branch reads
-    for layer in range(spec.n_layer):
+    x = model.embed(idx, t["wpe"].weight[: idx.shape[1]])  # (B, T, C)
+    y = norms(model)[0](x)  # each layer norm reads the residual stream x and writes what a branch reads
+    for layer in range(model.spec.n_layer):
         again = model.checkpointing and model.training
         x, y = checkpoint(block, layer, x, y, use_reentrant=False) if again else block(layer, x, y)
-    if last:
-        y = y[:, -1:]
-    padded = F.pad(t["wte"].weight, (0, 0, 0, -spec.vocab_size % VOCABULARY))
-    return F.linear(y, padded)[..., : spec.vocab_size].float()
+    return head(model, y[:, -1:] if last else y)
+
+
+def norms(model: GPT) -> list[LayerNorm]:
+    """In the order in which they are computed: the first alone, the others behind a residual sum each."""
+    t: Any = model.transformer
+    return [norm for block in t["h"] for norm in (block.ln_1, block.ln_2)] + [t["ln_f"]]
+
+
+def seeds(model: GPT, idx: Tensor) -> Tensor:
+    """Of each mask that a kernel draws, int64 (3 n_layer,); any numbers where nothing is dropped."""
+    return torch.randint(2**32, (3 * model.spec.n_layer,), device=idx.device) if _dropout(model) else idx[0]
+
+
+def _dropout(model: GPT) -> float:
+    return model.spec.dropout if model.training else 0.0
+
+
+def attend(model: GPT, layer: int, y: Tensor, drawn: Tensor) -> Tensor:
+    """A layer's attention with both projections, (B, T, C)."""
+    t: Any = model.transformer
+    attn = t["h"][layer].attn
+    y, _ = attention(attn.c_attn(y), attn.n_head, _dropout(model), drawn, 3 * layer)
+    return attn.c_proj(y)
+
+
+def mlp(model: GPT, layer: int, y: Tensor) -> Tensor:
+    """A layer's MLP, (B, T, C)."""
+    t: Any = model.transformer
+    of = t["h"][layer].mlp
+    hidden = of.c_fc(y)
+    return of.c_proj(gelu(hidden) if model.spec.gelu == "exact" else of.gelu(hidden))
+
+
+def add(model: GPT, layer: int, place: int, x: Tensor, y: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual sum behind a layer's attention (`place` 1) or MLP (2), with dropout, and the norm behind it."""
+    norm = norms(model)[2 * layer + place]
+    return add_norm(x, y, norm.weight, norm.bias, _dropout(model), drawn, 3 * layer + place)
+
+
+def head(model: GPT, y: Tensor) -> Tensor:
+    """Logits (B, T, V) of the last layer norm's output: the embedding's rows, padded."""
+    t: Any = model.transformer
+    rows = F.pad(t["wte"].weight, (0, 0, 0, -model.spec.vocab_size % VOCABULARY))
+    return F.linear(y, rows)[..., : model.spec.vocab_size].float()

@@ -137,6 +137,12 @@ def validate(config: BenchConfig) -> None:
     ways(config)
 
 
+def training(config: BenchConfig) -> Config:
+    """Its part that train.py reads. A key that a suite has for itself (`sync`) is train.py's default there."""
+    taken = {f.name for keys in _classes() for f in _own_fields(keys)}
+    return Config(**{f.name: getattr(config, f.name) for f in fields(Config) if f.name not in taken})
+
+
 def _classes() -> list[Any]:
     return [keys for keys in BenchConfig.__mro__ if "READ_BY" in vars(keys)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -30,7 +30,7 @@ from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import DASH, beside, count, interval, ms, percent, plural, ratio, text
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.account import accounts
-from nanogpt_mac.suites.config import OF_TRAINING, BenchConfig
+from nanogpt_mac.suites.config import BenchConfig, training
 from nanogpt_mac.suites.suite import Measure, Plan, Suite, row_seconds
 from nanogpt_mac.train.clock import Clock, Completion
 from nanogpt_mac.train.schedule import learning_rate
@@ -52,7 +52,7 @@ class PartsSuite(Suite):
         rows = tuple(row for row in ROWS if config.rows is None or fnmatch(row, f"*{config.rows}*"))
         if not rows:
             raise InputError(f"rows={config.rows}: fits none of {', '.join(ROWS)}; use a part of one of these")
-        common = Config(**{f.name: getattr(config, f.name) for f in fields(Config) if f.name in OF_TRAINING})
+        common = training(config)
         configs = {}
         for way in chosen:
             own = replace(common, backend=replace(config.backend, name=way.backend), compile=way.compiled)

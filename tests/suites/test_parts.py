@@ -13,6 +13,7 @@ from fakes.support import FRAMEWORKS
 from nanogpt_mac import cli
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.parts import NAMES
+from nanogpt_mac.config import Config
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.measure import calls
 from nanogpt_mac.records.bench import State, Task, Way
@@ -266,6 +267,16 @@ def test_a_back_end_that_gives_no_parts_is_absent():
     measured.parts = None
     found = measured.reading("MLP")
     assert (found.state, found.reason) == (State.ABSENT, "X gives no parts")
+
+
+def test_a_key_that_another_suite_has_for_itself_is_train_pys():
+    given = cli.compose(
+        ["suite=parts", "experiment=smoke", "data=stand_in", "ways=[cpu]", "gradient_accumulation_steps=3"], "bench"
+    )
+    own = given.sync  # suite=mlp's: batch or epoch
+    (config,) = parts.SUITE.plan(given).work["configs"].values()
+    assert config["sync"] == Config().sync != own
+    assert (config["gradient_accumulation_steps"], config["batch_size"]) == (3, given.batch_size)
 
 
 def test_a_part_that_is_not_there_is_one_line(command):
