@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogpt_mac import simulator
+from nanogpt_mac.backends import torch_vml
 from nanogpt_mac.backends.arrays import Arrays, Function, Op
 from nanogpt_mac.backends.base import Kind
 
@@ -23,6 +24,7 @@ class TorchArrays(Arrays):
         self.simulated, self.compiled = device == simulator.DEVICE_NAME, compiled
         accelerators: dict[str, Any] = {"mps": torch.mps, "cuda": torch.cuda}
         self.accelerator: Any = accelerators.get(self.device.type)
+        torch_vml.settle()
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False  # of convolutions, where torch allows it unasked
 

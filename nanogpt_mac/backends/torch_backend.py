@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt_mac import simulator
-from nanogpt_mac.backends import base
+from nanogpt_mac.backends import base, torch_vml
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Meant, Tokens
 from nanogpt_mac.backends.cuda_graph import Graphed
 from nanogpt_mac.backends.kinds import KINDS, TorchSettings
@@ -111,6 +111,7 @@ class TorchBackend(Backend):
         self.capabilities = kind.on(self.device_of(kind))
         self.device = torch.device(options.name)
         self.accelerator = None if options.name == "cpu" else getattr(torch, options.name)  # torch.mps, torch.cuda
+        torch_vml.settle()
         torch.set_float32_matmul_precision(options.matmul_precision)
         self.dtype = getattr(torch, options.dtype)
         own = self._own_kernels()
