@@ -82,15 +82,3 @@ def asked(rows: str | None, names: Iterable[str]) -> list[str]:
 def row_seconds(config: BenchConfig, rows: int, ways: int, rounds: int, most: float = 1.0) -> float:
     """What one row may be timed for, so that half of the budget is left for everything else."""
     return min(most, max(0.01, 0.5 * 60 * config.budget_minutes / max(rows * ways * rounds, 1)))
-
-
-def where_it_ran(bench: Bench) -> list[str]:
-    """The GPU, the chip, and the versions of the frameworks, for a report's first line."""
-    from nanogpt_mac.backends import kinds
-    from nanogpt_mac.report.words import text
-
-    env = bench.environment
-    if env is None:
-        return []
-    chip = [text(fact) for fact in (env.gpu, env.chip) if fact]
-    return chip + [f"{name} {v}" for name, v in (env.versions or {}).items() if v and name in kinds.frameworks()]

@@ -9,9 +9,8 @@ from nanogpt_mac.backends.kinds import KINDS
 
 PACKAGE = ROOT / "nanogpt_mac"
 NAMES = KINDS.keys() | {here.device for kind in KINDS.values() for here in kind.devices}
-ITS_OWN = {f"gpt/{name}_gpt.py" for name in ("torch", "mlx")} | {
-    f"backends/{name}_{what}.py" for name in ("torch", "mlx") for what in ("backend", "arrays", "nets", "parts")
-}
+FRAMEWORKS, OF_ONE = ("torch", "mlx"), ("backend", "arrays", "nets", "parts")  # NAME_backend.py and what lies beside it
+ITS_OWN = {f"gpt/{name}_gpt.py" for name in FRAMEWORKS} | {f"backends/{n}_{of}.py" for n in FRAMEWORKS for of in OF_ONE}
 
 # Rooms whose subject is one device: MPS, seen through torch, with the CPU beside it. No other back end is named there.
 ABOUT_MPS = {
@@ -24,10 +23,10 @@ ABOUT_MPS = {
 ELSEWHERE = {  # file -> names, and why
     "gpt/pretrained.py": ({"cpu"}, "where torch.load puts a checkpoint: into the host's memory"),
     "compare/published.py": ({"cpu", "mps"}, "results that others published, in their words"),
-    "suites/ops/rows.py": ({"cpu", "mps"}, "columns of the published table"),
-    "suites/nets/contents.py": ({"cpu", "mps"}, "published columns, and the share of processor time"),
-    "suites/nets/measured.py": ({"cpu"}, "the share of processor time"),
-    "suites/gemm/contents.py": ({"cpu"}, "a word of the report: the part of a chip that is not its GPU"),
+    "suites/ops/rows.py": ({"cpu", "mps"}, "the columns of a published table"),
+    "suites/nets/contents.py": ({"cpu", "mps"}, "the columns of a published table, and the field of CPU time"),
+    "suites/nets/measured.py": ({"cpu"}, "the field of CPU time, of whichever back end"),
+    "suites/gemm/contents.py": ({"cpu"}, "the unit whose peak is cited, beside the GPU"),
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from nanogpt_mac.records.bench import OpReading, OpsBench, State, Way
 from nanogpt_mac.report import page, show, svg
+from nanogpt_mac.suites.contents import HELD
 from nanogpt_mac.suites.ops import contents
 from nanogpt_mac.suites.ops.contents import Results
 
@@ -82,9 +83,9 @@ def test_what_has_no_time_is_named_with_its_reason(state):
     bench = made(reading(A, "slow", 2, state=state, reason="because"), lost={(A, "slow")})
     report = contents.report(bench)
     problems = next(s for s in report.sections if s.id == "problems")
-    assert problems.items == [f"SLOW: {contents.HELD[state]}: {A}: because"]
+    assert problems.items == [f"SLOW: {HELD[state]}: {A}: because"]
     assert problems.alarming is (state in (State.WRONG, State.FAILED))
-    assert table(bench, "throughput")[A]["SLOW"] == contents.HELD[state]
+    assert table(bench, "throughput")[A]["SLOW"] == HELD[state]
     assert "5 right" in report.verdict
 
 

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from nanogpt_mac.records.bench import DtypeBench, DtypeReading, Outcome, State, Way
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, listed, plural, seconds, when
+from nanogpt_mac.report.words import DASH, listed, plural
+from nanogpt_mac.suites import contents
 from nanogpt_mac.suites.dtypes.probe import DTYPES, INTEGERS
-from nanogpt_mac.suites.suite import where_it_ran
 
 BAD = (Outcome.WRONG, Outcome.ERROR, Outcome.CRASHED)
 TAKEN = (Outcome.OK, Outcome.PROMOTES)
@@ -48,10 +48,12 @@ def _split(row: str) -> tuple[str, str]:
 
 def report(bench: DtypeBench) -> Report:
     matrix = Matrix(bench)
-    facts = [*where_it_ran(bench), seconds(bench.seconds), when(bench.created)]
-    alarms = [] if bench.complete else ["It is not complete: what was not tried is empty."]
-    if any(way.simulated for way in bench.ways):
-        alarms.append("A simulated device takes what torch takes on a CPU: what it refuses is not what a Mac refuses.")
+    facts = contents.facts(bench, rounds=None)
+    alarms = contents.alarms(
+        bench,
+        "A simulated device takes what torch takes on a CPU: what it refuses is not what a Mac refuses.",
+        "what was not tried is empty.",
+    )
     sections = [_answer(matrix), *(_table(matrix, way) for way in bench.ways), _problems(matrix), _refusals(matrix)]
     shown = ("answer", *(f"matrix-{way.name}" for way in bench.ways), "problems")
     return Report(

@@ -12,10 +12,10 @@ from nanogpt_mac.records.bench import GemmBench, GemmReading, State, Way
 from nanogpt_mac.report import charts as kit
 from nanogpt_mac.report.charts import Chart, RowsChart
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, beside, interval, listed, number, percent, plural, ratio, seconds, when
+from nanogpt_mac.report.words import DASH, beside, interval, listed, number, percent, plural, ratio
+from nanogpt_mac.suites import contents
 from nanogpt_mac.suites.gemm.suite import Work
-from nanogpt_mac.suites.ops.contents import HELD, Results, problems
-from nanogpt_mac.suites.suite import where_it_ran
+from nanogpt_mac.suites.ops.contents import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,11 +74,9 @@ class Rates:
 
 def report(bench: GemmBench) -> Report:
     rates = Rates(bench)
-    facts = [*where_it_ran(bench), plural(bench.rounds, "round"), seconds(bench.seconds), when(bench.created)]
-    alarms = [] if bench.complete else ["It is not complete: what is missing is listed as skipped."]
-    if any(way.simulated for way in bench.ways):
-        alarms.append("A simulated device was used: its products are checked, and have no times.")
-    sections = [_ladder(rates), problems(rates.found), _sizes(rates), _published(), _checks(rates)]
+    facts = contents.facts(bench)
+    alarms = contents.alarms(bench, "A simulated device was used: its products are checked, and have no times.")
+    sections = [_ladder(rates), contents.problems(rates.found), _sizes(rates), _published(), _checks(rates)]
     return Report(
         "Matrix products", "Matrix products: " + ", ".join(facts[:2]), _verdict(rates), sections, facts=facts,
         version=bench.version, alarms=alarms, first_screen=("ladder", "problems"),
@@ -92,7 +90,7 @@ def _verdict(rates: Rates) -> str:
         if known:
             best, way = max(known, key=lambda pair: pair[0].value)
             told.append(f"{dtype} {gflops(best.value)} GFLOP/s ({way.label})")
-    wrong = sum(r.state in (State.WRONG, State.FAILED) for r in rates.bench.readings)
+    wrong = sum(r.state in contents.BAD for r in rates.bench.readings)
     end = f" {plural(wrong, 'product')} wrong or failed." if wrong else " Every product that is shown is right."
     return (f"The fastest here: {listed(told)}." if told else "Nothing was measured.") + end
 
@@ -154,8 +152,8 @@ def _sizes(rates: Rates) -> Section:
             if rates.dtype(row) == dtype:
                 cells = [row.removeprefix(dtype).strip()]
                 for way in rates.bench.ways:
-                    rate, state = rates.rate(row, way.name), rates.found.state(row, way.name)
-                    cells.append(gflops(rate.value) if rate else HELD.get(state, DASH) if state else DASH)
+                    rate = rates.rate(row, way.name)
+                    cells.append(gflops(rate.value) if rate else rates.found.held(row, way.name))
                 rows.append(Row(cells))
         tables.append(Table(f"GFLOP/s by size in {dtype}", ["size", *(way.label for way in rates.bench.ways)], rows))
     note = "n stands for (n x n) by (n x n); MxKxN for (M x K) by (K x N). Medians of calls that are queued."

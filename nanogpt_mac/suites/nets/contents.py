@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import statistics
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -17,33 +16,20 @@ from nanogpt_mac.report import charts as kit
 from nanogpt_mac.report.charts import BAR, Chart, RowsChart
 from nanogpt_mac.report.svg import COLOURS
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, percent, plural, ratio, seconds, when
-from nanogpt_mac.suites.suite import where_it_ran
+from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, percent, ratio
+from nanogpt_mac.suites import contents
+from nanogpt_mac.suites.contents import BAD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HELD = {State.WRONG: "WRONG", State.FAILED: "failed", State.ABSENT: "absent", State.SKIPPED: "skipped"}
 PUBLISHED_WAYS = {"mlx-cpu": "MLX CPU", "cpu": "torch CPU", "mlx-eager": "MLX GPU", "mps": "torch MPS"}
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(contents.Results):
     """A bench by row and way: a time a row is ms an epoch, or of inference ms a call."""
 
     bench: NetBench
-
-    @cached_property
-    def readings(self) -> dict[tuple[str, str], list[NetReading]]:
-        found: dict[tuple[str, str], list[NetReading]] = {}
-        for reading in self.bench.readings:
-            found.setdefault((reading.row, reading.way), []).append(reading)
-        return found
-
-    def state(self, row: str, way: str) -> State | None:
-        states = {reading.state for reading in self.readings.get((row, way), [])}
-        order = (State.WRONG, State.FAILED, State.OK, State.ABSENT, State.SKIPPED)
-        return next((state for state in order if state in states), None)
 
     def right(self, row: str, way: str) -> list[NetReading]:
         good = self.state(row, way) is State.OK
@@ -68,13 +54,13 @@ class Results:
         return statistics.median(medians.values()), stats.median_interval(rounds)
 
     def cell(self, row: str, way: str) -> str:
-        found, state = self.time(row, way), self.state(row, way)
+        found = self.time(row, way)
         if found:
             return beside(ms(found[0]), interval(found[1]))
         counts = [r.counts for r in self.right(row, way) if r.counts]
         if counts:
             return ", ".join(f"{n:,} {what}" for what, n in counts[0].items())
-        return HELD.get(state, DASH) if state else DASH
+        return self.held(row, way)
 
     @cached_property
     def base(self) -> Way:
@@ -88,20 +74,13 @@ class Results:
 def report(bench: NetBench) -> Report:
     found = Results(bench)
     lm = bench.suite == "lm"
-    sections = [_times(found, lm), _speeds(found), _problems(found), _checks(found, lm), _use(found)]
+    sections = [_times(found, lm), _speeds(found), contents.problems(found), _checks(found, lm), _use(found)]
     sections += [] if lm else [_published(found)]
-    facts = [
-        *where_it_ran(bench), found.data, f"placement={bench.work.get('placement')}", f"sync={bench.work.get('sync')}",
-        plural(bench.rounds, "run"), seconds(bench.seconds), when(bench.created),
-    ]  # fmt: skip
-    alarms = [] if bench.complete else ["It is not complete: what is missing is listed as skipped."]
-    if "stand-in" in found.data:
-        alarms.append(
-            "The data are the built-in stand-in: times compare with the real data, "
-            + ("losses do not." if lm else "accuracies only say that training works.")
-        )
-    if any(way.simulated for way in bench.ways):
-        alarms.append("A simulated device was used: it has counts and no times.")
+    placed = [f"{key}={bench.work.get(key)}" for key in ("placement", "sync")]
+    facts = contents.facts(bench, found.data, *placed, rounds="run")
+    means = "losses do not." if lm else "accuracies only say that training works."
+    stand_in = f"The data are the built-in stand-in: times compare with the real data, {means}"
+    alarms = contents.alarms(bench, more=[stand_in] if "stand-in" in found.data else [])
     what = "A Transformer language model" if lm else "A classifier on MNIST's shapes"
     return Report(
         "Small networks", f"{what}: {found.data}", _verdict(found), sections, facts=facts, alarms=alarms,
@@ -111,10 +90,9 @@ def report(bench: NetBench) -> Report:
 
 def _verdict(found: Results) -> str:
     rows, ways = found.bench.rows, found.bench.ways
-    states = [found.state(row, way.name) for row in rows for way in ways]
-    bad = sum(state in (State.WRONG, State.FAILED) for state in states)
-    right = states.count(State.OK)
-    first = f"{right} of {len(states)} were measured and right, {f'{bad} wrong or failed' if bad else 'none wrong'}."
+    bad, right = found.count(*BAD), found.count(State.OK)
+    worst = f"{bad} wrong or failed" if bad else "none wrong"
+    first = f"{right} of {len(rows) * len(ways)} were measured and right, {worst}."
     first_row = rows[0]
     known = [(t[0], way.label) for way in ways if (t := found.time(first_row, way.name))]
     if len(known) < 2:
@@ -129,7 +107,7 @@ def _times(found: Results, lm: bool) -> Section:
     rows = []
     for row in found.bench.rows:
         times = {way.name: t[0] for way in ways if (t := found.time(row, way.name))}
-        wrong = any(found.state(row, way.name) in (State.WRONG, State.FAILED) for way in ways)
+        wrong = any(found.state(row, way.name) in BAD for way in ways)
         fastest = min(times, key=times.__getitem__) if len(times) > 1 else DASH
         label = next((way.label for way in ways if way.name == fastest), DASH)
         mark = Mark.WRONG if wrong else Mark.NONE
@@ -158,19 +136,6 @@ def _speeds(found: Results) -> Section:
     note = f"Times as fast as {found.base.label}, run by run, with an interval from two runs on."
     table = Table(f"Speed against {found.base.label} ({found.data})", ["row", *(way.label for way in others)], rows)
     return Section("speeds", "Speed", notes=[note], tables=[table] if others else [], empty="There is one way alone.")
-
-
-def _problems(found: Results) -> Section:
-    labels = {way.name: way.label for way in found.bench.ways}
-    items = dict.fromkeys(
-        f"{labels[r.way]}: {r.row}: {HELD[r.state]}: {r.reason}"
-        for r in found.bench.readings
-        if r.state is not State.OK and found.state(r.row, r.way) is not State.OK
-    )
-    alarming = any(r.state in (State.WRONG, State.FAILED) for r in found.bench.readings)
-    return Section(
-        "problems", "What has no time", items=list(items), alarming=alarming, empty="Every row has its times."
-    )
 
 
 def _checks(found: Results, lm: bool) -> Section:

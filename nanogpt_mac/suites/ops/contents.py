@@ -9,26 +9,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from nanogpt_mac.records.bench import OpReading, OpsBench, State, Way
+from nanogpt_mac.records.bench import OpsBench, State, Way
 from nanogpt_mac.records.run import Times
 from nanogpt_mac.report import charts as kit
 from nanogpt_mac.report.charts import BAR, Chart, RowsChart
 from nanogpt_mac.report.svg import COLOURS
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, plural, ratio, seconds, when
+from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, plural, ratio
+from nanogpt_mac.suites import contents
+from nanogpt_mac.suites.contents import BAD, some
 from nanogpt_mac.suites.ops.rows import PUBLISHED_WAYS, WITH_GRADIENT, published, source
-from nanogpt_mac.suites.suite import where_it_ran
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FIGURES = ("throughput", "latency")
-HELD = {  # what may stand in a cell in place of a time
-    State.WRONG: "WRONG",
-    State.FAILED: "failed",
-    State.ABSENT: "absent",
-    State.SKIPPED: "skipped",
-}
 
 
 @dataclass(frozen=True)
@@ -40,24 +35,8 @@ class Found:
     bounds: tuple[float, float] | None
 
 
-@dataclass(frozen=True)
-class Results:
-    """A bench by row and way."""
-
+class Results(contents.Results):
     bench: OpsBench
-
-    @cached_property
-    def readings(self) -> dict[tuple[str, str], list[OpReading]]:
-        found: dict[tuple[str, str], list[OpReading]] = {}
-        for reading in self.bench.readings:
-            found.setdefault((reading.row, reading.way), []).append(reading)
-        return found
-
-    def state(self, row: str, way: str) -> State | None:
-        """The worst of the rounds that were tried; None: not yet tried."""
-        states = {reading.state for reading in self.readings.get((row, way), [])}
-        order = (State.WRONG, State.FAILED, State.OK, State.ABSENT, State.SKIPPED)
-        return next((state for state in order if state in states), None)
 
     def time(self, row: str, way: str, figure: str) -> Found | None:
         if self.state(row, way) is not State.OK:
@@ -103,7 +82,7 @@ def report(bench: OpsBench) -> Report:
     found = Results(bench)
     sections = [
         _overall(found),
-        problems(found),
+        contents.problems(found),
         _families(found),
         _detailed(found, "throughput", "Throughput: milliseconds a call, many queued and waited for once"),
         _detailed(found, "latency", "Latency: milliseconds of one call and one wait"),
@@ -111,40 +90,17 @@ def report(bench: OpsBench) -> Report:
         _means(found),
         _checks(found),
     ]
-    where = _facts(bench)
+    work = f"scale {bench.work.get('scale'):g}" if bench.work.get("scale") != 1 else "full size"
+    where = contents.facts(bench, work, str(bench.work.get("cache", "")))
     title = "Operations: " + ", ".join(where[:2])
     return Report(
         "Operations", title, _verdict(found), sections, facts=where, version=bench.version,
-        alarms=_alarms(bench), first_screen=("overall", "problems"),
+        alarms=contents.alarms(bench), first_screen=("overall", "problems"),
     )  # fmt: skip
 
 
-def _facts(bench: OpsBench) -> list[str]:
-    work = f"scale {bench.work.get('scale'):g}" if bench.work.get("scale") != 1 else "full size"
-    rounds = plural(bench.rounds, "round")
-    return [
-        *where_it_ran(bench),
-        work,
-        str(bench.work.get("cache", "")),
-        rounds,
-        seconds(bench.seconds),
-        when(bench.created),
-    ]
-
-
-def _alarms(bench: OpsBench) -> list[str]:
-    lines = [] if bench.complete else ["It is not complete: what is missing is listed as skipped."]
-    if any(way.simulated for way in bench.ways):
-        lines.append("A simulated device was used: it has counts and no times.")
-    return lines
-
-
-def _count(found: Results, *states: State) -> int:
-    return sum(found.state(row, way.name) in states for row in found.bench.rows for way in found.bench.ways)
-
-
 def _verdict(found: Results) -> str:
-    right, wrong = _count(found, State.OK), _count(found, State.WRONG, State.FAILED)
+    right, wrong = found.count(State.OK), found.count(*BAD)
     cells = len(found.bench.rows) * len(found.bench.ways)
     bad = f"{wrong} wrong or failed" if wrong else "none wrong"
     rest = cells - right - wrong
@@ -179,28 +135,6 @@ def _overall(found: Results) -> Section:
     return Section("overall", "Every way", notes=[note], tables=[Table("Speed, by geometric mean", columns, rows)])
 
 
-def problems(found: Results) -> Section:
-    """What has no time, and why; equal reasons once."""
-    labels = {way.name: way.label for way in found.bench.ways}
-    lines: dict[tuple[State, str, str], list[str]] = {}
-    for (row, way), readings in found.readings.items():
-        for reading in readings:
-            if reading.state is not State.OK and (found.state(row, way) is not State.OK):
-                rows = lines.setdefault((reading.state, way, reading.reason), [])
-                rows += [row] if row not in rows else []
-    order = [State.WRONG, State.FAILED, State.ABSENT, State.SKIPPED]
-    items = [
-        f"{labels[way]}: {HELD[state]}: {_some(rows)}: {why}"
-        for (state, way, why), rows in sorted(lines.items(), key=lambda item: order.index(item[0][0]))
-    ]
-    alarming = bool(_count(found, State.WRONG, State.FAILED))
-    return Section("problems", "What has no time", items=items, alarming=alarming, empty="Every row has its times.")
-
-
-def _some(rows: list[str]) -> str:
-    return ", ".join(rows) if len(rows) < 4 else f"{', '.join(rows[:2])} and {len(rows) - 2} more"
-
-
 def _families(found: Results) -> Section:
     columns = ["operation", "rows"] + [f"{way.label}: {figure}" for way in found.others for figure in FIGURES]
     rows = []
@@ -226,7 +160,7 @@ def _detailed(found: Results, figure: str, title: str) -> Section:
         cells, mark = [row], Mark.NONE
         for way in found.bench.ways:
             cells.append(_cell(found, row, way, figure))
-            mark = Mark.WRONG if found.state(row, way.name) in (State.WRONG, State.FAILED) else mark
+            mark = Mark.WRONG if found.state(row, way.name) in BAD else mark
         for way in others:
             pair = found.common(way.name, found.base.name, figure, [row])
             cells.append(ratio(pair[0][1] / pair[0][0]) if pair else DASH)
@@ -244,8 +178,7 @@ def _cell(found: Results, row: str, way: Way, figure: str) -> str:
     counts = next((r.counts for r in found.readings.get((row, way.name), []) if r.counts), None)
     if counts and figure == "latency":
         return ", ".join(f"{name}: {count}" for name, count in counts.items() if count)
-    state = found.state(row, way.name)
-    return HELD.get(state, DASH) if state else DASH
+    return found.held(row, way.name)
 
 
 def _published(found: Results) -> Section:
@@ -292,8 +225,8 @@ def _checks(found: Results) -> Section:
         rows.append([
             way.label, str(len(all_of)), f"{cold}",
             DASH if worst is None or worst.error is None else f"{worst.error:.2f} ({worst.row})",
-            _some(unsteady) if unsteady else "none",
-            _some(careless) if careless else "none",
+            some(unsteady) if unsteady else "none",
+            some(careless) if careless else "none",
         ])  # fmt: skip
     columns = ["way", "readings", "of them cold", "largest error, 1 is wrong", "two calls gave different bits",
                "right, but sums lost more than they had to"]  # fmt: skip
