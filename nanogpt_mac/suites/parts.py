@@ -69,11 +69,11 @@ class PartsSuite(Suite):
         assert isinstance(bench, PartsBench)
         found = accounts(bench)
         timed = [(a, a.iteration.ms) for a in found if a.iteration and not a.simulated]
-        where = [f"{a.label}: {ms(whole)} ms" for a, whole in timed]
-        sentence = f"An iteration takes {', '.join(where)}." if where else "No iteration was timed."
+        where = [f"{a.label} {ms(whole)} ms" for a, whole in timed]
+        sentence = f"An iteration: {', '.join(where)}." if where else "No iteration was timed."
         for a, whole in timed:
             largest = max(a.parts, key=lambda part: part.ms)
-            sentence += f" {a.label}: {percent(largest.ms / whole, 0)} of it would be {largest.name}, measured alone."
+            sentence += f" {a.label}: {largest.name}, measured alone, is {percent(largest.ms / whole, 0)} of it."
         for a in found:
             if a.kernels is not None and a.simulated:
                 sentence += f" {a.label}: an iteration has {a.kernels} kernels and {plural(a.waits or 0, 'wait')}."
@@ -225,7 +225,7 @@ def section(found: Sequence[Account], identifier: str = "parts") -> Section:
         if a.iteration and not a.simulated and not LIKELY[0] < a.total / a.iteration.ms < LIKELY[1]:
             times = ratio(a.total / a.iteration.ms)
             notes.append(f"{a.label}: its parts are {times} x its iteration: something else ran. Close other programs.")
-    notes += [f"{a.label}: inside the step nothing is told: {a.not_inside}." for a in found if a.not_inside]
+    notes += [f"{a.label}: times inside the step are not known: {a.not_inside}." for a in found if a.not_inside]
     notes += [f"{a.label}: not measured: {text(a.why_not)}." for a in found if a.why_not]
     tables = [_counts(a) if a.simulated else _times(a) for a in found if a.parts]
     return Section(identifier, "Where an iteration goes", notes, tables, "No part was measured.")

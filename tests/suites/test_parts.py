@@ -255,7 +255,7 @@ def test_the_suite_says_where_an_iteration_goes(name):
     assert found.not_inside or all(part.inside for part in found.parts)
     report = parts.SUITE.report(bench(way, readings))
     text = show.markdown(report)
-    assert report.verdict.startswith("An iteration takes This: ")
+    assert report.verdict.startswith("An iteration: This ")
     assert all(word in text for word in ("all parts", "layer norms", "iteration", "attention has both projections"))
     later = parts.SUITE.measuring(task(way, round=1))
     assert later("clip").inside is None  # the profiler is asked once
