@@ -27,8 +27,9 @@ from nanogpt_mac.suites.nets.twin import Twin
 
 CHECKED_STEPS = 235  # before timing: an epoch at batch 256, and as many steps of smaller batches
 WEIGHTS_TOLERANCE = 1e-4  # relative, of each tensor's norm
-# An AdamW step is gradient / |gradient| at first, so what rounding makes of a gradient near zero is a whole step.
-UPDATE_TOLERANCE = 1e-2
+# An AdamW step is gradient / |gradient| at first, so what rounding makes of a gradient near zero is a whole step. At
+# the small size torch's CPU is 7.5e-5 off, MLX's 9.7e-3.
+UPDATE_TOLERANCE = 3e-2
 # Of a timed epoch: in every second one rounding puts some ReLU on the other side of zero, which is worth up to 1e-3.
 LAST_TOLERANCE = 1e-2
 ACCURACY_TOLERANCE = 0.01
