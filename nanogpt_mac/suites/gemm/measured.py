@@ -90,11 +90,16 @@ class Measuring:
             lambda number: (self.product(natives[number % 2], native_b),),
             self.arrays,
             self.task.row_s,
+            keep=2,  # both are checked: a result that stays the same cannot be right for two calls that differ
             most=max(1, min(calls.MOST_QUEUED, int(self.arrays.free_memory() / 4 / (m * n * DTYPES[dtype])))),
         )
         if measured.fault:
             raise RefusedError(State.WRONG, measured.fault)
         figures = self._checked(both[measured.number % 2], b, measured.last[0], dtype, " of the last timed call")
+        if measured.before is not None:
+            self._checked(
+                both[(measured.number - 1) % 2], b, measured.before[0], dtype, " of the last timed call but one"
+            )
         fastest = flops / (1e-3 * (measured.throughput.min or 0.0))
         peak = self.work.peak(self.task.way, dtype)
         if peak is not None and fastest > ABOVE_PEAK * peak.most:
