@@ -87,7 +87,9 @@ class Arrays(ABC):
 
     def limit_threads(self, threads: int) -> None:
         """Compute with so many from now on; only where the kind has `by_threads`."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be held to {threads} threads: its kind says by_threads"
+        )
 
     def watched(self, call: Callable[[], Any]) -> tuple[Any, int]:
         """What `call` returns, complete, and how many of its operations the CPU did in the device's place."""

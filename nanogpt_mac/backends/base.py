@@ -5,19 +5,19 @@ Numpy in, numpy out, and no waiting inside `step`. docs/add-a-backend.md says ho
 
 from __future__ import annotations
 
-import gc
 import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from nanogpt_mac.garbage import uncollected
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.records.capabilities import Capabilities
 
@@ -44,18 +44,6 @@ _UNWATCHED = nullcontext()
 def unwatched(_phase: str) -> AbstractContextManager[Any]:
     """`Backend.phase` while nobody looks: one shared context that does nothing."""
     return _UNWATCHED
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Within, a framework is imported: a hundred thousand objects and no garbage, so looking for some is left out."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -175,7 +163,7 @@ class Kind:
 def loaded(place: str) -> Any:
     """What "module:name" stands for."""
     module, _, name = place.partition(":")
-    with importing():
+    with uncollected():
         return getattr(import_module(module), name)
 
 

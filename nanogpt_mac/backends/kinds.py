@@ -20,8 +20,9 @@ from typing import Any, get_type_hints
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import blas
-from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Rung, Tokens, importing, setting
+from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Rung, Tokens, setting
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.garbage import uncollected
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.records.capabilities import Capabilities
 
@@ -62,7 +63,7 @@ class Torch(Kind):
             return reason
         if self.name == "cpu":
             return None
-        with importing():
+        with uncollected():
             simulated = simulator.install_if_asked()  # before anything asks torch for its devices
             import torch
 

@@ -6,14 +6,13 @@ batches with its interval. That a wait has waited is checked here; what was comp
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nanogpt_mac.garbage import uncollected
 from nanogpt_mac.measure.times import order_interval, summary
 from nanogpt_mac.records.run import Times
 
@@ -72,7 +71,7 @@ def measure(
     """
     timer = _Timer(call, device, keep, clock)
     batch_s = min(BATCH_S, budget_s / 10)
-    with _no_collection():
+    with uncollected():
         latencies = timer.batches(1, clock() + budget_s / 2, budget_s / 2)
         queued, throughputs = 1, latencies
         fault = timer.unwaited(1)  # before more is queued behind it
@@ -86,7 +85,7 @@ def measure(
 
 def once(call: Callable[[], Outputs], device: Device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call and one wait."""
-    with _no_collection():
+    with uncollected():
         return _Timer(lambda _: call(), device, 1, clock).batch(1)
 
 
@@ -160,14 +159,3 @@ def _known(found: Sequence[float]) -> bool:
 def _times(seconds: Sequence[float]) -> Times:
     values = [1e3 * s for s in seconds]
     return summary(values, order_interval(values))
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

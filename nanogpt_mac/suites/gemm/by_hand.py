@@ -70,7 +70,7 @@ class ByHand(Arrays):
         return function
 
     def ready_with_gradient(self, function: Function, of: Sequence[int]) -> Function:
-        raise NotImplementedError
+        raise NotImplementedError("the ladder multiplies; it has no gradients")
 
 
 PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {"python": in_python, "numpy-blocks": in_blocks, "numpy": np.matmul}

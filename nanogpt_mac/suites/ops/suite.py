@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from nanogpt_mac.records.bench import Bench, OpReading, OpsBench, Task
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
 from nanogpt_mac.suites.ops.rows import Row, all_rows
-from nanogpt_mac.suites.suite import Plan, Suite, row_seconds
+from nanogpt_mac.suites.suite import Plan, Suite, asked, row_seconds
 
 if TYPE_CHECKING:
     from nanogpt_mac.report.charts import Chart
@@ -86,12 +85,7 @@ def model_spec(config: BenchConfig) -> GPTSpec:
 
 
 def _asked(config: BenchConfig, rows: dict[str, Row]) -> dict[str, Row]:
-    if config.rows is None:
-        return rows
-    if config.rows in rows:
-        return {config.rows: rows[config.rows]}
-    pattern = f"*{config.rows.lower()}*"
-    found = {name: row for name, row in rows.items() if fnmatch.fnmatchcase(name.lower(), pattern)}
+    found = {name: rows[name] for name in asked(config.rows, rows)}
     if not found:
         families = dict.fromkeys(row.family for row in rows.values())
         raise InputError(f"rows={config.rows}: no row is called so; use a part of a name such as {', '.join(families)}")

@@ -13,7 +13,7 @@ from nanogpt_mac.backends.torch_nets import TorchNet
 from nanogpt_mac.records.bench import NetReading, State, Task, Way
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
-from nanogpt_mac.suites.nets.measured import Measuring, NetRow, Settings
+from nanogpt_mac.suites.nets.measured import Measuring, NetRow, Settings, decided
 
 WAY = Way(name="cpu", label="CPU", backend="cpu", device="cpu")
 SPEC = MLPSpec((20, 8, 5))
@@ -146,3 +146,10 @@ def test_right(backend: str, tmp_path: Path) -> None:
     asked = measured(make, tmp_path, arrays, trained=False)  # type: ignore[arg-type]
     assert asked.calls is not None, asked.reason
     assert asked.calls.median
+
+
+def test_of_adamw_only_numbers_are_left_out_whose_gradient_is_nearly_zero():
+    gradient = np.array([0.0, 1e-5, -1e-5, 1e-3, -2e-3, 0.0])
+    assert decided(gradient).tolist() == [True, False, False, True, True, True]
+    assert decided(np.zeros(3)).all()
+    assert decided(np.random.default_rng(0).normal(size=10_000)).mean() > 0.98
