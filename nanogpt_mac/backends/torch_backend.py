@@ -115,13 +115,19 @@ class TorchBackend(Backend):
         torch.set_float32_matmul_precision(options.matmul_precision)
         self.dtype = getattr(torch, options.dtype)
         own = self._own_kernels()
-        self.model = GPT(spec, self._few_kernels(), options.checkpointing, own).to(self.device)
+        if own is not None:
+            own.prepare(spec, self.dtype, self.device)
+        self.model = GPT(spec, self._few_kernels(), options.checkpointing, own is not None).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
+        graph = self._cuda_graph()
         if options.compile:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
-            self.loss = torch.compile(self.model.loss, dynamic=False, mode=self.settings.compile_mode)
-        graph = self._cuda_graph()
+            compiled = partial(torch.compile, dynamic=False, mode=self.settings.compile_mode)
+            if own is not None and graph:  # nothing is fused across a block's borders, and a replay calls nothing
+                self.loss = partial(own.loss, self.model, own.Pieces(*map(compiled, own.Pieces())))
+            else:
+                self.loss = compiled(self.model.loss)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer, fused = self._adamw(capturable=graph)
         self.scaler: Any = torch.amp.GradScaler(  # whose types ask for an optimizer of torch's own
@@ -152,7 +158,7 @@ class TorchBackend(Backend):
         self.details = {
             "fused_adamw": fused,
             "cuda_graph": graph,
-            "own_kernels": own,
+            "own_kernels": own is not None,
             "resident_data": sorted(self.resident),
         }
 
@@ -176,8 +182,8 @@ class TorchBackend(Backend):
             raise InputError(f"backend.cuda_graph=true: {why}; use null or false")
         return self.device.type == "cuda" and not own and (self.options.compile if asked is None else asked)
 
-    def _own_kernels(self) -> bool:
-        """Whether the model takes our Triton kernels: wherever it can, unless told otherwise."""
+    def _own_kernels(self) -> Any:
+        """The module of our Triton kernels, taken wherever they can be unless told otherwise, else None."""
         asked = self.settings.own_kernels
         why_not = f"{self.options.name} has none" if self.device.type != "cuda" else None
         if why_not is None and asked is not False:
@@ -189,7 +195,7 @@ class TorchBackend(Backend):
                 why_not = fused.fault(self.spec)
         if asked and why_not:
             raise InputError(f"backend.own_kernels=true: {why_not}; use null or false")
-        return why_not is None and asked is not False
+        return fused if why_not is None and asked is not False else None
 
     def _adamw(self, capturable: bool) -> tuple[AdamW, bool]:
         """AdamW, fused wherever torch has it for this device unless told otherwise; whether it is."""

@@ -72,7 +72,7 @@ def own_stages(model: GPT) -> list[Stage]:
     from nanogpt_mac.gpt import fused  # and Triton
 
     t: Any = model.transformer
-    own, norms = _owner(model), fused.norms(model)
+    own, norms, dropout = _owner(model), fused.norms(model), model.spec.dropout
 
     def embed(tokens: Tensor) -> Tensor:
         return model.embed(tokens, t["wpe"].weight[: tokens.shape[1]])
@@ -91,26 +91,20 @@ def own_stages(model: GPT) -> list[Stage]:
         Stage("layer norms", norms[0], ("x",), ("y",), own(norms[0]), note="are the first one alone"),
     ]
     note = "have dropout and the layer norm behind them, in one kernel of ours"
-    for layer in range(model.spec.n_layer):
+    for layer, block in enumerate(t["h"]):
 
-        def attend(y: Tensor, seeds: Tensor, layer: int = layer) -> Tensor:
-            return fused.attend(model, layer, y, seeds)
+        def attend(y: Tensor, seeds: Tensor, layer: int = layer, block: Any = block) -> Tensor:
+            return fused.attend(block, y, seeds[layer], dropout)
 
-        def mlp(y: Tensor, layer: int = layer) -> Tensor:
-            return fused.mlp(model, layer, y)
+        def add(x: Tensor, y: Tensor, seeds: Tensor, layer: int = layer, place: int = 1) -> tuple[Tensor, Tensor]:
+            return fused.add(norms[2 * layer + place], x, y, seeds[layer], place, dropout)
 
-        def add(x: Tensor, y: Tensor, seeds: Tensor, layer: int = layer) -> tuple[Tensor, Tensor]:
-            return fused.add(model, layer, 1, x, y, seeds)
-
-        def add_last(x: Tensor, y: Tensor, seeds: Tensor, layer: int = layer) -> tuple[Tensor, Tensor]:
-            return fused.add(model, layer, 2, x, y, seeds)
-
-        block, sums = t["h"][layer], (("x", "y", "seeds"), ("x", "y"))
+        mlp, sums = functools.partial(fused.mlp, block), (("x", "y", "seeds"), ("x", "y"))
         inside = [
             Stage("attention", attend, ("y", "seeds"), ("y",), own(block.attn), note="has both projections"),
             Stage("residual sums", add, *sums, own(norms[2 * layer + 1]), note=note),
             Stage("MLP", mlp, ("y",), ("y",), own(block.mlp)),
-            Stage("residual sums", add_last, *sums, own(norms[2 * layer + 2])),
+            Stage("residual sums", functools.partial(add, place=2), *sums, own(norms[2 * layer + 2])),
         ]
         chain += [stage.anew(_again) for stage in inside] if model.checkpointing else inside
     return [*chain, Stage("head and loss", head, ("y", "targets"), ("loss",), tied=("transformer.wte.weight",))]
@@ -134,7 +128,9 @@ class TorchParts(Parts):
         few = None if model.few_kernels == "never" or model.spec.dropout else model._few(*window[:, :-1].shape)
         self.values: dict[str, Any] = {"tokens": window[:, :-1], "targets": window[:, 1:], "few": few}
         if model.own_logits is not None:
-            self.values["seeds"] = window[0, :-1]  # where nothing is dropped; else a stage's
+            self.values["seeds"] = window[:1, :-1].expand(
+                model.spec.n_layer, -1
+            )  # where nothing is dropped; else a stage's
         self.stages = stages(model) if model.own_logits is None else own_stages(model)
         self.parts = {part.name: part for part in (self._batch(), *self._of_model(), *self._of_optimizer())}
         if backend.accelerator is not None:
