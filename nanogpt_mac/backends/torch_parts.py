@@ -72,7 +72,7 @@ def own_stages(model: GPT) -> list[Stage]:
     from nanogpt_mac.gpt import fused  # and Triton
 
     t: Any = model.transformer
-    own, norms, dropout = _owner(model), fused.norms(model), model.spec.dropout
+    own, norms = _owner(model), fused.norms(model)
 
     def embed(tokens: Tensor) -> Tensor:
         return model.embed(tokens, t["wpe"].weight[: tokens.shape[1]])
@@ -94,10 +94,10 @@ def own_stages(model: GPT) -> list[Stage]:
     for layer, block in enumerate(t["h"]):
 
         def attend(y: Tensor, seeds: Tensor, layer: int = layer, block: Any = block) -> Tensor:
-            return fused.attend(block, y, seeds[layer], dropout)
+            return fused.attend(block, y, seeds[layer], fused.dropout(model))
 
         def add(x: Tensor, y: Tensor, seeds: Tensor, layer: int = layer, place: int = 1) -> tuple[Tensor, Tensor]:
-            return fused.add(norms[2 * layer + place], x, y, seeds[layer], place, dropout)
+            return fused.add(norms[2 * layer + place], x, y, seeds[layer], place, fused.dropout(model))
 
         mlp, sums = functools.partial(fused.mlp, block), (("x", "y", "seeds"), ("x", "y"))
         inside = [

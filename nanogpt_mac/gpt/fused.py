@@ -306,10 +306,10 @@ def loss(model: GPT, pieces: Pieces, idx: Tensor, targets: Tensor) -> Tensor:
 
 def _stream(model: GPT, idx: Tensor, pieces: Pieces) -> Tensor:
     t: Any = model.transformer
-    drawn, dropout, after = seeds(model, idx), _dropout(model), norms(model)[2::2]
+    drawn, dropped, after = seeds(model, idx), dropout(model), norms(model)[2::2]
     x, y = pieces.enter(model, idx)
     for layer, block in enumerate(t["h"]):
-        given = block, after[layer], x, y, drawn[layer], dropout
+        given = block, after[layer], x, y, drawn[layer], dropped
         again = model.checkpointing and model.training
         x, y = checkpoint(pieces.block, *given, use_reentrant=False) if again else pieces.block(*given)
     return y
@@ -324,10 +324,11 @@ def norms(model: GPT) -> list[LayerNorm]:
 def seeds(model: GPT, idx: Tensor) -> Tensor:
     """A row a layer, int64, of its masks' seeds, wide enough to be aligned; any numbers where nothing is dropped."""
     layers = model.spec.n_layer
-    return torch.randint(2**32, (layers, 4), device=idx.device) if _dropout(model) else idx[:1].expand(layers, -1)
+    return torch.randint(2**32, (layers, 4), device=idx.device) if dropout(model) else idx[:1].expand(layers, -1)
 
 
-def _dropout(model: GPT) -> float:
+def dropout(model: GPT) -> float:
+    """The share that is dropped now."""
     return model.spec.dropout if model.training else 0.0
 
 
