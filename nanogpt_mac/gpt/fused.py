@@ -333,10 +333,11 @@ def dropout(model: GPT) -> float:
 
 
 def enter(model: GPT, idx: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual stream's beginning and its layer norm, (B, T, C) both."""
+    """The residual stream's beginning and its layer norm, (B, T, C) both, in the dtypes that a block returns."""
     t: Any = model.transformer
     x = model.embed(idx, t["wpe"].weight[: idx.shape[1]])
-    return x, norms(model)[0](x)
+    y, device = norms(model)[0](x), idx.device.type
+    return x, y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 
 def block(

@@ -241,7 +241,8 @@ def test_a_model_finds_its_kernels_prepared(change, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo only hides it
-def test_blocks_share_what_is_compiled_of_one():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_blocks_share_what_is_compiled_of_one(dtype):
     """And compute what is written: forward and gradients, in training with the same masks and in evaluation."""
     frames = []
 
@@ -258,7 +259,8 @@ def test_blocks_share_what_is_compiled_of_one():
         results = []
         for some in (fused.Pieces(), pieces):
             torch.manual_seed(4)
-            loss = fused.loss(model, some, idx, idx)
+            with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+                loss = fused.loss(model, some, idx, idx)
             results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
         for one, other in zip(*results, strict=True):
             assert torch.equal(one, other)
