@@ -19,6 +19,7 @@ HELD = {  # what may stand in a cell in place of a time
     State.SKIPPED: "skipped",
 }
 WORST_FIRST = (State.WRONG, State.FAILED, State.OK, State.ABSENT, State.SKIPPED)
+LITTLE = 0.01  # of all time: not named
 BAD = (State.WRONG, State.FAILED)
 
 
@@ -58,9 +59,16 @@ def facts(bench: Bench, *more: str, rounds: str | None = "round") -> list[str]:
         *(f"{name} {v}" for name, v in (env.versions if env else {}).items() if v and name in known),
         *more,
         *([plural(bench.rounds, rounds)] if rounds else []),
-        seconds(bench.seconds),
+        _spent(bench),
         when(bench.created),
     ]
+
+
+def _spent(bench: Bench) -> str:
+    """How long it took, and for what."""
+    known = sorted(((s, what) for what, s in bench.spent.items() if s >= LITTLE * bench.seconds), reverse=True)
+    told = ", ".join(f"{what} {seconds(s)}" for s, what in known)
+    return seconds(bench.seconds) + (f" ({told})" if len(known) > 1 else "")
 
 
 def alarms(
