@@ -91,7 +91,9 @@ class TorchBackend(Backend):
             "backend.own_kernels",
             False,
             "attention and layer norm by torch's kernels, not by ours",
-            lambda here, config: here.device == "cuda" and config.backend.own_kernels is not False,
+            lambda here, config: (
+                here.device == "cuda" and (config.compile if (o := config.backend.own_kernels) is None else o)
+            ),
         ),
         Lever(
             "backend.compile_mode", "reduce-overhead", "the loss as CUDA graphs", lambda here, _: here.device == "cuda"
@@ -183,10 +185,15 @@ class TorchBackend(Backend):
         return self.device.type == "cuda" and not own and (self.options.compile if asked is None else asked)
 
     def _own_kernels(self) -> Any:
-        """The module of our Triton kernels, taken wherever they can be unless told otherwise, else None."""
+        """The module of our Triton kernels where the model takes them, else None.
+
+        Unless told otherwise it does in a step that is compiled or one CUDA graph: eager, the host takes longer to send
+        them than torch's own.
+        """
         asked = self.settings.own_kernels
+        wanted = self.options.compile or self._cuda_graph() if asked is None else asked
         why_not = f"{self.options.name} has none" if self.device.type != "cuda" else None
-        if why_not is None and asked is not False:
+        if why_not is None and wanted:
             if find_spec("triton") is None:
                 why_not = "the package triton is not installed"
             else:
@@ -195,7 +202,7 @@ class TorchBackend(Backend):
                 why_not = fused.fault(self.spec)
         if asked and why_not:
             raise InputError(f"backend.own_kernels=true: {why_not}; use null or false")
-        return fused if why_not is None and asked is not False else None
+        return fused if why_not is None and wanted else None
 
     def _adamw(self, capturable: bool) -> tuple[AdamW, bool]:
         """AdamW, fused wherever torch has it for this device unless told otherwise; whether it is."""

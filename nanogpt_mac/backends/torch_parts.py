@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_mac import simulator
+from nanogpt_mac.backends.cuda_graph import Recorded
 from nanogpt_mac.backends.parts import Call, Inside, Part, Parts, Stage
 from nanogpt_mac.gpt import torch_gpt
 from nanogpt_mac.gpt.torch_gpt import GPT, Few
@@ -128,9 +129,8 @@ class TorchParts(Parts):
         few = None if model.few_kernels == "never" or model.spec.dropout else model._few(*window[:, :-1].shape)
         self.values: dict[str, Any] = {"tokens": window[:, :-1], "targets": window[:, 1:], "few": few}
         if model.own_logits is not None:
-            self.values["seeds"] = window[:1, :-1].expand(
-                model.spec.n_layer, -1
-            )  # where nothing is dropped; else a stage's
+            any_numbers = window[:1, :-1].expand(model.spec.n_layer, -1)
+            self.values["seeds"] = any_numbers  # where nothing is dropped; else a stage's
         self.stages = stages(model) if model.own_logits is None else own_stages(model)
         self.parts = {part.name: part for part in (self._batch(), *self._of_model(), *self._of_optimizer())}
         if backend.accelerator is not None:
@@ -156,7 +156,14 @@ class TorchParts(Parts):
             return torch.autograd.grad(outputs, of, cotangents, materialize_grads=True)
 
         cotangents = [torch.randn_like(output) for output in made] if of else []
-        return forward, both if of else None
+        return self._sent(forward), self._sent(both) if of else None
+
+    def _sent(self, call: Call) -> Call:
+        """`call` as the step sends it: recorded where that is one CUDA graph, or the host would be what is timed."""
+        if not self.backend.details["cuda_graph"]:
+            return call
+        recorded = Recorded(functools.partial(call, 0))
+        return lambda number: recorded()
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if not self.backend.options.compile:
@@ -194,8 +201,8 @@ class TorchParts(Parts):
 
         take(0)
         yield Part("gradients", len(self.starts), take, note="are put into the optimizer's buffers")
-        yield Part("clip", 1, clip, note="includes the norm")
-        yield Part("optimizer", 1, update, note="is AdamW")
+        yield Part("clip", 1, self._sent(clip), note="includes the norm")
+        yield Part("optimizer", 1, self._sent(update), note="is AdamW")
 
     # -- the device -----------------------------------------------------------------------------------------------
 
