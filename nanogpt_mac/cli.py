@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -128,7 +129,8 @@ class Command:
                 else:
                     self._refuse_nanogpts()
                     if not _helped(self.name, self.arguments):
-                        ranks.refuse_several()
+                        if self.name != "config" or "--multirun" in self.arguments:
+                            ranks.refuse_several()
                         if (cfg := self._plain()) is not None:
                             once(cfg)
                             return self._ended()
@@ -138,6 +140,10 @@ class Command:
         except (InputError, HydraException, OmegaConfBaseException) as error:
             if self.traceback_wanted:
                 raise
+            if not ranks.speaks():
+                with suppress(signals.Stop):  # torchrun would end the one that speaks before it has spoken
+                    time.sleep(1)
+                return 2
             return self._say(self._one_line(error), 2)
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -234,6 +240,7 @@ class Command:
             self.failure = _failure(error, config)
             if self.failure is None:
                 raise
+            self.code = 1
 
     def _refuse_nanogpts(self) -> None:
         script = SCRIPTS.get(self.name, f"{self.name}.py")
@@ -373,6 +380,8 @@ def _helped(command: str, arguments: Sequence[str]) -> bool:
 
 def _failure(error: Exception, config: Any) -> str | None:
     """What to say of memory or a disk that is full; None for any other error."""
+    if isinstance(error, ranks.LostError):
+        return str(error)
     if isinstance(error, OSError) and error.errno in FULL:
         named = Path(error.filename) if error.filename else Path.cwd()
         where = next(place for place in (*named.absolute().parents, Path("/")) if place.is_dir())  # of what is left
