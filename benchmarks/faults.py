@@ -26,6 +26,7 @@ from typing import Any
 import _side_by_side as beside
 import psutil
 
+from nanogpt_mac.corpus import DataConfig, prepare
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.train import checkpoint
 
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "wrapper.py").write_text(WRAPPER)
+        prepare(DataConfig("stand_in", dir=f"{name}/data"))  # once, and before a disk is full
         for fault in faults:
             tries = []
             for number in range(args.tries):
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def tried(fault: Fault, engine: str, folder: Path) -> dict[str, Any]:
-    script = [str(folder.parent / "wrapper.py"), str(beside.ROOT / "train.py"), *RECIPE.split()]
+    script = [str(folder.parent / "wrapper.py"), str(beside.ROOT / "train.py"), *RECIPE.split(), "data_dir=../data"]
     python = Path(sys.executable)
     if engine == "mlx":
         script += ["backend=mlx", "compile=false"]
@@ -173,7 +175,8 @@ def _result(folder: Path, fault: Fault, process: Any, begun: float, wrong: str =
             checkpoint.open_run(str(folder / "run"))
         except InputError as error:
             wrong = str(error)
-    tail = "\n".join(log.splitlines()[-30:]).replace(str(folder.parent), "") if wrong else ""
+    kept = [line for line in log.splitlines() if not line.startswith(("iter", "step"))]
+    tail = "\n".join(kept[:30]).replace(str(folder.parent), "") if wrong else ""
     return {"seconds": seconds, "wrong": wrong, "line": lines[0].strip() if lines else None, "log": tail}
 
 

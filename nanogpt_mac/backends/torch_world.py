@@ -31,7 +31,11 @@ class TorchWorld(World):
                 )
             torch.cuda.set_device(launched.local % visible)
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+            # torchrun keeps its store when it starts the ranks anew, and gloo would find the addresses of the dead.
+            store = dist.PrefixStore(f"start-{launched.restarts}", store)
+            by = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+            dist.init_process_group(by, timeout=PATIENCE, store=store, rank=rank, world_size=size)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"rank {launched.rank} cannot reach the others: {reason(error)}") from error
         return cls(launched.rank, launched.size, "nccl" if gpu else "gloo", survives=not gpu)
