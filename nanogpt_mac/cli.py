@@ -129,11 +129,11 @@ class Command:
                 else:
                     self._refuse_nanogpts()
                     if not _helped(self.name, self.arguments):
-                        if self.name != "config" or "--multirun" in self.arguments:
-                            ranks.refuse_several()
+                        ranks.launched() if self.name == "config" else ranks.refuse_several()
                         if (cfg := self._plain()) is not None:
                             once(cfg)
                             return self._ended()
+                        ranks.refuse_several()  # a sweep starts processes itself
                         main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.name)
                         self._through_hydra(main(_Job(self.name, str(Path(self.program).absolute()), Path.cwd(), once)))
             return self._ended()

@@ -29,6 +29,7 @@ SILENT_S = 15.0  # without a word of a rank
 STALLED_S = 30.0  # in which all are there and none comes further; or five times the longest of the last iterations
 PATIENT_S = 900.0  # the same while something compiles or is written
 GRACE_S = 6.0  # for the main thread to end by itself, once the run is over
+LINGER_S = 2.0  # for the others to hear why
 POLL_S = 0.25
 
 Progress = Callable[[], tuple[int, bool]]  # how far the main thread has come, and whether it may take long now
@@ -85,6 +86,7 @@ class Guard:
     def __init__(self, rank: int, size: int, progress: Progress) -> None:
         self.rank, self.size, self.progress = rank, size, progress
         self.lost: str | None = None
+        self._parent = os.getppid()
         self._over, self._done = threading.Event(), threading.Event()
         self._bye = ""
         self._peers: list[_Peer] = []
@@ -123,7 +125,7 @@ class Guard:
         if not self._done.is_set():
             self._bye = reason
             self._done.set()
-            self._thread.join(2.0)
+            self._thread.join(2 * LINGER_S)
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -154,10 +156,19 @@ class Guard:
                 self._tell(turns=turns, patient=patient)
             self._judge(now, began)
         self._tell(bye=self._bye) if self.lost is None else self._tell(end=self.lost)
-        selector.close()
         if self.lost is not None:
             self._over.set()
             self._end()
+        until = time.monotonic() + (LINGER_S if self._bye or self.lost else 0.0)
+        for peer in self._peers:  # closed with words unread, a connection would lose those that were told last
+            peer.connection.settimeout(max(0.01, until - time.monotonic()))
+            with suppress(OSError):
+                while not peer.left and peer.connection.recv(1 << 16):
+                    peer.connection.settimeout(max(0.01, until - time.monotonic()))
+            peer.connection.close()
+        if self._server is not None:
+            self._server.close()
+        selector.close()
 
     def _tell(self, **message: Any) -> None:
         for peer in self._peers:
@@ -199,6 +210,8 @@ class Guard:
                 self.lost = f"{peer.name} has not answered for {now - peer.heard:.0f} s: it hangs or is cut off"
                 peer.kill()
                 return
+        if os.getppid() != self._parent:
+            self.lost = "the launcher is gone"
         if self._server is None:
             return
         if now - began > PATIENT_S and len(self._peers) < self.size - 1:

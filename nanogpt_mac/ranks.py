@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,13 @@ SIZES = (  # of all processes; 1 is a launcher that started one, as submitit's d
 RANKS = ("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "MLX_RANK")
 TORCHRUN, MLX = "torchrun", "mlx.launch"
 STARTED_BY = {TORCHRUN: "torchrun --nproc_per_node={}", MLX: "mlx.launch -n {} --python PYTHON"}
+
+
+def command(launcher: str, size: int) -> list[str]:
+    """What stands before a script to start it so many times on this machine, with this Python."""
+    if launcher == TORCHRUN:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
+    return [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(size), "--python", sys.executable]
 
 
 class LostError(Exception):

@@ -119,6 +119,7 @@ class Kind:
         ""  # "module:Class" of its single operations, backends/arrays.py, for bench.py; none: it takes no part
     )
     world: str = ""  # "module:Class" of its ranks, backends/world.py; none: a run is one process
+    launcher: str = "torchrun"  # what starts them
     nets: str = ""  # "module:Class" of its small networks, backends/nets.py; none: not in suite=mlp and suite=lm
     also_on: tuple[str, ...] = ()  # further devices that its arrays may be put on, where it has another one by default
     rungs: tuple[Rung, ...] = ()

@@ -199,6 +199,7 @@ KINDS: dict[str, Kind] = {
             arrays="nanogpt_mac.backends.mlx_arrays:MLXArrays",
             nets="nanogpt_mac.backends.mlx_nets:MLXNet",
             world="nanogpt_mac.backends.mlx_world:MLXWorld",
+            launcher="mlx.launch",
             also_on=("cpu",),
             label="MLX",
             framework="mlx",

@@ -23,7 +23,7 @@ from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.gpt.spec import TrainState
 from nanogpt_mac.guard import Guard
-from nanogpt_mac.ranks import MLX, STARTED_BY, TORCHRUN, Launched, LostError
+from nanogpt_mac.ranks import STARTED_BY, Launched, LostError
 from nanogpt_mac.records.run import Rank, Times, WorldFacts
 from nanogpt_mac.train import checkpoint
 
@@ -153,13 +153,11 @@ def joined(launched: Launched, config: Config, options: BackendOptions) -> Itera
         yield Together(launched)
         return
     kind, count, size = KINDS[options.name], config.gradient_accumulation_steps, launched.size
-    wanted = MLX if kind.framework == "mlx" else TORCHRUN
     if not kind.world:
         raise InputError(f"backend={kind.name}: trains in one process; start it without {launched.launcher}")
-    if launched.launcher != wanted:
-        raise InputError(
-            f"backend={kind.name}: is not for {launched.launcher}; use {STARTED_BY[wanted].format(size)} train.py ..."
-        )
+    if launched.launcher != kind.launcher:
+        use = STARTED_BY[kind.launcher].format(size)
+        raise InputError(f"backend={kind.name}: is not for {launched.launcher}; use {use} train.py ...")
     if count % size:
         same = config.batch_size * count
         other = f" and batch_size={same // size}, the same work" if same % size == 0 else ""
