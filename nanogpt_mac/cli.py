@@ -240,7 +240,6 @@ class Command:
             self.failure = _failure(error, config)
             if self.failure is None:
                 raise
-            self.code = 1
 
     def _refuse_nanogpts(self) -> None:
         script = SCRIPTS.get(self.name, f"{self.name}.py")
@@ -380,8 +379,6 @@ def _helped(command: str, arguments: Sequence[str]) -> bool:
 
 def _failure(error: Exception, config: Any) -> str | None:
     """What to say of memory or a disk that is full; None for any other error."""
-    if isinstance(error, ranks.LostError):
-        return str(error)
     if isinstance(error, OSError) and error.errno in FULL:
         named = Path(error.filename) if error.filename else Path.cwd()
         where = next(place for place in (*named.absolute().parents, Path("/")) if place.is_dir())  # of what is left

@@ -118,7 +118,7 @@ class Guard:
     def line(self) -> str:
         """What the user reads; empty on all ranks but one, the first of those that are left."""
         speaks = self.rank == 0 or (self.rank == 1 and str(self.lost).startswith("rank 0 "))
-        return f"the run ends on every rank: {self.lost}; {self.hint()}" if speaks else ""
+        return f"train.py: the run ends on every rank: {self.lost}; {self.hint()}" if speaks else ""
 
     def leave(self, reason: str = "") -> None:
         """This rank ends; with a reason, which is one line, so do all others."""

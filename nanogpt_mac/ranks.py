@@ -34,10 +34,6 @@ def command(launcher: str, size: int) -> list[str]:
     return [str(Path(sys.executable).with_name("mlx.launch")), "-n", str(size), "--python", sys.executable]
 
 
-class LostError(Exception):
-    """Another rank is gone, hangs or has failed. The text is one line, and empty where another rank says it."""
-
-
 @dataclass(frozen=True)
 class Launched:
     """This process among those that a launcher started."""

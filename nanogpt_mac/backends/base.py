@@ -300,6 +300,9 @@ class Backend(ABC):
         it, takes nothing more."""
         return None
 
+    def close(self) -> None:  # noqa: B027 (nothing to do for most)
+        """No further iteration: let go of what holds on to the other ranks."""
+
     def release_memory(self) -> None:  # noqa: B027 (nothing to do on most devices)
         """Give back what the allocator keeps."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -38,7 +39,9 @@ class Graphed:
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         self.argument, graph = argument.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        # NCCL has a thread of its own, whose calls must not end what this one records.
+        mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
             self.result = self.function(self.argument)
         self.graph = graph
         return self(argument)

@@ -450,6 +450,9 @@ class TorchBackend(Backend):
     def free_memory(self) -> int:
         return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else super().free_memory()
 
+    def close(self) -> None:
+        self.train_windows = self._train  # NCCL waits for the end of graphs that have recorded it
+
     def release_memory(self) -> None:
         if self.accelerator is not None:
             self.accelerator.empty_cache()

@@ -23,7 +23,6 @@ from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.files import remove, run_folder, unfinished, write_aside, write_json
 from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 from nanogpt_mac.machine import chips, energy, gemm, peaks, probe
-from nanogpt_mac.ranks import LostError
 from nanogpt_mac.records.fallbacks import Fallbacks
 from nanogpt_mac.records.run import (
     CorpusFacts,
@@ -42,7 +41,7 @@ from nanogpt_mac.train.loop import Loop
 from nanogpt_mac.train.recorder import Recorder, Work
 from nanogpt_mac.train.sinks import Folder, open_wandb
 from nanogpt_mac.train.source import Source, corpus_of, open_source
-from nanogpt_mac.train.together import Together, again, joined, note
+from nanogpt_mac.train.together import LostError, Together, again, joined, note
 
 REFUSED = 3  # under fallbacks=error
 
@@ -99,6 +98,7 @@ def _run(config: Config, options: BackendOptions, together: Together, asked: Fut
     session = Session(config, corpus, tokens, source, backend, work, peak, folder, facts, found, together)
     with signals.watched("train.py"), probe.awake():
         code = session.train(environment)
+    backend.close()
     if together.first:
         display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
     return code
@@ -185,7 +185,7 @@ class Session:
                 raise
             error = lost
             self._rescue(loop.best, start, screen)
-            raise LostError(self.together.line()) from raised
+            raise LostError(lost) from raised
         finally:
             screen.close()
             ending = Ending(

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from nanogpt_mac import files
+from nanogpt_mac import files, signals
 from nanogpt_mac.backends.base import BackendOptions
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.backends.world import World
@@ -23,13 +23,17 @@ from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.gpt.spec import TrainState
 from nanogpt_mac.guard import Guard
-from nanogpt_mac.ranks import STARTED_BY, Launched, LostError
+from nanogpt_mac.ranks import STARTED_BY, Launched
 from nanogpt_mac.records.run import Rank, Times, WorldFacts
 from nanogpt_mac.train import checkpoint
 
 OF_ONE_MACHINE = ("data.dir", "data.path", "data.symbols", "data_dir", "path", "run", "run_dir", "given")
 OF_THIS_ONE = (InputError, OSError, MemoryError)  # errors that no other rank is behind
 VERSIONS = ("torch", "mlx", "numpy")
+
+
+class LostError(Exception):
+    """Another rank is gone, hangs or has failed: everything here is to be put away, and the process to end."""
 
 
 @dataclass
@@ -78,9 +82,6 @@ class Together:
         """From now on `hint` says what to do should another rank end the run."""
         if self.guard is not None:
             self.guard.hint = hint
-
-    def line(self) -> str:
-        return self.guard.line() if self.guard is not None else ""
 
     def leave(self, reason: str) -> None:
         """This rank ends, and with it all others."""
@@ -148,7 +149,7 @@ class Together:
 
 @contextmanager
 def joined(launched: Launched, config: Config, options: BackendOptions) -> Iterator[Together]:
-    """Within, all ranks have found each other and are watched. LostError where another one ends the run."""
+    """Within, all ranks have found each other and are watched. Where another one ends the run, this process ends."""
     if launched.size == 1:
         yield Together(launched)
         return
@@ -174,10 +175,10 @@ def joined(launched: Launched, config: Config, options: BackendOptions) -> Itera
     try:
         yield together
     except LostError:
-        raise
+        signals.end_now(1, guard.line())  # at once: libraries would wait for the others until they give up
     except Exception as error:
         if together.lost(error) is not None:
-            raise LostError(guard.line()) from error
+            signals.end_now(1, guard.line())
         guard.leave(f"{type(error).__name__}: {reason(error)}")
         raise
     except BaseException:
