@@ -256,7 +256,13 @@ def signal_name(number: int) -> str:
 
 
 def end(pid: int) -> None:
-    """End the process and all of its session: a compiler's workers, whatever it started."""
+    """End the process, all of its session, and what a launcher started in others: a compiler's workers, ranks."""
+    import psutil  # here, because the fallback detector runs where only torch and numpy are installed
+
+    with suppress(psutil.Error):
+        for started in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                started.kill()
     with suppress(ProcessLookupError, PermissionError):  # a Mac answers EPERM for a group of zombies
         os.killpg(pid, signal.SIGKILL)
 

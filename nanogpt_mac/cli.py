@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -128,16 +129,21 @@ class Command:
                 else:
                     self._refuse_nanogpts()
                     if not _helped(self.name, self.arguments):
-                        ranks.refuse_several()
+                        ranks.launched() if self.name == "config" else ranks.refuse_several()
                         if (cfg := self._plain()) is not None:
                             once(cfg)
                             return self._ended()
+                        ranks.refuse_several()  # a sweep starts processes itself
                         main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.name)
                         self._through_hydra(main(_Job(self.name, str(Path(self.program).absolute()), Path.cwd(), once)))
             return self._ended()
         except (InputError, HydraException, OmegaConfBaseException) as error:
             if self.traceback_wanted:
                 raise
+            if not ranks.speaks():
+                with suppress(signals.Stop):  # torchrun would end the one that speaks before it has spoken
+                    time.sleep(1)
+                return 2
             return self._say(self._one_line(error), 2)
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

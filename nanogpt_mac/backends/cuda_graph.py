@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
@@ -38,7 +39,9 @@ class Recorded(Generic[T]):
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        # NCCL has a thread of its own, whose calls must not end what this one records.
+        mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
             self.result = self.function()
         self.graph = graph
         return self()

@@ -40,7 +40,7 @@ MEANT = (
 class Handle:
     """An iteration under way: its loss and gradient norm on their way to the host, and the event behind them."""
 
-    result: Tensor  # float32 (2,) on the host, valid once `event` has passed
+    result: Tensor  # float32 (2,), of several ranks (3,), on the host, valid once `event` has passed
     event: Any  # None on a CPU, where the result is already there
     sources: list[Tensor]  # what the iteration copies from, kept alive until it has
 
@@ -245,13 +245,20 @@ class TorchBackend(Backend):
     # -- training -----------------------------------------------------------------------------------------------
 
     def step(self, starts: np.ndarray, lr: float) -> Handle:
-        torch.manual_seed(base.step_seed(self.options.seed, self.iteration))  # dropout: a function of the iteration
+        seed = base.step_seed(self.options.seed, self.iteration, self.world.rank)
+        torch.manual_seed(seed)  # dropout: a function of the iteration
         self.iteration += 1
         self.model.train()
+        if self.world.size > 1:
+            self.optimizer.shared[-1:].fill_(self.world.asked)
         self.lr = self.lr.fill_(lr) if isinstance(self.lr, Tensor) else lr
         with self.phase("forward"):
             windows = self.windows("train", starts)  # (accumulation, B, T + 1)
-        result = self.train_windows(windows)
+        try:
+            result = self.train_windows(windows)
+        except RuntimeError:  # before its update, which comes last: it never was
+            self.iteration -= 1
+            raise
         with self.phase("result"):
             return self._handle(result)
 
@@ -268,6 +275,12 @@ class TorchBackend(Backend):
                 gradients = torch.autograd.grad(scaled, self.optimizer.ordered, materialize_grads=True)
                 self.optimizer.take(gradients, add=number > 0)
                 total = total + loss.detach() if number else loss.detach()
+        if self.world.size > 1:
+            with self.phase("backward"):
+                shared = self.optimizer.shared
+                shared[-2] = total
+                self.world.average(shared)
+                total = shared[-2]
         with self.phase("clip"):
             self.scaler.unscale_(self.optimizer)
             norm = self.optimizer.clip(self.options.grad_clip)
@@ -275,7 +288,7 @@ class TorchBackend(Backend):
             self.scaler.step(self.optimizer, self.lr)
             self.scaler.update()
         with self.phase("result"):
-            return torch.stack((total, norm))
+            return torch.stack((total, norm) if self.world.size == 1 else (total, norm, shared[-1]))
 
     def _handle(self, result: Tensor) -> Handle:
         """Send the result to the host behind the iteration's work, so that reading it later drains nothing."""
@@ -283,7 +296,7 @@ class TorchBackend(Backend):
         if self.accelerator is None:
             return Handle(result, None, sources)
         # NaN, so that a copy that an event failed to wait for would end the run and not pass for a loss.
-        host = torch.full((2,), float("nan"), pin_memory=self.device.type == "cuda")
+        host = torch.full(result.shape, float("nan"), pin_memory=self.device.type == "cuda")
         host.copy_(result, non_blocking=True)
         event = self.accelerator.Event()
         event.record()
@@ -293,7 +306,9 @@ class TorchBackend(Backend):
         with self.phase("result"):
             if handle.event is not None:
                 handle.event.synchronize()
-            loss, norm = handle.result.tolist()
+            loss, norm, *asked = handle.result.tolist()
+            if asked:
+                self.world.heard(asked[0])
             return loss, norm
 
     @torch.no_grad()
@@ -447,6 +462,9 @@ class TorchBackend(Backend):
 
     def free_memory(self) -> int:
         return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else super().free_memory()
+
+    def close(self) -> None:
+        self.train_windows = self._train  # NCCL waits for the end of graphs that have recorded it
 
     def release_memory(self) -> None:
         if self.accelerator is not None:

@@ -70,6 +70,8 @@ class Entry:
             return f"in doubt: {text(reason)}"
         if not self.median:
             return text(reason or "nothing was timed")
+        if variant.ranks > 1:
+            return f"{variant.ranks} processes together: not ranked with single ones"
         if variant.shared_machine:
             return doubts.Doubt.SHARED_MACHINE.words
         if reason.startswith("diverged"):
@@ -187,6 +189,7 @@ def load_run(folder: Path) -> Entry:
         state=state,
         reason=reason,
         parity=checked.state,
+        ranks=facts.world_size if facts else 1,
         runs=int(done),
         failed_runs=() if done else (FailedRun(round=0, state=run.state, reason=run.reason),),
         fallbacks=runs.free(folder / "fallbacks.json", run.problems),
