@@ -69,14 +69,13 @@ class Drawn:
         grown = GROWN[k % len(GROWN)]
         factor = np.float32(1 / grown if kind == "probability" else grown)
         changed, cut = np.empty_like(array), -17 * k % array.shape[-1]
+        lines, rolled = (a.reshape(-1, a.shape[-1]) for a in (array, changed))
 
         def roll(rows: slice) -> None:
-            at = ... if array.ndim == 1 else rows
-            np.multiply(array[at][..., cut:], factor, out=changed[at][..., : array.shape[-1] - cut])
-            np.multiply(array[at][..., :cut], factor, out=changed[at][..., array.shape[-1] - cut :])
+            np.multiply(lines[rows, cut:], factor, out=rolled[rows, : lines.shape[1] - cut])
+            np.multiply(lines[rows, :cut], factor, out=rolled[rows, lines.shape[1] - cut :])
 
-        width = array.size if array.ndim == 1 else array[0].size
-        deque(side_by_side(roll, blocks(len(array), width)), maxlen=0)
+        deque(side_by_side(roll, blocks(*lines.shape)), maxlen=0)
         return changed
 
     @cached_property
