@@ -282,7 +282,7 @@ def test_a_key_that_another_suite_has_for_itself_is_train_pys():
 def test_a_part_that_is_not_there_is_one_line(command):
     done = command("bench.py", "suite=parts", "rows=softmax", "ways=[cpu]", "data=stand_in")
     assert done.returncode == 2
-    assert "rows=softmax: fits none of iteration, batch" in done.stderr
+    assert "rows=softmax: no part is called so; use a part of a name such as iteration, batch" in done.stderr
 
 
 @pytest.mark.skipif(
