@@ -53,9 +53,11 @@ def _blas_alone() -> Iterator[None]:
     before = [library.scipy_openblas_get_num_threads64_() for library in libraries]
     for library in libraries:
         library.scipy_openblas_set_num_threads64_(1)
-    yield
-    for library, threads in zip(libraries, before, strict=True):
-        library.scipy_openblas_set_num_threads64_(threads)
+    try:
+        yield
+    finally:
+        for library, threads in zip(libraries, before, strict=True):
+            library.scipy_openblas_set_num_threads64_(threads)
 
 
 def tolerance(depth: float) -> float:
