@@ -22,7 +22,11 @@ from nanogpt_mac.simulator.metal_source import FUNCTION_CONSTANT, Kernel, Unsupp
 MTLResourceStorageModeShared = 0
 MTLCommandBufferStatusCompleted = 4
 MTLDataTypeFloat, MTLDataTypeInt, MTLDataTypeUInt, MTLDataTypeBool = 3, 29, 33, 53
-MTLSize = tuple
+
+
+def MTLSize(width: int, height: int, depth: int) -> tuple[int, int, int]:
+    return width, height, depth
+
 
 MOST_THREADS = 1024  # of a threadgroup
 MOST_BYTES = 4096  # of setBytes
