@@ -95,6 +95,7 @@ def translate(source: str, constants: Mapping[int, bool | int | float] | None = 
     """
     code = _COMMENT.sub(lambda m: "\n" * m.group().count("\n") or " ", source)
     code = _specialised(_expanded(code), constants)
+    code = _CONST_TWICE.sub("constant", code)  # which becomes const
     templates: dict[str, list[str]] = {}
     kernels: list[Kernel] = []
     launchers: list[str] = []
@@ -122,7 +123,6 @@ def translate(source: str, constants: Mapping[int, bool | int | float] | None = 
         kernels.append(Kernel(host_name, symbol, buffers, shared, limit, first, last))
     code = _SHARED.sub("static threadgroup ", code)
     code = _ATTRIBUTE.sub("", code)
-    code = _CONST_TWICE.sub("constant", code)  # `constant` becomes const
     return code + _BINDING + "\n".join(launchers) + "\n", kernels
 
 

@@ -16,7 +16,7 @@ from nanogpt_mac.errors import InputError
 SIDE = 16  # of a threadgroup, as in the sources
 LANES = 32
 DEPTH = 64  # command buffers of a Metal queue that may be in flight, by default
-SOURCES = {"v1": ("v1",), "v2": ("tiles", "v2"), "v3": ("tiles", "v3")}
+SOURCES = {"v1": ("v1",), "v2": ("tiles", "v2"), "v3": ("tiles", "v3"), "tiles": ("tiles",)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def version(words: str) -> Version:
 
 
 def source(name: str) -> str:
-    """The Metal source of v1, v2 or v3."""
+    """The Metal source of v1, v2 or v3, or of the tiles alone."""
     folder = files("nanogpt_mac.backends.by_hand")
     return "\n".join(folder.joinpath(f"{part}.metal").read_text(encoding="utf-8") for part in SOURCES[name])
 

@@ -67,8 +67,9 @@ inline void backward_weight_tile(device const float* dy, device const float* x, 
 }
 
 // Of row at.y of logits (m, n), whose SIMD group has the lanes at.x: the row's part of the mean cross entropy, and in d
-// (m, n) its gradient by the logits. A lane owns every 32nd number of the row.
-inline float cross_entropy_row(device const float* logits, device const uint* classes, device float* d,
+// (m, n) its gradient by the logits. A lane owns every 32nd number of the row. (MLX puts fewer than 8 classes elsewhere.)
+template <typename Classes>
+float cross_entropy_row(device const float* logits, Classes classes, device float* d,
                                constant const uint* size, uint2 at) {
   const uint m = size[0], n = size[1], row = at.y * n, right = classes[at.y];
   float largest = -INFINITY, sum = 0.0f;
