@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -120,6 +122,51 @@ def test_in_tritons_interpreter(given: Any) -> None:
         right(one)
     assert len(found["v1"]["kernels"]) == 11
     assert len(found["n3"]["kernels"]) == 13  # and those that gather, and move on
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_v3_is_a_graph_a_batch_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: what is recorded, replayed and in which order, the last batch among it."""
+    import torch
+
+    from nanogpt_mac.backends.by_hand import launches
+    from nanogpt_mac.backends.by_hand.net import HandNet
+    from nanogpt_mac.backends.by_hand.torch_devices import TritonArrays
+
+    executed: list[Any] = []
+    replays: list[int] = []
+    now: list[list[Any]] = [executed]  # where launches go: to the device, or into what is being recorded
+
+    class Graph:
+        def __init__(self) -> None:
+            self.work: list[Any] = []
+
+        def replay(self) -> None:
+            replays.append(len(self.work))
+            executed.extend(self.work)
+
+    @contextmanager
+    def recording(graph: Graph) -> Iterator[None]:
+        now.append(graph.work)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    version, widths = launches.VERSIONS["v3"], (12, 8, 10)
+    arrays = TritonArrays(version, kinds.KINDS["cpu"], "cpu")
+    arrays.graphed = True
+    arrays.run = lambda launch, given: now[-1].append(launch)
+    net = HandNet(arrays, MLPSpec(widths), Feed(4), np.zeros((14, 12), np.float32), np.zeros(14, np.int32))
+    whole, last = (launches.training(version, widths, rows, 0.1) for rows in (4, 2))
+    for epoch in range(3):
+        executed.clear()
+        replays.clear()
+        arrays.wait(net.epoch(np.arange(14)))
+        assert executed == [*whole, *whole, *whole, *last]
+        assert (
+            len(replays) == (2, 4, 4)[epoch]
+        )  # of full batches from the second on, of the last one a whole epoch later
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the simulated MPS device runs on Linux only")

@@ -61,12 +61,13 @@ class TritonArrays(TorchSubmitting):
 
         super().__init__(version, kind, device)
         self.run = triton_kernels.run
+        self.graphed = version.wait == "epoch" and self.device.type == "cuda"
         self.graphs: dict[Any, torch.cuda.CUDAGraph | None] = {}  # None: seen once
         self.waiting: list[tuple[Launch, tuple[Tensor, ...]]] = []
         self.kept: list[Any] = []  # arrays that graphs write: a graph knows their addresses alone
 
     def launch(self, launch: Launch, arrays: Sequence[Tensor]) -> None:
-        if self.version.wait == "epoch" and self.device.type == "cuda":
+        if self.graphed:
             self.waiting.append((launch, tuple(arrays)))
         else:
             self.run(launch, arrays)
