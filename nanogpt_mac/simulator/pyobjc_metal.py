@@ -9,6 +9,7 @@ has function constants gives no function without values for them. Neither torch 
 from __future__ import annotations
 
 import ctypes
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -234,6 +235,7 @@ class CommandBuffer:
     def __init__(self, queue: Queue) -> None:
         self.queue, self.state, self.launches = queue, 0, list[Launch]()
         self.open: Encoder | None = None
+        self.span = (0.0, 0.0)  # of a clock, in seconds
 
     def computeCommandEncoder(self) -> Encoder:
         if self.open is not None:
@@ -264,6 +266,12 @@ class CommandBuffer:
     def error(self) -> None:
         return None
 
+    def GPUStartTime(self) -> float:
+        return self.span[0]
+
+    def GPUEndTime(self) -> float:
+        return self.span[1]
+
 
 class Queue:
     def __init__(self, depth: int = DEPTH) -> None:
@@ -283,9 +291,11 @@ class Queue:
         oldest = self.flying[0]
         if not oldest.state:
             raise MetalError("the queue is full of command buffers that were never committed: it would wait for ever")
+        began = time.monotonic()
         for launch in oldest.launches:
             launch.run()
             _counts["launches"] += 1
+        oldest.span = (began, time.monotonic())
         oldest.state = MTLCommandBufferStatusCompleted
         self.flying.popleft()
 

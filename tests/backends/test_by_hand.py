@@ -163,6 +163,26 @@ def test_the_host_reads_every_loss_and_v3_adds_them_up() -> None:
     assert sums == pytest.approx([sums[0]] * 3, rel=1e-5)
 
 
+def test_a_command_buffer_that_fails_is_an_error_whichever_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 in flight, in a queue of 3: seen when it leaves the queue, or at the wait."""
+    for failing in (0, 6):
+        run, made = Run("v3-queue3"), list[Any]()
+        run.arrays.gpu_seconds()
+        run.epoch()
+        assert 0 < (run.arrays.gpu_seconds() or 0) < 60
+        assert run.arrays.gpu_seconds() == 0
+
+        def status(command: Any, made: list[Any] = made, failing: int = failing) -> int:
+            made.append(command)
+            return 5 if len(made) == failing + 1 else 4
+
+        with monkeypatch.context() as patched:
+            patched.setattr(pyobjc_metal.CommandBuffer, "status", status)
+            patched.setattr(pyobjc_metal.CommandBuffer, "error", lambda self: "it took too long")
+            with pytest.raises(RuntimeError, match="Metal: it took too long"):
+                run.epoch()
+
+
 # -- what is planted must be seen -------------------------------------------------------------------------------------
 
 

@@ -46,7 +46,7 @@ made = torch_devices.ShaderArrays if device == "mps" else torch_devices.TritonAr
 at = simulator.DEVICE_NAME if device == "mps" else device
 V = launches.Version
 versions = [*launches.VERSIONS.values()]
-if device != "mps":
+if device != "mps" and count < 1000:
     versions += [V("n2", "naive", "batch", "batch"), V("n3", "naive", "epoch", "epoch")]
     versions += [V("t1", "tiled", "launch", "batch")]
 images = mnist.stand_in()
@@ -117,11 +117,11 @@ def right(found: dict[str, Any]) -> None:
 )
 def test_in_tritons_interpreter(given: Any) -> None:
     found = asked(*given, timeout=3000, TRITON_INTERPRET="1")
-    assert set(found) == {"v1", "v2", "v3", "n2", "n3", "t1"}
+    assert set(found) == {"v1", "v2", "v3"} | (set() if given[1] == DEEP else {"n2", "n3", "t1"})
     for one in found.values():
         right(one)
     assert len(found["v1"]["kernels"]) == 11
-    assert len(found["n3"]["kernels"]) == 13  # and those that gather, and move on
+    assert "n3" not in found or len(found["n3"]["kernels"]) == 13  # and those that gather, and move on
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

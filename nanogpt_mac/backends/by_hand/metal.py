@@ -7,6 +7,7 @@ times. Shared storage is mapped into numpy, so what the host writes is there at 
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class MetalArrays(Submitting):
         self.made, self.pipelines = self._compiled(launches.source(version.name)), dict[str, Any]()
         self.command: Any = None  # what is being encoded
         self.encoder: Any = None
-        self.last: Any = None  # what was committed last, and nobody has waited for
+        self.flying = deque[Any]()  # committed, and not known to be complete
+        self.busy_s = 0.0
         self.sizes: dict[Launch, tuple[bytes, bytes, Any, Any]] = {}  # as the calls take them
 
     def _compiled(self, source: str) -> Any:
@@ -123,16 +125,28 @@ class MetalArrays(Submitting):
             return
         self.encoder.endEncoding()
         self.command.commit()
-        self.command, self.encoder, self.last = None, None, self.command
+        self.flying.append(self.command)
+        self.command = self.encoder = None
+        if len(self.flying) > self.version.depth:  # the queue let it in, so the oldest is complete
+            self._completed(self.flying.popleft())
 
     def wait(self, outputs: Sequence[Any]) -> None:
         """The queue is serial: what was committed last is complete last."""
         self.submit()
-        last, self.last = self.last, None
-        if last is not None:
-            last.waitUntilCompleted()
-            if last.status() != self.metal.MTLCommandBufferStatusCompleted:
-                raise RuntimeError(f"Metal: {last.error()}")
+        if self.flying:
+            self.flying[-1].waitUntilCompleted()
+        while self.flying:
+            self._completed(self.flying.popleft())
+
+    def _completed(self, command: Any) -> None:
+        if command.status() != self.metal.MTLCommandBufferStatusCompleted:
+            self.flying.clear()
+            raise RuntimeError(f"Metal: {command.error()}")
+        self.busy_s += command.GPUEndTime() - command.GPUStartTime()
+
+    def gpu_seconds(self) -> float | None:
+        found, self.busy_s = self.busy_s, 0.0
+        return found
 
     def batch(self) -> AbstractContextManager[Any]:
         pool: AbstractContextManager[Any] = self.pool()
