@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from ctypes.util import find_library
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from nanogpt_mac import simulator
@@ -144,6 +148,60 @@ def _require_compiler(what: str, *compilers: str) -> None:
         raise InputError(f"compile=true: {what} on a CPU needs {names}, not found on PATH; use compile=false")
 
 
+# -- tinygrad ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TinygradSettings:
+    beam: int = setting(0, 0, 1, 2, 4, 8)
+    """Versions of each tinygrad kernel that are timed side by side before one is taken; 0: none is."""
+
+
+class Tinygrad(Kind):
+    def missing(self) -> str | None:
+        if reason := super().missing():
+            return reason
+        # Its CPU device compiles helpers as it is opened, and a cache that holds them already only puts that off.
+        if _tinygrad_device().split(":")[0] != "CPU":
+            return None
+        compiler = os.environ.get("CC") or "clang"
+        return (
+            None
+            if _is_clang(compiler)
+            else f"on a CPU tinygrad needs clang, and {compiler} is not one"
+            + ("; unset CC, or set it to clang" if os.environ.get("CC") else ", or not on PATH")
+        )
+
+    def prepare(self, options: BackendOptions) -> None:
+        os.environ["DEV"] = _tinygrad_device()  # read when it is imported, as are the others
+        if os.environ["DEV"].startswith("CPU"):
+            os.environ.setdefault("EMULATED_DTYPES", "bfloat16")  # which clang 14 lacks on x86
+        if folder := os.environ.get(TINYGRAD_CACHE):
+            os.environ["CACHEDB"] = str(Path(folder, "cache.db"))
+
+
+TINYGRAD_CACHE = "NANOGPT_MAC_TINYGRAD_CACHE"  # a folder, where tinygrad's own variable names a file
+
+
+def _tinygrad_device() -> str:
+    """The user's choice, which is tinygrad's own variable; else the GPU that it is known to train on, else the CPU."""
+    if chosen := os.environ.get("DEV"):
+        return chosen
+    if gpu_left_out():
+        return "CPU"
+    if sys.platform == "darwin":
+        return "METAL" if platform.machine() == "arm64" else "CPU"
+    return "CUDA" if Path("/dev/nvidiactl").exists() and find_library("cuda") else "CPU"
+
+
+def _is_clang(compiler: str) -> bool:
+    try:
+        asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return "clang version" in asked.stdout
+
+
 # -- the registry -----------------------------------------------------------------------------------------------------
 
 # The order in which variants are shown. backend=auto goes by rank: CUDA, then MLX on Metal, then MPS, then the CPU. MLX
@@ -235,6 +293,25 @@ KINDS: dict[str, Kind] = {
             rank={"darwin": 40, "linux": 20},
             by_threads=True,
             **TORCH,
+        ),
+        Tinygrad(
+            name="tinygrad",
+            cls="nanogpt_mac.backends.tinygrad_backend:TinygradBackend",
+            arrays="nanogpt_mac.backends.tinygrad_arrays:TinygradArrays",
+            label="tinygrad",
+            framework="tinygrad",
+            devices=(
+                Capabilities("metal", "tinygrad", True, dtypes=HALVES, memory=ALLOCATOR),
+                Capabilities("cuda", "tinygrad", True, dtypes=HALVES, tf32=True, memory=ALLOCATOR),
+                Capabilities("cpu", "tinygrad", memory=RESIDENT_SET, note="CPU"),
+            ),
+            compiler="TinyJit",
+            compiled_by_default=True,
+            eager_by_name=False,
+            settings=TinygradSettings,
+            keeps_attention=True,
+            caches={TINYGRAD_CACHE: "tinygrad"},
+            out_of_memory=r"(?i:out of memory)",
         ),
     )
 }
