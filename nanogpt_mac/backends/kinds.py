@@ -173,9 +173,16 @@ class Tinygrad(Kind):
         )
 
     def prepare(self, options: BackendOptions) -> None:
-        os.environ["DEV"] = _tinygrad_device()  # read when it is imported, as are the others
-        if os.environ["DEV"].startswith("CPU"):
-            os.environ.setdefault("EMULATED_DTYPES", "bfloat16")  # which clang 14 lacks on x86
+        """Its device, and bfloat16 by hand on a CPU, where clang 14 has none on x86."""
+        read = {"DEV": _tinygrad_device()}
+        if read["DEV"].startswith("CPU"):
+            read["EMULATED_DTYPES"] = os.environ.get("EMULATED_DTYPES", "bfloat16")
+        os.environ |= read
+        if "tinygrad" in sys.modules:  # and has read what was there
+            from tinygrad import helpers
+
+            for name, value in read.items():
+                getattr(helpers, name).value = value
         if folder := os.environ.get(TINYGRAD_CACHE):
             os.environ["CACHEDB"] = str(Path(folder, "cache.db"))
 

@@ -18,6 +18,7 @@ from tinygrad.helpers import GlobalCounters
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Tokens
 from nanogpt_mac.backends.kinds import KINDS, TinygradSettings
+from nanogpt_mac.backends.parts import Parts
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 from nanogpt_mac.gpt.tinygrad_gpt import GPT, KVCache, dropout_masks, sizes
@@ -84,7 +85,7 @@ class TinygradBackend(Backend):
         self.model.bind(self.weights)
 
         self.context = {"BEAM": settings.beam, "ALLOW_TF32": int(options.matmul_precision != "highest")}
-        ready = partial(Replayed, replays=options.compile, context=self.context)
+        ready = self.ready = partial(Replayed, replays=options.compile, context=self.context)
         self._forward_backward, self._update = ready(self._batch_gradients), ready(self._updated)
         self._gradients_of, self._loss_of, self._logits_of = (
             ready(function) for function in (self._gradients, self._batch_loss, self._logits)
@@ -296,6 +297,11 @@ class TinygradBackend(Backend):
             Device.default.synchronize()
 
         return matmuls
+
+    def parts(self, starts: np.ndarray) -> Parts:
+        from nanogpt_mac.backends.tinygrad_parts import TinygradParts
+
+        return TinygradParts(self, starts)
 
 
 def _read(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

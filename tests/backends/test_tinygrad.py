@@ -153,6 +153,20 @@ def test_the_search_is_a_lever_of_a_gpu():
         assert bool(lever.when(KINDS["tinygrad"].on(device), config)) is offered
 
 
+@here
+def test_with_dropout_the_chain_of_parts_is_the_models_own_training(make, small, starts):
+    from nanogpt_mac.gpt.tinygrad_gpt import dropout_masks
+
+    spec = dataclasses.replace(small, dropout=0.2)
+    backend = make("tinygrad", spec=spec, compile=True)
+    parts = backend.parts(starts(0))
+    values = parts.values
+    keep = dropout_masks(spec, 4, 16, values["key"])
+    found = parts.loss().item()
+    assert found == pytest.approx(backend.model.loss(values["tokens"], values["targets"], keep).item(), rel=1e-5)
+    assert found != pytest.approx(backend.model.loss(values["tokens"], values["targets"]).item(), rel=1e-3)
+
+
 # -- what must be there -----------------------------------------------------------------------------------------------
 
 
@@ -192,8 +206,9 @@ def test_without_clang_it_says_so_whatever_its_cache_holds(command, tmp_path):
     ],
 )
 def test_the_device_that_it_is_told_to_take(monkeypatch, platform, machine, environment, device):
-    for name in ("DEV", "NANOGPT_MAC_NO_GPU", "NANOGPT_MAC_TINYGRAD_CACHE", "CACHEDB"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("DEV", "EMULATED_DTYPES", "NANOGPT_MAC_NO_GPU", "NANOGPT_MAC_TINYGRAD_CACHE", "CACHEDB"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delitem(sys.modules, "tinygrad", raising=False)  # or it would be told at once
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr("platform.machine", lambda: machine)
     for name, value in (environment | {"NANOGPT_MAC_TINYGRAD_CACHE": "/there"}).items():
@@ -219,6 +234,20 @@ def test_auto_never_takes_it_by_itself_and_others_never_import_it():
     # fakes.support asks every back end whether it is there, which must not import tinygrad either
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@here
+def test_a_tinygrad_that_is_loaded_already_is_told_its_device(monkeypatch):
+    from tinygrad import Device, helpers
+
+    before = os.environ.get("DEV", "")
+    monkeypatch.setenv("DEV", "PYTHON")
+    KINDS["tinygrad"].prepare(options("tinygrad"))
+    assert Device.DEFAULT == "PYTHON"
+    monkeypatch.setenv("DEV", before)
+    KINDS["tinygrad"].prepare(options("tinygrad"))
+    assert kinds._tinygrad_device() == Device.DEFAULT
+    assert ("bfloat16" in helpers.EMULATED_DTYPES.value) is (Device.DEFAULT == "CPU")
 
 
 @here
