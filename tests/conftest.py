@@ -17,6 +17,7 @@ from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))  # one graph is compiled by many tests
 # In the way of the file of that name: what one test's comparison finds must not decide in another what auto means.
 (CACHE / "nanogpt-mac" / "comparisons.json").mkdir(parents=True, exist_ok=True)
 
