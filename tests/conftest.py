@@ -21,6 +21,7 @@ from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))  # one graph is compiled by many tests
 # In the way of the file of that name: what one test's comparison finds must not decide in another what auto means.
 (CACHE / "nanogpt-mac" / "comparisons.json").mkdir(parents=True, exist_ok=True)
 
@@ -48,6 +49,8 @@ def make(spec, tokens):
     """A back end with the spec's weights, seed 1337, loaded."""
 
     def build(name="cpu", spec=spec, tokens=tokens, **given):
+        if name == "tinygrad":
+            given = {"compile": True} | given  # for speed, as in fakes.support
         backend = kinds.create(spec, options(name, **given), tokens)
         backend.load(spec.init_weights(1337))
         return backend

@@ -142,6 +142,56 @@ class MLX(Kind):
             _require_compiler("mx.compile", "g++")  # the only one that MLX asks for; without it nothing is fused
 
 
+# -- JAX --------------------------------------------------------------------------------------------------------------
+
+# What brings JAX onto a Mac's GPU: distribution -> the name that it gives its platform. Each is a device of its own.
+JAX_PLUGINS = {"jax-mps": "mps", "metaljax": "metal"}
+
+
+def jax_plugins() -> dict[str, str]:
+    """The plugins that JAX would load, jax-metal and CUDA's included: distribution -> version. JAX is not imported."""
+    found = (entry.dist for entry in entry_points(group="jax_plugins"))
+    return {dist.name: dist.version for dist in found if dist}
+
+
+@dataclass(frozen=True)
+class JAXSettings:
+    jax_device: str = setting("auto", "auto", "cpu", "cuda", *JAX_PLUGINS)
+    """auto: a plugin for Metal, else CUDA, else the CPU."""
+
+
+class JAX(Kind):
+    def missing(self) -> str | None:
+        if reason := super().missing():
+            return reason
+        if version := jax_plugins().get("jax-metal"):
+            return (
+                f"jax-metal {version} is given up and breaks every JAX since 0.5.1 (jax issue 26968): uninstall it; "
+                f"{' or '.join(JAX_PLUGINS)} takes its place"
+            )
+        return None
+
+    def programs(self) -> tuple[str, ...]:
+        return (self.framework, "jaxlib", *jax_plugins()) if find_spec(self.framework) else (self.framework,)
+
+    def prepare(self, options: BackendOptions) -> None:
+        """The device, and what JAX, its compiler and its plugins read from the environment."""
+        plugins = jax_plugins()
+        device = JAXSettings(**options.settings).jax_device
+        if device in JAX_PLUGINS and device not in plugins:
+            raise InputError(f"backend.jax_device={device}: not installed; use auto, or pip install {device}")
+        if device == "auto":
+            device = "cpu" if gpu_left_out() else next((name for name in JAX_PLUGINS if name in plugins), "auto")
+        if device != "auto":
+            os.environ["JAX_PLATFORMS"] = JAX_PLUGINS.get(device, device)
+        if device in JAX_PLUGINS:  # both bring MLX, and M5 can multiply float32 in less
+            exact = options.matmul_precision == "highest"
+            os.environ["MLX_ENABLE_TF32"] = "0" if exact else "1"
+            os.environ["METALJAX_MATMUL_PRECISION"] = "high" if exact else "default"
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # else it takes three quarters of an NVIDIA card
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # where a cache folder is named
+
+
 def _require_compiler(what: str, *compilers: str) -> None:
     if not any(shutil.which(compiler) for compiler in compilers):
         names = " or ".join(dict.fromkeys(compilers))
@@ -217,6 +267,9 @@ def _is_clang(compiler: str) -> bool:
 _MPS = Capabilities(
     "mps", "torch", True, True, compiles_evaluation=True, dtypes=HALVES, detector=True, memory=POOL
 )  # fmt: skip
+_JAX_ON_METAL = Capabilities(
+    "metal", "jax", True, compiles_evaluation=True, dtypes=HALVES, tf32=True, memory=RESIDENT_SET
+)
 _PRODUCT = "nanogpt_mac.backends.product_"
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -300,6 +353,28 @@ KINDS: dict[str, Kind] = {
             rank={"darwin": 40, "linux": 20},
             by_threads=True,
             **TORCH,
+        ),
+        JAX(
+            name="jax",
+            cls="nanogpt_mac.backends.jax_backend:JaxBackend",
+            label="JAX",
+            framework="jax",
+            devices=(
+                Capabilities(
+                    "cuda", "jax", True, True, compiles_evaluation=True, dtypes=HALVES, tf32=True, memory=ALLOCATOR
+                ),
+                replace(_JAX_ON_METAL, device="jax-mps", note="jax-mps"),  # which waits for each executable
+                replace(_JAX_ON_METAL, device="metaljax", runs_ahead=True, note="metaljax"),
+                Capabilities("cpu", "jax", compiles_evaluation=True, memory=RESIDENT_SET, note="CPU"),
+            ),
+            compiler="jax.jit",
+            compiled_by_default=True,
+            eager_by_name=False,
+            settings=JAXSettings,
+            keeps_attention=True,
+            caches={"JAX_COMPILATION_CACHE_DIR": "jax"},
+            out_of_memory="RESOURCE_EXHAUSTED",
+            missing_operator="UNIMPLEMENTED",
         ),
         Tinygrad(
             name="tinygrad",
@@ -391,7 +466,7 @@ def recorded(backend: str, device: str) -> Capabilities:
 
 def frameworks() -> tuple[str, ...]:
     """Distributions whose versions are recorded."""
-    return tuple(dict.fromkeys(kind.framework for kind in KINDS.values() if kind.framework))
+    return tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.programs() if name))
 
 
 def settings() -> dict[str, tuple[Any, Any, tuple[Any, ...]]]:
