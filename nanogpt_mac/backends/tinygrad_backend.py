@@ -79,9 +79,12 @@ class TinygradBackend(Backend):
         # All state lies in buffers that stay: what is captured reads and writes these very ones.
         shapes = spec.shapes()
         self.weights, self.exp_avg, self.exp_avg_sq, self.grads = (
-            {name: _put(np.zeros(shape, np.float32)) for name, shape in shapes.items()} for _ in range(4)
+            {name: Tensor(np.zeros(shape, np.float32)) for name, shape in shapes.items()} for _ in range(4)
         )
-        self.loss, self.steps, self.scale, self.growth = (_put(np.zeros(1, np.float32)) for _ in range(4))
+        self.loss, self.steps, self.scale, self.growth = (Tensor(np.zeros(1, np.float32)) for _ in range(4))
+        trees = self.weights, self.exp_avg, self.exp_avg_sq, self.grads
+        Tensor.realize(*(tensor for tree in trees for tensor in tree.values()))
+        Tensor.realize(self.loss, self.steps, self.scale, self.growth)
         self.model.bind(self.weights)
 
         self.context = {"BEAM": settings.beam, "ALLOW_TF32": int(options.matmul_precision != "highest")}
@@ -93,7 +96,6 @@ class TinygradBackend(Backend):
         self._prompt, self._next = (
             Replayed(function, True, self.context) for function in (self._decode_prompt, self._decode_one)
         )
-        self.load({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
         self.details = {"resident_data": sorted(self.resident), "renderer": type(Device.default.renderer).__name__}
 
     @classmethod
@@ -268,8 +270,7 @@ class TinygradBackend(Backend):
         arrays = [(buffers[name], array) for tree, buffers in trees for name, array in tree.items()]
         scalars = (self.steps, state.optimizer_steps), (self.scale, state.loss_scale), (self.growth, state.scale_growth)
         arrays += [(buffer, np.array([value], np.float32)) for buffer, value in scalars]
-        for buffer, array in arrays:
-            buffer.assign(Tensor(array)).realize()
+        Tensor.realize(*(buffer.assign(Tensor(array)) for buffer, array in arrays))
         self.iteration = state.iteration
 
     # -- the device -----------------------------------------------------------------------------------------------

@@ -15,8 +15,12 @@ from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.backends.parts import NAMES
 
 WITH_PARTS = [name for name in FRAMEWORKS if find_spec(f"nanogpt_mac.backends.{KINDS[name].framework}_parts")]
-# torch compiled takes a minute; tinygrad without its replay schedules every call anew.
-EAGER_AND_MLX = [v for v in VARIANTS if v[0] in WITH_PARTS and v not in (("cpu", True), ("tinygrad", False))]
+# Neither torch compiled nor tinygrad without its replay: minutes. tinygrad's own tests look at one layer.
+EAGER_AND_MLX = [
+    pytest.param(*v, marks=pytest.mark.slow) if v[0] == "tinygrad" else v
+    for v in VARIANTS
+    if v[0] in WITH_PARTS and v not in (("cpu", True), ("tinygrad", False))
+]
 frameworks = pytest.mark.parametrize("name", [name for name in WITH_PARTS if name != "tinygrad"])
 
 

@@ -162,6 +162,13 @@ def test_with_dropout_the_chain_of_parts_is_the_models_own_training(make, small,
     parts = backend.parts(starts(0))
     values = parts.values
     keep = dropout_masks(spec, 4, 16, values["key"])
+    assert sorted(name for part in parts.parts.values() for name in part.parameters) == sorted(spec.shapes())
+    before = backend.state().weights
+    for part in parts.parts.values():
+        outputs = [part.forward(0), *([part.both(0)] if part.both else [])]
+        parts.wait([array for each in outputs for array in each])
+        assert all(np.isfinite(parts.peek(each[0])) for each in outputs)
+    assert all((backend.state().weights[name] == w).all() for name, w in before.items())
     found = parts.loss().item()
     assert found == pytest.approx(backend.model.loss(values["tokens"], values["targets"], keep).item(), rel=1e-5)
     assert found != pytest.approx(backend.model.loss(values["tokens"], values["targets"]).item(), rel=1e-3)
