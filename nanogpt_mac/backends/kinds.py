@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from ctypes.util import find_library
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -248,7 +247,14 @@ def _tinygrad_device() -> str:
         return "CPU"
     if sys.platform == "darwin":
         return "METAL" if platform.machine() == "arm64" else "CPU"
-    return "CUDA" if Path("/dev/nvidiactl").exists() and find_library("cuda") else "CPU"
+    return "CUDA" if Path("/dev/nvidiactl").exists() and _loads("libcuda.so.1") else "CPU"
+
+
+def _loads(library: str) -> bool:
+    try:
+        return bool(ctypes.CDLL(library))
+    except OSError:
+        return False
 
 
 def _is_clang(compiler: str) -> bool:
