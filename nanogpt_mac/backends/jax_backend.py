@@ -89,7 +89,7 @@ class JaxBackend(Backend):
     @classmethod
     def device_of(cls, kind: Kind) -> str:
         """Of a plugin the name alone: it brings an MLX of its own, best kept out of processes that only look around."""
-        chosen = _named(os.environ.get("JAX_PLATFORMS", ""))
+        chosen = _named(os.environ.get("JAX_PLATFORMS", "").partition(",")[0])
         return chosen if chosen in JAX_PLUGINS else _named(jax.default_backend())
 
     # -- data: what crosses to the device is the starts, or whole windows where the split does not live there -----

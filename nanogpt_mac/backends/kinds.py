@@ -182,12 +182,14 @@ class JAX(Kind):
         if device == "auto":
             device = "cpu" if gpu_left_out() else next((name for name in JAX_PLUGINS if name in plugins), "auto")
         if device != "auto":
-            os.environ["JAX_PLATFORMS"] = JAX_PLUGINS.get(device, device)
+            platforms = (JAX_PLUGINS.get(device, device), "cpu")  # the CPU beside it, as `also_on` says
+            os.environ["JAX_PLATFORMS"] = ",".join(dict.fromkeys(platforms))
         if device in JAX_PLUGINS:  # both bring MLX, and M5 can multiply float32 in less
             exact = options.matmul_precision == "highest"
             os.environ["MLX_ENABLE_TF32"] = "0" if exact else "1"
             os.environ["METALJAX_MATMUL_PRECISION"] = "high" if exact else "default"
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # else it takes three quarters of an NVIDIA card
+        os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # a CPU is its own host: what has returned is complete
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # where a cache folder is named
 
 
@@ -363,6 +365,9 @@ KINDS: dict[str, Kind] = {
         JAX(
             name="jax",
             cls="nanogpt_mac.backends.jax_backend:JaxBackend",
+            arrays="nanogpt_mac.backends.jax_arrays:JaxArrays",
+            nets="nanogpt_mac.backends.jax_nets:JaxNet",
+            also_on=("cpu",),
             label="JAX",
             framework="jax",
             devices=(

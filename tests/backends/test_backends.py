@@ -31,10 +31,15 @@ def same(a, b):
     return all((x[n] == y[n]).all() for x, y in trees for n in x) and a.optimizer_steps == b.optimizer_steps
 
 
-# Not torch compiled: Inductor's embedding gradient adds atomically from several threads, in any order.
+# Not torch compiled: Inductor's embedding gradient adds atomically from several threads, in any order. What JAX and
+# tinygrad do operation by operation takes a while.
 @pytest.mark.parametrize(
     ("name", "compiled"),
-    [pytest.param(*v, marks=MARKS.get(v, ())) for v in VARIANTS if v[0] in FRAMEWORKS and v != ("cpu", True)],
+    [
+        pytest.param(*v, marks=pytest.mark.slow if v == ("jax", False) else MARKS.get(v, ()))
+        for v in VARIANTS
+        if v[0] in FRAMEWORKS and v != ("cpu", True)
+    ],
 )
 @pytest.mark.parametrize("dtype", base.DTYPES)
 def test_resumed_training_is_bit_for_bit_the_same(make, dropout_spec, starts, name, compiled, dtype):

@@ -21,7 +21,8 @@ here = pytest.mark.skipif(KINDS["jax"].missing() is not None, reason=f"backend=j
 @pytest.fixture
 def plugins(monkeypatch):
     """Let these distributions be installed that call themselves plugins of JAX; what is set for them is undone."""
-    for name in ("JAX_PLATFORMS", "MLX_ENABLE_TF32", "METALJAX_MATMUL_PRECISION", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+    read = ("JAX_PLATFORMS", "JAX_CPU_ENABLE_ASYNC_DISPATCH", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    for name in (*read, "MLX_ENABLE_TF32", "METALJAX_MATMUL_PRECISION"):
         monkeypatch.setenv(name, "")
 
     def install(**versions):
@@ -160,11 +161,11 @@ def test_looking_around_does_not_start_a_plugin(plugins, monkeypatch):
     [
         ({}, "auto", ""),  # JAX's own choice
         ({}, "cpu", "cpu"),
-        ({}, "cuda", "cuda"),
-        ({"jax_mps": "1"}, "auto", "mps"),
-        ({"metaljax": "1"}, "auto", "metal"),
-        ({"jax_mps": "1", "metaljax": "1"}, "auto", "mps"),
-        ({"jax_mps": "1", "metaljax": "1"}, "metaljax", "metal"),
+        ({}, "cuda", "cuda,cpu"),
+        ({"jax_mps": "1"}, "auto", "mps,cpu"),
+        ({"metaljax": "1"}, "auto", "metal,cpu"),
+        ({"jax_mps": "1", "metaljax": "1"}, "auto", "mps,cpu"),
+        ({"jax_mps": "1", "metaljax": "1"}, "metaljax", "metal,cpu"),
         ({"jax_mps": "1"}, "cpu", "cpu"),
     ],
 )
@@ -173,7 +174,7 @@ def test_a_plugin_is_found_without_importing_jax(plugins, installed, asked, plat
     KINDS["jax"].prepare(options("jax", jax_device=asked))
     assert os.environ["JAX_PLATFORMS"] == platform
     assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-    assert os.environ["MLX_ENABLE_TF32"] == ("0" if platform in ("mps", "metal") else "")
+    assert os.environ["MLX_ENABLE_TF32"] == ("0" if platform.startswith("m") else "")
 
 
 def test_a_gpu_that_is_left_out_is_left_out_of_jax_too(plugins, monkeypatch):

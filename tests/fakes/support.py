@@ -42,7 +42,11 @@ EACH_FRAMEWORK += [*(pytest.param(name, marks=mark) for name, mark in _absent())
 
 
 def options(name="cpu", **given):
-    """BackendOptions with the config's defaults but for what is `given`, settings of the back end's own included."""
+    """BackendOptions with the config's defaults but for what is `given`, settings of the back end's own included.
+
+    Of JAX a test gets the compiled variant unless it says otherwise: the other compiles every operation of every shape.
+    """
+    given = {"compile": name == "jax", **given}
     own = kinds.own_settings(name, given)
     rest = {key: value for key, value in given.items() if key not in own}
     return replace(backend_options(Config(), name), settings=own, **rest)
