@@ -49,8 +49,6 @@ def make(spec, tokens):
     """A back end with the spec's weights, seed 1337, loaded."""
 
     def build(name="cpu", spec=spec, tokens=tokens, **given):
-        if name == "tinygrad":
-            given = {"compile": True} | given  # for speed, as in fakes.support
         backend = kinds.create(spec, options(name, **given), tokens)
         backend.load(spec.init_weights(1337))
         return backend

@@ -44,9 +44,10 @@ EACH_FRAMEWORK += [*(pytest.param(name, marks=mark) for name, mark in _absent())
 def options(name="cpu", **given):
     """BackendOptions with the config's defaults but for what is `given`, settings of the back end's own included.
 
-    Of JAX a test gets the compiled variant unless it says otherwise: the other compiles every operation of every shape.
+    Of JAX and tinygrad a test gets the compiled variant unless it says otherwise: the other compiles or plans every
+    operation anew.
     """
-    given = {"compile": name == "jax", **given}
+    given = {"compile": name in ("jax", "tinygrad"), **given}
     own = kinds.own_settings(name, given)
     rest = {key: value for key, value in given.items() if key not in own}
     return replace(backend_options(Config(), name), settings=own, **rest)
