@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from fakes.numpy_backend import NumPyBackend
-from fakes.support import FRAMEWORKS, VARIANTS
+from fakes.support import VARIANTS, WITH_PARTS
 
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.parts import NAMES
 
-EAGER_AND_MLX = [v for v in VARIANTS if v[0] in FRAMEWORKS and v != ("cpu", True)]
-frameworks = pytest.mark.parametrize("name", FRAMEWORKS)
+EAGER_AND_MLX = [v for v in VARIANTS if v[0] in WITH_PARTS and v != ("cpu", True)]
+frameworks = pytest.mark.parametrize("name", WITH_PARTS)
 
 
 def cross_entropy(logits, targets):
@@ -138,7 +138,7 @@ def test_the_profiler_finds_a_pause_in_its_part(make, starts, checkpointing, par
     assert compiled.inside(step).why_not
 
 
-@pytest.mark.skipif("mlx" not in FRAMEWORKS, reason="needs MLX")
+@pytest.mark.skipif("mlx" not in WITH_PARTS, reason="needs MLX")
 def test_kernels_of_an_mlx_graph_are_counted_without_its_views():
     import mlx.core as mx
 

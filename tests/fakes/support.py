@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.base import Backend
 from nanogpt_mac.config import Config, backend_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,8 @@ EACH_VARIANT = [
 ]
 EACH_VARIANT += [pytest.param(name, False, marks=mark) for name, mark in _absent()]
 EACH_FRAMEWORK = [*FRAMEWORKS, *(pytest.param(name, marks=mark) for name, mark in _absent())]
+# Of them those that say what an iteration consists of.
+WITH_PARTS = [n for n in FRAMEWORKS if kinds.KINDS[n].load().parts is not Backend.parts]
 
 
 def options(name="cpu", **given):
