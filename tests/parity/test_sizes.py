@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fakes.support import FRAMEWORKS
 from torch.nn import functional as F
 
 from nanogpt_mac.cli import compose
@@ -178,9 +179,7 @@ CORNERS = {
 
 
 @pytest.mark.parametrize("corner", CORNERS)
-@pytest.mark.parametrize(
-    "backend", [pytest.param("jax", marks=pytest.mark.slow) if b == "jax" else b for b in FRAMEWORKS]
-)
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=[pytest.mark.slow] * (b == "jax")) for b in FRAMEWORKS])
 def test_what_can_be_trained_passes(build, corner, backend):
     text = corner if corner in TEXTS else "text"
     overrides = ("model.n_layer=1", "model.n_embd=16", *CORNERS[corner])
