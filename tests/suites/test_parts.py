@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from fakes.support import FRAMEWORKS
+from fakes.support import WITH_PARTS
 
 from nanogpt_mac import cli
 from nanogpt_mac.backends import kinds
@@ -197,7 +197,7 @@ def slowed(own):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", WITH_PARTS)
 @pytest.mark.parametrize("part", PLACES)
 def test_a_part_that_is_a_fifth_slower_is_named_in_each_framework(make, starts, monkeypatch, name, part):
     """On a CPU it is the processor's time that counts, not a busy machine's."""
@@ -250,7 +250,7 @@ def bench(way, readings):
                       rows=parts.ROWS, readings=readings)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", WITH_PARTS)
 def test_the_suite_says_where_an_iteration_goes(name):
     here = kinds.KINDS[name]
     way = Way(name=name, label="This", backend=name, device=here.load().device_of(here))
