@@ -125,8 +125,10 @@ def _one_task(config: CoverageConfig) -> None:
     task = asked[0]
     if config.scope not in ("model", "opinfo"):
         raise InputError(f"scope={config.scope}: {task} looks at this model; use scope=model")
-    if task == "history" and config.torch != "installed":
-        raise InputError(f"torch={config.torch}: history has all of its range; leave torch= out")
+    if task in ("history", "bisect") and config.torch != "installed":
+        raise InputError(f"torch={config.torch}: {task} has all of its range; leave torch= out")
+    if task == "bisect":
+        _bisection(config)
     if task in ("script", "history", "bisect"):
         if config.against is not None:
             raise InputError(f"against={config.against}: {task} takes no second torch; leave it out")

@@ -27,7 +27,9 @@ from nanogpt_mac.report.table import Table as Shown
 from nanogpt_mac.report.table import rows as plain_rows
 from nanogpt_mac.report.words import DASH, seconds, size
 
-CHECKED = Path(wheel.__file__).with_name("checked.json")  # release to what its binary says of its table
+CHECKED = Path(wheel.__file__).with_name(
+    "checked.json"
+)  # release to what its binary says of its table; `record` writes it
 _ALLOWED = "use a range such as 2.5..nightly or 2.5..2.15, and single ones behind commas"
 _GROUPS = {  # of the plot
     "a kernel of its own": (Kind.NATIVE, Kind.DELEGATE, Kind.PYTHON),
@@ -69,7 +71,8 @@ def read(name: str, torch: wheel.Torch | InputError, config: CoverageConfig) -> 
         table = load_found(torch, config.python, config.binary, config.nightly_index)
     except InputError as error:
         reason = re.sub(r"^torch=\S+: ", "", str(error))
-        return Release(version=name, error=reason, seconds=time.monotonic() - began), None
+        spent = {"bytes": wheel.Traffic.bytes - before, "seconds": time.monotonic() - began}
+        return Release.model_validate({"version": name, "error": reason, **spent}), None
     disagreements = tuple(table.disagreements) if table.binary else checked().get(table.version)
     verdict = Checked.NOT if disagreements is None else Checked.DISAGREES if disagreements else Checked.AGREES
     return Release(
@@ -87,7 +90,7 @@ def read(name: str, torch: wheel.Torch | InputError, config: CoverageConfig) -> 
 
 @cache
 def checked() -> dict[str, tuple[str, ...]]:
-    """What the binaries of releases said of their tables (`tools/check_binaries.py` writes it)."""
+    """What the binaries of releases said of their tables."""
     return {version: tuple(lines) for version, lines in json.loads(CHECKED.read_text()).items()}
 
 
@@ -204,7 +207,7 @@ def page(made: History) -> Page:
     read, took = sum(r.bytes for r in made.releases), sum(r.seconds for r in made.releases)
     lines = [
         f"read {size(read)} in {seconds(took)}; the largest wheel {size(max(r.bytes for r in made.releases))}",
-        f"the tables of {agree} of {len(readable)} agree with their binaries; the others were not checked, or say so",
+        f"the tables of {agree} of {len(readable)} torches agree with their binaries, overload by overload",
     ]
     if made.ours:
         lines.append(f"the operators of {made.whose} come first ({len(made.ours)})")

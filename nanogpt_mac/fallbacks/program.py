@@ -20,6 +20,7 @@ import signal
 import site
 import sys
 import sysconfig
+import threading
 import time
 import traceback
 import types
@@ -27,7 +28,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,6 @@ _BLIND = {  # what Python tells of a program's doings that cannot be watched; un
     "subprocess.Popen": ("subprocesses", ("/multiprocessing/",)),
     "os.system": ("subprocesses", ()),
     "os.posix_spawn": ("subprocesses", ("/multiprocessing/", "/subprocess.py")),
-    "_thread.start_new_thread": ("threads of the program", ("/site-packages/", "/multiprocessing/")),
 }
 _LIBRARIES = (
     *(f"{Path(path)}/" for path in (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))),
@@ -152,7 +152,9 @@ class Watch(TorchFunctionMode):
         if file.startswith("<"):
             return False
         path = os.path.abspath(file)  # noqa: PTH100 - links stay: a program's folder may be one
-        return path.startswith(f"{self.home}/") or not path.startswith(_LIBRARIES)
+        if path.startswith(f"{self.home}/") or path.startswith(_LIBRARIES):
+            return path.startswith(f"{self.home}/")
+        return not any(path.startswith(f"{folder}/") and _is_installed(folder) for folder in sys.path)
 
     def annotation(self, frame: tuple[str, int], name: str) -> _RecordFunctionFast:
         key = (*frame, name)
@@ -322,6 +324,15 @@ class Watch(TorchFunctionMode):
             start(process)
 
         parent.start = started
+        thread: Any = threading.Thread
+        begin = thread.start
+
+        def begun(other: Any) -> None:
+            if self.task["answer"] and not self._called_by("/site-packages/", "/multiprocessing/"):
+                self._blind("threads of the program")
+            begin(other)
+
+        thread.start = begun
         os.register_at_fork(before=self.end, after_in_parent=self.begin, after_in_child=self.leave)
         system: Any = os
         leave = system._exit
@@ -438,6 +449,12 @@ class _Engine:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+
+@cache
+def _is_installed(folder: str) -> bool:
+    """Whether a folder of sys.path is one that packages were installed into, wherever it lies."""
+    return any(Path(folder).glob("*.dist-info"))
 
 
 def _has_mask(indices: Any) -> bool:
