@@ -28,12 +28,20 @@ def pieces():
     return found
 
 
-def build(content, version, commit):
+def archive(content):
     data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as made:
         for name, text in content.items():
-            archive.writestr(name, text)
-        archive.writestr("torch/version.py", f"__version__ = '{version}'\ngit_version = '{commit}'\n")
+            if name != "torch/version.py":
+                made.writestr(name, text)
+    return data.getvalue()
+
+
+def build(base, version, commit):
+    """A wheel of the archive `base`, under another name and commit."""
+    data = io.BytesIO(base)
+    with zipfile.ZipFile(data, "a") as made:
+        made.writestr("torch/version.py", f"__version__ = '{version}'\ngit_version = '{commit}'\n")
     return data.getvalue()
 
 
@@ -49,7 +57,7 @@ def test_planted_changes_are_found_in_seven_wheels(pieces, index, tmp_path, monk
         return answers[content]
 
     monkeypatch.setattr(table, "_run_torchgen", once)
-    plain = {v: {n: t for n, t in content.items() if n != "torch/version.py"} for v, content in pieces.items()}
+    bases = {version: archive(content) for version, content in pieces.items()}
     days = [f"2.15.0.dev{date(2026, 1, 1) + timedelta(days=n):%Y%m%d}" for n in range(BUILDS)]
     draw = random.Random(17)
     for trial in range(TRIALS):
@@ -58,9 +66,9 @@ def test_planted_changes_are_found_in_seven_wheels(pieces, index, tmp_path, monk
         index.files.clear()
         for n, day in enumerate(days):
             name = f"torch-{day}-cp312-cp312-macosx_14_0_arm64.whl"
-            content = plain[NEW if n >= change else OLD]
+            base = bases[NEW if n >= change else OLD]
             metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {day}\n".encode()
-            index.files |= {f"/{name}": build(content, day, f"{n:040x}"), f"/{name}.metadata": metadata}
+            index.files |= {f"/{name}": build(base, day, f"{n:040x}"), f"/{name}.metadata": metadata}
         index.requests.clear()
         config = CoverageConfig(bisect="linalg_svd", good=days[0], bad="nightly", nightly_index=index.url)
         made = bisect.check(config).data
