@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
