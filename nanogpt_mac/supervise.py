@@ -81,8 +81,9 @@ def supervise(
     if overdue:
         return Ending(RunState.TIMEOUT, code, overdue, seconds)
     well = (0, 128 + signal.SIGTERM, -signal.SIGTERM) if asked else (0,)  # the last: asked when it was done anyway
-    if code in well and (folder / "summary.json").exists():
-        return Ending(RunState.DONE, code, None, seconds, cut=code == 128 + signal.SIGTERM)
+    ended = _ended(folder) if asked else None  # whatever the launcher of several makes of that
+    if (code in well or ended in ("stopped", "finished")) and (folder / "summary.json").exists():
+        return Ending(RunState.DONE, code, None, seconds, cut=code == 128 + signal.SIGTERM or ended == "stopped")
     state, reason = _why(code, (folder / "log.txt").read_text(errors="replace"), signs or {})
     return Ending(state, code, reason, seconds)
 
@@ -119,8 +120,24 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits, begun
         done = limits.enough is not None and iterating is not None and now - iterating > limits.enough
         if done and asked is None and count >= limits.fewest:
             asked = now
-            process.send_signal(signal.SIGTERM)
+            _ask(process.pid)
     return None, asked is not None
+
+
+def _ask(pid: int) -> None:
+    """Ask a run to end: its processes themselves, where a launcher has started several."""
+    with suppress(psutil.Error):
+        started = psutil.Process(pid).children(recursive=True)
+        ranks = [one for one in started if any(word.endswith("train.py") for word in one.cmdline())]
+        for one in ranks or [psutil.Process(pid)]:
+            one.terminate()
+
+
+def _ended(folder: Path) -> str | None:
+    """How the run itself says that it ended."""
+    with suppress(OSError, ValueError, AttributeError):
+        return str(json.loads((folder / "summary.json").read_text()).get("exit_state"))
+    return None
 
 
 def _size(path: Path) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fakes.comparisons import LINUX, MAC, VARIANTS, write_comparison
 
-from nanogpt_mac.compare import figures
+from nanogpt_mac.compare import contents, figures, leaderboard
 from nanogpt_mac.compare.collect import collect
 from nanogpt_mac.measure import stats
 from nanogpt_mac.records.plan import Recipe
@@ -366,3 +366,28 @@ def test_slept_iterations_enter_no_statistic(compared):
     assert variants["cpu"]["times"]["max"] < 200
     assert variants["cpu"]["left_out"]["slept"] == 1
     assert any(line.startswith("slept") for line in variants["cpu"]["warnings"])
+
+
+def test_several_processes_are_never_ranked_with_one(tmp_path):
+    several = {
+        "name": "cpu-x2",
+        "label": "CPU eager, 2 processes",
+        "ms": 60.0,
+        "ranks": 2,
+        "alone": "cpu",
+        "parity": None,
+    }
+    found = collect(write_comparison(tmp_path / "compare", [CPU, MLX, several], 6, 30, 0.004, 1))
+    together = found.named("cpu-x2")
+    assert (together.ranks, together.ranked, together.parity, together.state) == (2, False, "pass", "ok")
+    assert found.verdict.fastest == "mlx"  # though two processes took less
+    shown = {section.id: section for section in contents.report(found).sections}
+    assert [row.cells[0] for row in shown["variants"].tables[0].rows] == ["MLX compiled", "CPU eager"]
+    (table,) = shown["together"].tables
+    one, two = (dict(zip(table.columns, row.cells, strict=True)) for row in table.rows)
+    assert (one["processes"], two["processes"]) == ("1", "2")
+    share = together.tokens_per_s / found.named("cpu").tokens_per_s / 2
+    assert two["efficiency"] == f"{100 * share:.1f} %"
+    entries = leaderboard.entries(tmp_path / "compare")
+    reasons = {entry.variant.name: entry.unranked() for entry in entries}
+    assert reasons == {"mlx": None, "cpu": None, "cpu-x2": "2 processes together: not ranked with single ones"}

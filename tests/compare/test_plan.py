@@ -101,6 +101,14 @@ def test_variants_with_overrides_of_their_own(make):
     assert configs["cpu"] == configs["cpu-2"]
 
 
+def test_every_variant_by_several_processes_too(make):
+    plan, configs = make("variants=[cpu,mlx]", "ranks=[1,2,4]", "gradient_accumulation_steps=8")
+    assert [v.name for v in plan.variants] == ["cpu", "mlx", "cpu-x2", "mlx-x2", "cpu-x4", "mlx-x4"]
+    assert [(v.ranks, v.alone) for v in plan.variants[2:]] == [(2, "cpu"), (2, "mlx"), (4, "cpu"), (4, "mlx")]
+    assert plan.variants[2].label == "CPU eager, 2 processes"
+    assert configs["cpu-x2"] == configs["cpu"]  # the same work, which the ranks share
+
+
 def test_names_are_unique_whatever_is_written():
     variants = [
         parse(text, LINUX) for text in ("cpu", "cpu", "cpu", "mlx compile=false", "mlx-eager", "cpu compile=auto")
@@ -143,6 +151,12 @@ def test_names_are_unique_whatever_is_written():
         (["levers=true", "compile=true"], "compile=true: levers=true tries both; use backend=NAME to narrow them"),
         (["chip=[]"], r"chip=\[\]: use a name such as m4-max"),
         (["parity=false", "time_wrong=true"], "time_wrong=true: parity=false does not look"),
+        (["ranks=[2,0]"], r"ranks=\[2, 0\]: use a number of processes"),
+        (["ranks=two"], "ranks=two: use a number of processes"),
+        (
+            ["ranks=3", "gradient_accumulation_steps=4"],
+            "ranks=3: 3 processes cannot share gradient_accumulation_steps=4",
+        ),
         (["ronds=3"], "ronds=3: there is no such key; did you mean rounds"),
         (["batch_size=0"], "batch_size=0: must be at least 1"),
         (["rounds=many"], "rounds=many: "),

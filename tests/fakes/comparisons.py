@@ -67,7 +67,7 @@ def write_comparison(
     """Write a complete comparison folder and return it. Rounds count from 0, as plan.py's do.
 
     Each variant is a dict; only `name` is needed:
-    - label, backend, device, compile, dtype, overrides, lever: as in plan.json (guessed from the name)
+    - label, backend, device, compile, dtype, overrides, lever, ranks, alone: as in plan.json (guessed from the name)
     - ms: median iteration time (100); first_s, first_warm_s: first iteration, cold and warm
     - drift: slower by this share at the end of each run; creep: the same from the first round to the last
     - outliers: share of iterations that take 3 times as long
@@ -89,7 +89,10 @@ def write_comparison(
         "schema": 2,
         "version": "0.1.0",
         "created": "2026-02-03T10:00:00",
-        "variants": [{key: variant[key] for key in ("name", "label", "overrides", "lever")} for variant in variants],
+        "variants": [
+            {key: variant[key] for key in ("name", "label", "overrides", "lever", "ranks", "alone")}
+            for variant in variants
+        ],
         "rounds": rounds,
         **{
             key: {variant["name"]: value for variant in variants}
@@ -149,6 +152,8 @@ def _filled(variant: dict) -> dict:
         "dtype": "float32",
         "overrides": overrides,
         "lever": None,
+        "ranks": 1,
+        "alone": None,
         "ms": 100.0,
         "first_s": 4.0 if compiled else 0.5,
         "first_warm_s": 1.5 if compiled else 0.3,
