@@ -287,10 +287,12 @@ def attend(
     cwd: str,
     asked: Callable[[], Sequence[int]],
     begun: Callable[[int], object],
+    stdout: int | None = None,
 ) -> int:
     """Run `argv` in this terminal; its exit code. `begun` gets its process, which is sent every signal that `asked`
-    has, in order and once each. Where waiting itself is ended, SIGTERM ends it first."""
-    process = subprocess.Popen(argv, process_group=0, env=environment, cwd=cwd)
+    has, in order and once each. `stdout` is where it prints, by default where we do. Where waiting itself is ended,
+    SIGTERM ends it first."""
+    process = subprocess.Popen(argv, process_group=0, env=environment, cwd=cwd, stdout=stdout)
     sent = 0
     try:
         begun(process.pid)

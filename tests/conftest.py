@@ -7,6 +7,10 @@ import sys
 if "PYTEST_XDIST_WORKER" in os.environ:  # two pools of threads on the same cores wait for each other most of the time
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# tinygrad's kernels as they come: optimizing and compiling one takes many times longer than running it here.
+os.environ.setdefault("NOOPT", "1")
+os.environ.setdefault("PARALLEL", "0")
+
 import numpy as np
 import pytest
 from fakes.support import CACHE, ROOT, options
@@ -17,6 +21,7 @@ from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))  # one graph is compiled by many tests
 # In the way of the file of that name: what one test's comparison finds must not decide in another what auto means.
 (CACHE / "nanogpt-mac" / "comparisons.json").mkdir(parents=True, exist_ok=True)
 

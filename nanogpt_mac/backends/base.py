@@ -137,6 +137,10 @@ class Kind:
         """Why it cannot run here, or None when it can. May import the framework only where nothing is set before."""
         return None if find_spec(self.framework) else f"the package {self.framework} is not installed"
 
+    def programs(self) -> tuple[str, ...]:
+        """The distributions whose versions are recorded."""
+        return (self.framework,)
+
     def prepare(self, options: BackendOptions) -> None:
         """Set what the framework reads once a process, before it is imported. InputError where that is too late."""
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from nanogpt_mac import simulator
@@ -139,10 +142,130 @@ class MLX(Kind):
             _require_compiler("mx.compile", "g++")  # the only one that MLX asks for; without it nothing is fused
 
 
+# -- JAX --------------------------------------------------------------------------------------------------------------
+
+# What brings JAX onto a Mac's GPU: distribution -> the name that it gives its platform. Each is a device of its own.
+JAX_PLUGINS = {"jax-mps": "mps", "metaljax": "metal"}
+
+
+def jax_plugins() -> dict[str, str]:
+    """The plugins that JAX would load, jax-metal and CUDA's included: distribution -> version. JAX is not imported."""
+    found = (entry.dist for entry in entry_points(group="jax_plugins"))
+    return {dist.name: dist.version for dist in found if dist}
+
+
+@dataclass(frozen=True)
+class JAXSettings:
+    jax_device: str = setting("auto", "auto", "cpu", "cuda", *JAX_PLUGINS)
+    """auto: a plugin for Metal, else CUDA, else the CPU."""
+
+
+class JAX(Kind):
+    def missing(self) -> str | None:
+        if reason := super().missing():
+            return reason
+        if version := jax_plugins().get("jax-metal"):
+            return (
+                f"jax-metal {version} is given up and breaks every JAX since 0.5.1 (jax issue 26968): uninstall it; "
+                f"{' or '.join(JAX_PLUGINS)} takes its place"
+            )
+        return None
+
+    def programs(self) -> tuple[str, ...]:
+        return (self.framework, "jaxlib", *jax_plugins()) if find_spec(self.framework) else (self.framework,)
+
+    def prepare(self, options: BackendOptions) -> None:
+        """The device, and what JAX, its compiler and its plugins read from the environment."""
+        plugins = jax_plugins()
+        device = JAXSettings(**options.settings).jax_device
+        if device in JAX_PLUGINS and device not in plugins:
+            raise InputError(f"backend.jax_device={device}: not installed; use auto, or pip install {device}")
+        if device == "auto":
+            device = "cpu" if gpu_left_out() else next((name for name in JAX_PLUGINS if name in plugins), "auto")
+        if device != "auto":
+            platforms = (JAX_PLUGINS.get(device, device), "cpu")  # the CPU beside it, as `also_on` says
+            os.environ["JAX_PLATFORMS"] = ",".join(dict.fromkeys(platforms))
+        if device in JAX_PLUGINS:  # both bring MLX, and M5 can multiply float32 in less
+            exact = options.matmul_precision == "highest"
+            os.environ["MLX_ENABLE_TF32"] = "0" if exact else "1"
+            os.environ["METALJAX_MATMUL_PRECISION"] = "high" if exact else "default"
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # else it takes three quarters of an NVIDIA card
+        os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # a CPU is its own host: what has returned is complete
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # where a cache folder is named
+
+
 def _require_compiler(what: str, *compilers: str) -> None:
     if not any(shutil.which(compiler) for compiler in compilers):
         names = " or ".join(dict.fromkeys(compilers))
         raise InputError(f"compile=true: {what} on a CPU needs {names}, not found on PATH; use compile=false")
+
+
+# -- tinygrad ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TinygradSettings:
+    beam: int = setting(0, 0, 1, 2, 4, 8)
+    """Versions of each tinygrad kernel that are timed side by side before one is taken; 0: none is."""
+
+
+class Tinygrad(Kind):
+    def missing(self) -> str | None:
+        if reason := super().missing():
+            return reason
+        # Its CPU device compiles helpers as it is opened, and a cache that holds them already only puts that off.
+        if _tinygrad_device().split(":")[0] != "CPU":
+            return None
+        compiler = os.environ.get("CC") or "clang"
+        return (
+            None
+            if _is_clang(compiler)
+            else f"on a CPU tinygrad needs clang, and {compiler} is not one"
+            + ("; unset CC, or set it to clang" if os.environ.get("CC") else ", or not on PATH")
+        )
+
+    def prepare(self, options: BackendOptions) -> None:
+        """Its device, and bfloat16 by hand on a CPU, where clang 14 has none on x86."""
+        read = {"DEV": _tinygrad_device()}
+        if read["DEV"].startswith("CPU"):
+            read["EMULATED_DTYPES"] = os.environ.get("EMULATED_DTYPES", "bfloat16")
+        os.environ |= read
+        if "tinygrad" in sys.modules:  # and has read what was there
+            from tinygrad import helpers
+
+            for name, value in read.items():
+                getattr(helpers, name).value = value
+        if folder := os.environ.get(TINYGRAD_CACHE):
+            os.environ["CACHEDB"] = str(Path(folder, "cache.db"))
+
+
+TINYGRAD_CACHE = "NANOGPT_MAC_TINYGRAD_CACHE"  # a folder, where tinygrad's own variable names a file
+
+
+def _tinygrad_device() -> str:
+    """The user's choice, which is tinygrad's own variable; else the GPU that it is known to train on, else the CPU."""
+    if chosen := os.environ.get("DEV"):
+        return chosen
+    if gpu_left_out():
+        return "CPU"
+    if sys.platform == "darwin":
+        return "METAL" if platform.machine() == "arm64" else "CPU"
+    return "CUDA" if Path("/dev/nvidiactl").exists() and _loads("libcuda.so.1") else "CPU"
+
+
+def _loads(library: str) -> bool:
+    try:
+        return bool(ctypes.CDLL(library))
+    except OSError:
+        return False
+
+
+def _is_clang(compiler: str) -> bool:
+    try:
+        asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return "clang version" in asked.stdout
 
 
 # -- the registry -----------------------------------------------------------------------------------------------------
@@ -153,6 +276,9 @@ def _require_compiler(what: str, *compilers: str) -> None:
 _MPS = Capabilities(
     "mps", "torch", True, True, compiles_evaluation=True, dtypes=HALVES, detector=True, memory=POOL
 )  # fmt: skip
+_JAX_ON_METAL = Capabilities(
+    "metal", "jax", True, compiles_evaluation=True, dtypes=HALVES, tf32=True, memory=RESIDENT_SET
+)
 _PRODUCT = "nanogpt_mac.backends.product_"
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -239,6 +365,50 @@ KINDS: dict[str, Kind] = {
             by_threads=True,
             **TORCH,
         ),
+        JAX(
+            name="jax",
+            cls="nanogpt_mac.backends.jax_backend:JaxBackend",
+            arrays="nanogpt_mac.backends.jax_arrays:JaxArrays",
+            nets="nanogpt_mac.backends.jax_nets:JaxNet",
+            also_on=("cpu",),
+            label="JAX",
+            framework="jax",
+            devices=(
+                Capabilities(
+                    "cuda", "jax", True, True, compiles_evaluation=True, dtypes=HALVES, tf32=True, memory=ALLOCATOR
+                ),
+                replace(_JAX_ON_METAL, device="jax-mps", note="jax-mps"),  # which waits for each executable
+                replace(_JAX_ON_METAL, device="metaljax", runs_ahead=True, note="metaljax"),
+                Capabilities("cpu", "jax", compiles_evaluation=True, memory=RESIDENT_SET, note="CPU"),
+            ),
+            compiler="jax.jit",
+            compiled_by_default=True,
+            eager_by_name=False,
+            settings=JAXSettings,
+            keeps_attention=True,
+            caches={"JAX_COMPILATION_CACHE_DIR": "jax"},
+            out_of_memory="RESOURCE_EXHAUSTED",
+            missing_operator="UNIMPLEMENTED",
+        ),
+        Tinygrad(
+            name="tinygrad",
+            cls="nanogpt_mac.backends.tinygrad_backend:TinygradBackend",
+            arrays="nanogpt_mac.backends.tinygrad_arrays:TinygradArrays",
+            label="tinygrad",
+            framework="tinygrad",
+            devices=(
+                Capabilities("metal", "tinygrad", True, dtypes=HALVES, memory=ALLOCATOR),
+                Capabilities("cuda", "tinygrad", True, dtypes=HALVES, tf32=True, memory=ALLOCATOR),
+                Capabilities("cpu", "tinygrad", memory=RESIDENT_SET, note="CPU"),
+            ),
+            compiler="TinyJit",
+            compiled_by_default=True,
+            eager_by_name=False,
+            settings=TinygradSettings,
+            keeps_attention=True,
+            caches={TINYGRAD_CACHE: "tinygrad"},
+            out_of_memory=r"(?i:out of memory)",
+        ),
     )
 }
 
@@ -310,7 +480,7 @@ def recorded(backend: str, device: str) -> Capabilities:
 
 def frameworks() -> tuple[str, ...]:
     """Distributions whose versions are recorded."""
-    return tuple(dict.fromkeys(kind.framework for kind in KINDS.values() if kind.framework))
+    return tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.programs() if name))
 
 
 def settings() -> dict[str, tuple[Any, Any, tuple[Any, ...]]]:

@@ -91,7 +91,9 @@ class TorchBackend(Backend):
             "backend.own_kernels",
             False,
             "attention and layer norm by torch's kernels, not by ours",
-            lambda here, config: here.device == "cuda" and config.backend.own_kernels is not False,
+            lambda here, config: (
+                here.device == "cuda" and (config.compile if (o := config.backend.own_kernels) is None else o)
+            ),
         ),
         Lever(
             "backend.compile_mode", "reduce-overhead", "the loss as CUDA graphs", lambda here, _: here.device == "cuda"
@@ -115,13 +117,19 @@ class TorchBackend(Backend):
         torch.set_float32_matmul_precision(options.matmul_precision)
         self.dtype = getattr(torch, options.dtype)
         own = self._own_kernels()
-        self.model = GPT(spec, self._few_kernels(), options.checkpointing, own).to(self.device)
+        if own is not None:
+            own.prepare(spec, self.dtype, self.device)
+        self.model = GPT(spec, self._few_kernels(), options.checkpointing, own is not None).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
+        graph = self._cuda_graph()
         if options.compile:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
-            self.loss = torch.compile(self.model.loss, dynamic=False, mode=self.settings.compile_mode)
-        graph = self._cuda_graph()
+            compiled = partial(torch.compile, dynamic=False, mode=self.settings.compile_mode)
+            if own is not None and graph:  # nothing is fused across a block's borders, and a replay calls nothing
+                self.loss = partial(own.loss, self.model, own.Pieces(*map(compiled, own.Pieces())))
+            else:
+                self.loss = compiled(self.model.loss)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer, fused = self._adamw(capturable=graph)
         self.scaler: Any = torch.amp.GradScaler(  # whose types ask for an optimizer of torch's own
@@ -152,7 +160,7 @@ class TorchBackend(Backend):
         self.details = {
             "fused_adamw": fused,
             "cuda_graph": graph,
-            "own_kernels": own,
+            "own_kernels": own is not None,
             "resident_data": sorted(self.resident),
         }
 
@@ -176,11 +184,16 @@ class TorchBackend(Backend):
             raise InputError(f"backend.cuda_graph=true: {why}; use null or false")
         return self.device.type == "cuda" and not own and (self.options.compile if asked is None else asked)
 
-    def _own_kernels(self) -> bool:
-        """Whether the model takes our Triton kernels: wherever it can, unless told otherwise."""
+    def _own_kernels(self) -> Any:
+        """The module of our Triton kernels where the model takes them, else None.
+
+        Unless told otherwise it does in a step that is compiled or one CUDA graph: eager, the host takes longer to send
+        them than torch's own.
+        """
         asked = self.settings.own_kernels
+        wanted = self.options.compile or self._cuda_graph() if asked is None else asked
         why_not = f"{self.options.name} has none" if self.device.type != "cuda" else None
-        if why_not is None and asked is not False:
+        if why_not is None and wanted:
             if find_spec("triton") is None:
                 why_not = "the package triton is not installed"
             else:
@@ -189,7 +202,7 @@ class TorchBackend(Backend):
                 why_not = fused.fault(self.spec)
         if asked and why_not:
             raise InputError(f"backend.own_kernels=true: {why_not}; use null or false")
-        return why_not is None and asked is not False
+        return fused if why_not is None and wanted else None
 
     def _adamw(self, capturable: bool) -> tuple[AdamW, bool]:
         """AdamW, fused wherever torch has it for this device unless told otherwise; whether it is."""

@@ -94,11 +94,11 @@ def test_it_trains_samples_and_resumes_from_the_command_line(command, tmp_path, 
 
 
 def test_one_that_cannot_be_loaded_says_why(command, tmp_path):
-    broken = install(tmp_path / "site", {"jax": "no_such_module:KIND"})
-    done = command("train.py", "backend=jax", PYTHONPATH=broken)
+    broken = install(tmp_path / "site", {"abacus": "no_such_module:KIND"})
+    done = command("train.py", "backend=abacus", PYTHONPATH=broken)
     assert done.returncode == 2
     assert done.stderr.startswith(
-        "train.py: backend=jax: not available here: its entry point no_such_module:KIND cannot"
+        "train.py: backend=abacus: not available here: its entry point no_such_module:KIND cannot"
     )
     assert done.stderr.count("\n") == 1
 

@@ -9,8 +9,10 @@ from nanogpt_mac.backends.kinds import KINDS
 
 PACKAGE = ROOT / "nanogpt_mac"
 NAMES = KINDS.keys() | {here.device for kind in KINDS.values() for here in kind.devices}
-FRAMEWORKS, OF_ONE = ("torch", "mlx"), ("backend", "arrays", "nets", "parts")  # NAME_backend.py and what lies beside it
-ITS_OWN = {f"gpt/{name}_gpt.py" for name in FRAMEWORKS} | {f"backends/{n}_{of}.py" for n in FRAMEWORKS for of in OF_ONE}
+FRAMEWORKS = sorted({kind.framework for kind in KINDS.values()})
+OF_ONE = ("backend", "arrays", "nets", "parts")  # NAME_backend.py and what lies beside it
+TWINS_AND_BACK_ENDS = {place for n in FRAMEWORKS for place in (f"gpt/{n}_gpt.py", f"backends/{n}_backend.py")}
+ITS_OWN = TWINS_AND_BACK_ENDS | {f"backends/{n}_{of}.py" for n in FRAMEWORKS for of in OF_ONE}
 
 # Rooms whose subject is one device: MPS, seen through torch, with the CPU beside it. No other back end is named there.
 ABOUT_MPS = {
@@ -55,7 +57,7 @@ def test_the_registry_and_the_back_ends_are_found(tmp_path):
     assert {literal for _, literal in named(PACKAGE / "backends/mlx_backend.py")} == {"metal", "cuda", "cpu"}
     (tmp_path / "x.py").write_text('"""About mlx."""\nif backend == "MLX": print(f"{backend} mps")\n')
     assert list(named(tmp_path / "x.py")) == [(2, "MLX")]
-    assert all((PACKAGE / name).exists() for name in (*ITS_OWN, *ABOUT_MPS))
+    assert all((PACKAGE / name).exists() for name in (*TWINS_AND_BACK_ENDS, *ABOUT_MPS))
     for name, (names, _) in ELSEWHERE.items():
         assert {literal.lower() for _, literal in named(PACKAGE / name)} == names
 

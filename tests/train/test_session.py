@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from fakes.support import ROOT, options
+from fakes.support import EACH_FRAMEWORK, FRAMEWORKS, ROOT, options
 
 from nanogpt_mac import cli
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.train import checkpoint, session
 
@@ -35,12 +36,12 @@ def rows(run, kind="iteration"):
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-@pytest.mark.parametrize("name", ["cpu", "mlx"])
+@pytest.mark.parametrize("name", EACH_FRAMEWORK)
 def test_one_run_leaves_every_record(command, text, name):
     done = command("train.py", *SMOKE, f"backend={name}", "gemm_seconds=1")
     assert done.returncode == 0, done.stderr
     (run,) = (text / "runs").glob(f"*/*-{name}*")
-    assert run.name.endswith("-mlx-compile" if name == "mlx" else "-cpu")
+    assert run.name.endswith(f"-{name}-compile" if KINDS[name].compiled_by_default else f"-{name}")
 
     config = yaml.safe_load((run / ".hydra" / "config.yaml").read_text())
     assert (config["model"]["n_layer"], config["data"]["name"]) == (2, "text")
@@ -144,10 +145,10 @@ def check_wandb(run, iterations, evaluations):
         assert history[row["iter"]]["val/loss"] == pytest.approx(row["val_loss"], rel=1e-12)
 
 
-@pytest.mark.parametrize(("name", "compiled"), [("cpu", "false"), ("mlx", "true")])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(command, text, name, compiled):
+@pytest.mark.parametrize("name", EACH_FRAMEWORK)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(command, text, name):
     """A hundred iterations with dropout, one of them in two halves."""
-    recipe = [*QUIET, f"backend={name}", f"compile={compiled}", "model.dropout=0.2", "max_iters=100"]
+    recipe = [*QUIET, f"backend={name}", "compile=auto", "model.dropout=0.2", "max_iters=100"]
     recipe += ["lr_decay_iters=100", "eval_interval=50", "run_dir={}"]
     *recipe, folder = recipe
     assert command("train.py", *recipe, folder.format("whole")).returncode == 0
@@ -163,17 +164,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(command, text, name,
     assert rows(text / "rest", "evaluation")[-1]["val_loss"] == rows(text / "whole", "evaluation")[-1]["val_loss"]
 
 
-def test_a_run_goes_from_torch_to_mlx_and_back(command, text):
-    recipe = [*QUIET, "lr_decay_iters=60", "eval_interval=20"]
-    assert command("train.py", *recipe, "backend=cpu", "max_iters=60", "run_dir=whole").returncode == 0
-    assert command("train.py", *recipe, "backend=cpu", "max_iters=20", "run_dir=a").returncode == 0
-    for backend, source, target, last in [("mlx", "a", "b", 40), ("cpu", "b", "c", 60)]:
-        resume = ["init_from=resume", f"run={source}", f"backend={backend}", f"max_iters={last}", f"run_dir={target}"]
-        done = command("train.py", *resume)
+def test_a_run_goes_through_all_frameworks_and_back(command, text):
+    ring = [*FRAMEWORKS, FRAMEWORKS[0]]
+    last = 20 * len(ring)
+    recipe = [*QUIET, f"lr_decay_iters={last}", "eval_interval=20"]
+    assert command("train.py", *recipe, f"backend={ring[0]}", f"max_iters={last}", "run_dir=whole").returncode == 0
+    for number, backend in enumerate(ring):
+        resume = ["init_from=resume", f"run={number - 1}"] if number else recipe
+        own = [f"backend={backend}", f"max_iters={20 * (number + 1)}", f"run_dir={number}"]
+        done = command("train.py", *resume, *own)
         assert done.returncode == 0, done.stderr
-    assert json.loads((text / "b/summary.json").read_text())["backend"] == "mlx"
-    expected, found = rows(text / "whole")[-1], rows(text / "c")[-1]
-    assert found["iter"] == expected["iter"] == 59
+        assert json.loads((text / f"{number}/summary.json").read_text())["backend"] == backend
+    expected, found = rows(text / "whole")[-1], rows(text / f"{number}")[-1]
+    assert found["iter"] == expected["iter"] == last - 1
     assert found["loss"] == pytest.approx(expected["loss"], abs=2e-3)
 
 
@@ -313,12 +316,12 @@ def test_sample_streams_the_same_text_from_every_back_end(command, text):
     assert command("train.py", *QUIET, "backend=cpu", "run_dir=run", "max_iters=60").returncode == 0
     sample = ["run=run", "prompt=Jack", "max_new_tokens=80", "seed=3", "num_samples=2"]
     outputs = {}
-    for name in ("cpu", "mlx"):
+    for name in FRAMEWORKS:
         done = command("sample.py", *sample, f"backend={name}")
         assert done.returncode == 0, done.stderr
         outputs[name] = done.stdout
         assert re.search(rf"tokens/s on {name if name == 'cpu' else '(cpu|metal|cuda)'}", done.stderr)
-    assert outputs["cpu"] == outputs["mlx"]
+    assert len(set(outputs.values())) == 1
     first, second = outputs["cpu"].split("\n---------------\n")
     assert first.startswith("Jack")
     assert second.startswith("Jack")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes.nanogpt_files import trained
+from fakes.support import EACH_FRAMEWORK
 
 from nanogpt_mac.cli import Command
 from nanogpt_mac.config import Config, SampleConfig
@@ -100,7 +101,7 @@ def test_a_new_text_is_taken_in_the_symbols_of_the_old(house, capsys):
 
 
 @pytest.mark.parametrize("given", [{"path": "text.txt"}, {"path": "meta.pkl"}, {"symbols": "meta.pkl"}])
-@pytest.mark.parametrize("backend", ["cpu", "mlx"])
+@pytest.mark.parametrize("backend", EACH_FRAMEWORK)
 def test_what_names_the_symbols_is_enough_to_draw(house, capsys, given, backend):
     asked = drawing(house, **{key: str(house / name) for key, name in given.items()})
     asked.backend.name, asked.max_new_tokens, asked.prompt = backend, 5, "The "

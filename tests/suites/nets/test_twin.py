@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from fakes.support import AVAILABLE
+from fakes.support import FRAMEWORKS
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.nets import Feed, LMSpec, MLPSpec, Spec, drawn
@@ -15,7 +15,7 @@ from nanogpt_mac.suites.nets.measured import distance
 from nanogpt_mac.suites.nets.twin import Twin
 
 SPECS: list[Spec] = [MLPSpec((30, 8, 8, 10)), LMSpec(2, 32, 4, 16, 23)]
-ON_CPU = [name for name in AVAILABLE if kinds.KINDS[name].nets and name in ("cpu", "mlx")]
+ON_CPU = [name for name in FRAMEWORKS if kinds.KINDS[name].nets]
 
 
 def data(spec: Spec, rows: int = 40) -> tuple[np.ndarray, np.ndarray]:
