@@ -9,6 +9,7 @@ them: c, in ms, and B, in GB/s, through the smallest and the largest.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ COUNTS = (1_000, 100_000, 1_000_000, 10_000_000)  # float32; GPT-2 124M has 124,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    counts = [int(count) for count in (sys.argv[1:] if argv is None else argv)] or COUNTS
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("counts", type=int, nargs="*", default=COUNTS, help="float32 in each sum")
+    counts = parser.parse_args(argv).counts
     launched = ranks.launched()
     kind = KINDS["mlx" if launched.launcher == ranks.MLX else "cpu"]
     world = kind.load_world().join(launched, kind.name)

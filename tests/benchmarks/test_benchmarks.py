@@ -283,6 +283,40 @@ def test_a_device_that_is_not_here_is_one_line(load, tmp_path, monkeypatch):
         load("torch_step").main(["--peer", str(tmp_path), "--recipe", "tiny"])
 
 
+# -- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def test_efficiency_is_against_one_process_of_the_same_program(load):
+    results = [
+        {"name": "ours-torch", "size": 1, "tokens_per_s": 100.0},
+        {"name": "nanoGPT", "size": 1, "tokens_per_s": 50.0},
+        {"name": "ours-torch", "size": 4, "tokens_per_s": 380.0},
+        {"name": "nanoGPT", "size": 4, "error": "late"},
+    ]
+    load("ranks").compare(results)
+    assert [result["efficiency"] for result in results] == [1.0, 1.0, 0.95, None]
+    assert [result["times_nanogpt"] for result in results] == [2.0, None, None, None]
+
+
+def test_a_step_that_is_late_is_ended_with_its_processes(load, tmp_path):
+    step = load("ranks").Step(
+        "nanoGPT", 1, [sys.executable, "-c", "import time; print('hello'); time.sleep(60)"], tmp_path
+    )
+    step.start()
+    step.wait(time.monotonic() + 1)
+    found = load("ranks").read(step, {}, str(tmp_path))
+    assert found["error"].startswith("exit code -15, 0 iterations")
+    assert found["seconds"] < 20
+
+
+def test_nanogpts_lines_are_read_after_the_first(load, tmp_path):
+    lines = [f"iter {i}: loss {11 - i:.4f}, time {100.0 + i:.2f}ms, mfu -100.00%" for i in range(8)]
+    (tmp_path / "nanoGPT-2.log").write_text("\n".join([*lines, "peak of rank 1: 7", "peak of rank 0: 6"]))
+    times, losses, extra = load("ranks")._peers(load("ranks").Step("nanoGPT", 2, [], tmp_path))
+    assert times == [105.0, 106.0, 107.0]
+    assert (losses[0], losses[-1], extra["peak_memory"]) == (11.0, 4.0, [6, 7])
+
+
 def cells(**sides):
     """Of a document of submission.py: ms by side and batch."""
     return [
@@ -335,37 +369,3 @@ def test_submissions_run_in_tritons_interpreter(tmp_path):
     found = json.loads(done.stdout)
     assert {"v1", "v2", "v3", "cpu"} <= {cell["side"] for cell in found["cells"]}
     assert all(cell["off"] < 1e-5 for cell in found["cells"])
-
-
-# -- ranks ------------------------------------------------------------------------------------------------------------
-
-
-def test_efficiency_is_against_one_process_of_the_same_program(load):
-    results = [
-        {"name": "ours-torch", "size": 1, "tokens_per_s": 100.0},
-        {"name": "nanoGPT", "size": 1, "tokens_per_s": 50.0},
-        {"name": "ours-torch", "size": 4, "tokens_per_s": 380.0},
-        {"name": "nanoGPT", "size": 4, "error": "late"},
-    ]
-    load("ranks").compare(results)
-    assert [result["efficiency"] for result in results] == [1.0, 1.0, 0.95, None]
-    assert [result["times_nanogpt"] for result in results] == [2.0, None, None, None]
-
-
-def test_a_step_that_is_late_is_ended_with_its_processes(load, tmp_path):
-    step = load("ranks").Step(
-        "nanoGPT", 1, [sys.executable, "-c", "import time; print('hello'); time.sleep(60)"], tmp_path
-    )
-    step.start()
-    step.wait(time.monotonic() + 1)
-    found = load("ranks").read(step, {}, str(tmp_path))
-    assert found["error"].startswith("exit code -15, 0 iterations")
-    assert found["seconds"] < 20
-
-
-def test_nanogpts_lines_are_read_after_the_first(load, tmp_path):
-    lines = [f"iter {i}: loss {11 - i:.4f}, time {100.0 + i:.2f}ms, mfu -100.00%" for i in range(8)]
-    (tmp_path / "nanoGPT-2.log").write_text("\n".join([*lines, "peak of rank 1: 7", "peak of rank 0: 6"]))
-    times, losses, extra = load("ranks")._peers(load("ranks").Step("nanoGPT", 2, [], tmp_path))
-    assert times == [105.0, 106.0, 107.0]
-    assert (losses[0], losses[-1], extra["peak_memory"]) == (11.0, 4.0, [6, 7])
