@@ -2,19 +2,16 @@
 
 import dataclasses
 import time
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from fakes.numpy_backend import NumPyBackend
-from fakes.support import FRAMEWORKS, VARIANTS
+from fakes.support import VARIANTS, WITH_PARTS
 
 from nanogpt_mac.backends import base
-from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.backends.parts import NAMES
 
-WITH_PARTS = [name for name in FRAMEWORKS if find_spec(f"nanogpt_mac.backends.{KINDS[name].framework}_parts")]
 # Neither torch compiled nor tinygrad without its replay: minutes. tinygrad's own tests look at one layer.
 EAGER_AND_MLX = [
     pytest.param(*v, marks=pytest.mark.slow) if v[0] == "tinygrad" else v
@@ -148,7 +145,7 @@ def test_the_profiler_finds_a_pause_in_its_part(make, starts, checkpointing, par
     assert compiled.inside(step).why_not
 
 
-@pytest.mark.skipif("mlx" not in FRAMEWORKS, reason="needs MLX")
+@pytest.mark.skipif("mlx" not in WITH_PARTS, reason="needs MLX")
 def test_kernels_of_an_mlx_graph_are_counted_without_its_views():
     import mlx.core as mx
 

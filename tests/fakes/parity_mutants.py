@@ -21,6 +21,8 @@ from pathlib import Path
 TORCH_GPT, MLX_GPT = "nanogpt_mac.gpt.torch_gpt", "nanogpt_mac.gpt.mlx_gpt"
 PACKED = "nanogpt_mac.gpt.packed"
 TORCH, MLX = "nanogpt_mac.backends.torch_backend", "nanogpt_mac.backends.mlx_backend"
+JAX_GPT, JAX = "nanogpt_mac.gpt.jax_gpt", "nanogpt_mac.backends.jax_backend"
+TINY_GPT, TINY = "nanogpt_mac.gpt.tinygrad_gpt", "nanogpt_mac.backends.tinygrad_backend"
 ADAMW = "nanogpt_mac.backends.torch_adamw"
 SDPA = "F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)"
 
@@ -144,6 +146,63 @@ MUTANTS = {
         'grads = [g / self.trained["loss_scale"] for g in grads]',
         "pass",
     ),
+    # the model, JAX
+    "jax: no causal mask": (JAX_GPT, "mask = jnp.tri(T, dtype=bool)", "mask = jnp.ones((T, T), bool)"),
+    "jax: mask one token late": (JAX_GPT, "jnp.tri(T, dtype=bool)", "jnp.tri(T, k=1, dtype=bool)"),
+    "jax: attention scale": (JAX_GPT, "1.0 / math.sqrt(q.shape[-1])", "1.0 / q.shape[-1]"),
+    "jax: evaluation drops": (
+        JAX,
+        "self.model.loss(weights, windows[:, :-1], windows[:, 1:])",
+        "self.model.loss(weights, windows[:, :-1], windows[:, 1:], dropout_masks(self.spec, len(windows), "
+        "self.spec.block_size, jnp.zeros(2, jnp.uint32)))",
+    ),
+    "jax: other gelu": (JAX_GPT, '"none" if self.spec.gelu == "exact"', '"none" if self.spec.gelu == "tanh"'),
+    "jax: layer norm eps 1e-6": (JAX_GPT, "variance + 1e-5", "variance + 1e-6"),
+    "jax: no norm before attention": (JAX_GPT, 'self.norm(w, f"{name}.ln_1", x), mask', "x, mask"),
+    "jax: ln_1 twice": (JAX_GPT, 'f"{name}.ln_2"', 'f"{name}.ln_1"'),
+    "jax: q and k swapped": (JAX_GPT, "q, k, v = jnp.split", "k, q, v = jnp.split"),
+    "jax: residual scaled": (JAX_GPT, "x = x + self.mlp(", "x = x + 0.98 * self.mlp("),
+    "jax: bias forgotten": (JAX_GPT, "return y if bias is None else y + bias.astype", "return y + 0 * bias.astype"),
+    "jax: head detached": (
+        JAX_GPT,
+        'self.linear(w, "transformer.wte", x)',
+        'self.linear({n: jax.lax.stop_gradient(a) for n, a in w.items() if "wte" in n}, "transformer.wte", x)',
+    ),
+    # the step, JAX
+    "jax: decay on vectors": (JAX, "if w.ndim >= 2 else 1.0", "if True else 1.0"),
+    "jax: no decay": (JAX, "if w.ndim >= 2 else 1.0", "if False else 1.0"),
+    "jax: AdamW eps 1e-6": (JAX, "/ correction2) + 1e-8)", "/ correction2) + 1e-6)"),
+    "jax: no bias correction of m": (JAX, "(m / correction1)", "m"),
+    "jax: no bias correction of v": (JAX, "jnp.sqrt(v / correction2)", "jnp.sqrt(v)"),
+    "jax: no clipping": (JAX, "if self.options.grad_clip:", "if False:"),
+    "jax: always scaled to the clip": (
+        JAX,
+        "jnp.minimum(self.options.grad_clip / (norm + 1e-6), 1.0)",
+        "self.options.grad_clip / (norm + 1e-6)",
+    ),
+    "jax: accumulation not divided": (JAX, "y, keep) / count", "y, keep)"),
+    "jax: targets are the tokens": (JAX, "windows[:, 1:], key, count)", "windows[:, :-1], key, count)"),
+    "jax: update 0.1 % off": (JAX, "w * decay - lr * update", "w * decay - 1.001 * lr * update"),
+    "jax: norm misreported": (JAX, "jnp.stack([total, norm])", "jnp.stack([total, 1.01 * norm])"),
+    "jax: loss scale left in": (JAX, 'g / now["loss_scale"] for', "g for"),
+    # tinygrad
+    "tinygrad: no causal mask": (TINY_GPT, ".tril() if cache", " if cache"),
+    "tinygrad: mask one token late": (TINY_GPT, ".tril() if cache", ".tril(1) if cache"),
+    "tinygrad: attention scale": (TINY_GPT, "1.0 / math.sqrt(q.shape[-1])", "1.0 / q.shape[-1]"),
+    "tinygrad: other gelu": (TINY_GPT, '"none" if spec.gelu == "exact"', '"none" if spec.gelu == "tanh"'),
+    "tinygrad: layer norm eps 1e-6": (TINY_GPT, "layernorm(eps=1e-5)", "layernorm(eps=1e-6)"),
+    "tinygrad: no norm before attention": (TINY_GPT, "self.attn(self.ln_1(x), mask", "self.attn(x, mask"),
+    "tinygrad: q and k swapped": (TINY_GPT, "q, k, v = self.c_attn", "k, q, v = self.c_attn"),
+    "tinygrad: bias forgotten": (TINY_GPT, "y + bias.cast(dtype)", "y + 0 * bias.cast(dtype)"),
+    "tinygrad: decay on vectors": (TINY, "if w.ndim >= 2 else 0.0", "if True else 0.0"),
+    "tinygrad: no decay": (TINY, "o.weight_decay if w.ndim >= 2 else 0.0", "0.0"),
+    "tinygrad: no bias correction of m": (TINY, "(m / correction1)", "m"),
+    "tinygrad: no bias correction of v": (TINY, "(v / correction2).sqrt()", "v.sqrt()"),
+    "tinygrad: no clipping": (TINY, "if self.options.grad_clip:", "if False:"),
+    "tinygrad: accumulation not divided": (TINY, "y, keep) / count", "y, keep)"),
+    "tinygrad: targets are the tokens": (TINY, "batch[:, :-1], batch[:, 1:]", "batch[:, :-1], batch[:, :-1]"),
+    "tinygrad: norm misreported": (TINY, "self.loss.cat(norm)", "self.loss.cat(norm * 1.01)"),
+    "tinygrad: loss scale left in": (TINY, "[g / self.scale for g in grads]", "[g for g in grads]"),
 }
 
 
@@ -151,7 +210,8 @@ MUTANTS = {
 def changed(name):
     """The product with one source text changed: fresh modules in which the rest of the product finds each other."""
     module, old, new = MUTANTS[name]
-    parts = (MLX_GPT, MLX) if module in (MLX_GPT, MLX) else (PACKED, TORCH_GPT, ADAMW, TORCH)
+    one_of = ((MLX_GPT, MLX), (JAX_GPT, JAX), (PACKED, TORCH_GPT, ADAMW, TORCH))
+    parts = next(parts for parts in one_of if module in parts)
     before = {part: sys.modules.pop(part, None) for part in parts}
     try:
         for part in parts:

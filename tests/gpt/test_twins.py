@@ -1,4 +1,4 @@
-"""Both twins against the formulas in float64 (the parity gate's reference): every length, every mode, with a cache."""
+"""The twins against the formulas in float64 (the parity gate's reference): every length, every mode, with a cache."""
 
 import dataclasses
 from functools import partial
@@ -7,13 +7,26 @@ import numpy as np
 import pytest
 import torch
 
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.parity import reference
 
 BLOCK = 12
 SPEC = GPTSpec(n_layer=2, n_head=4, n_embd=32, block_size=BLOCK, vocab_size=23, bias=True)
 NEARLY_NO_DROPOUT = 1e-12  # takes the code path of dropout and drops nothing: 1 - p is 1 in float32
-twins = pytest.mark.parametrize("twin", ["torch", "mlx"])
+jax_here = pytest.mark.skipif(KINDS["jax"].missing() is not None, reason=f"JAX: {KINDS['jax'].missing()}")
+twins = pytest.mark.parametrize("twin", ["torch", "mlx", pytest.param("jax", marks=jax_here)])
+
+
+def at_each(length):
+    """Every length with every twin; JAX compiles anew for each, so most of its take a while."""
+    rest = [n for n in range(1, BLOCK + 1) if n not in (1, 2, 7, BLOCK)]
+    combined = [pytest.param(t, n) for t in ("torch", "mlx") for n in range(1, BLOCK + 1)]
+    combined += [pytest.param("jax", n, marks=jax_here) for n in (1, 2, 7, BLOCK)]
+    combined += [pytest.param("jax", n, marks=(jax_here, pytest.mark.slow)) for n in rest]
+    return pytest.mark.parametrize(("twin", length), combined)
+
+
 gelus = pytest.mark.parametrize("gelu", ["exact", "tanh"])
 
 
@@ -66,13 +79,46 @@ def mlx_twin(spec, weights, training):
     return logits, loss, KVCache
 
 
+def jax_twin(spec, weights, training):
+    import jax
+    import jax.numpy as jnp
+
+    from nanogpt_mac.gpt.jax_gpt import GPT, KVCache, dropout_masks
+
+    model, w = GPT(spec), {n: jnp.asarray(array) for n, array in weights.items()}
+    keys = iter(jax.random.key_data(jax.random.split(jax.random.key(0), 100)))
+    masks = jax.jit(dropout_masks, static_argnums=(0, 1, 2))
+
+    def keep(idx):
+        return masks(spec, *idx.shape, next(keys)) if training and spec.dropout else None
+
+    whole, mean = jax.jit(lambda w, idx, keep: model(w, idx, keep=keep)), jax.jit(model.loss)
+
+    @jax.jit
+    def cached(w, idx, layers, length):
+        cache = KVCache()
+        cache.layers, cache.length = dict(layers), length
+        return model(w, idx, cache), cache.layers, cache.length
+
+    def logits(idx, cache=None):
+        if cache is None:
+            return np.array(whole(w, idx, keep(idx)))
+        made, cache.layers, cache.length = cached(w, idx, cache.layers, jnp.asarray(cache.length))
+        return np.array(made)
+
+    def loss(idx, targets):
+        return float(mean(w, idx, targets, keep(idx)))
+
+    return logits, loss, KVCache
+
+
 @pytest.fixture
 def build(twin):
     """(logits, loss, what makes a cache) of a twin in evaluation or training mode, and its weights."""
 
     def made(spec, training=False):
         weights = drawn(spec)
-        return *{"torch": torch_twin, "mlx": mlx_twin}[twin](spec, weights, training), weights
+        return *{"torch": torch_twin, "mlx": mlx_twin, "jax": jax_twin}[twin](spec, weights, training), weights
 
     return made
 
@@ -103,9 +149,8 @@ def test_logits_and_loss_are_those_of_the_formulas(build, gelu, bias):
     assert loss(idx, targets) == pytest.approx(nats, rel=1e-5)
 
 
-@twins
+@at_each("length")
 @pytest.mark.parametrize("dropout", [0.0, NEARLY_NO_DROPOUT])
-@pytest.mark.parametrize("length", range(1, BLOCK + 1))
 def test_no_token_sees_a_later_one_at_any_length(build, length, dropout):
     """In training mode; with dropout MLX's attention is another piece of code."""
     logits, _, _, weights = build(dataclasses.replace(SPEC, dropout=dropout), training=True)
@@ -121,8 +166,7 @@ def test_no_token_sees_a_later_one_at_any_length(build, length, dropout):
         assert (np.abs(after[:, t:] - ours[:, t:]).max(axis=(0, 2)) > 1e-4).all()
 
 
-@twins
-@pytest.mark.parametrize("first", range(1, BLOCK + 1))
+@at_each("first")
 def test_decoding_with_a_cache_is_the_whole_window_at_every_length(build, first):
     """`first` tokens at once, then one at a time; without a cache, and with it, in two sequences that share nothing."""
     logits, _, cache_of, weights = build(SPEC)
@@ -223,3 +267,28 @@ def test_mlxs_own_erf_and_gelu_are_the_functions_and_their_gradient():
     value, (gradient,) = mx.vjp(lambda x: mlx_gpt.gelu(x, "none"), [ours], [mx.ones(4001)])
     np.testing.assert_allclose(np.array(value[0]), exact.detach(), rtol=0, atol=2e-6)
     np.testing.assert_allclose(np.array(gradient), slope, rtol=0, atol=1e-6)
+
+
+@jax_here
+def test_jax_drops_attention_weights_and_draws_every_mask_at_once():
+    """With values that are the identity, what comes out is the weights themselves; no two sites or keys are alike."""
+    import jax.numpy as jnp
+
+    from nanogpt_mac.gpt.jax_gpt import GPT, dropout_masks
+
+    rng, T, p = np.random.default_rng(0), 64, 0.25
+    q, k = (rng.standard_normal((2, 3, T, T)).astype(np.float32) for _ in range(2))
+    v = np.broadcast_to(np.eye(T, dtype=np.float32), (2, 3, T, T))
+    scores = torch.from_numpy(q) @ torch.from_numpy(k).mT / T**0.5
+    exact = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1).numpy()
+    spec = GPTSpec(n_layer=2, n_head=3, n_embd=3, block_size=T, vocab_size=2, dropout=p)
+    masks = [np.array(mask) for mask in dropout_masks(spec, 2, T, jnp.array([5, 1], jnp.uint32))]
+    rows, weights = (2, T, 3), (2, 3, T, T)
+    assert [mask.shape for mask in masks] == [rows, weights, rows, rows, weights, rows, rows]
+    dropped = np.array(GPT(spec).scaled_dot_product_attention(q, k, v, jnp.tri(T, dtype=bool), jnp.asarray(masks[1])))
+    np.testing.assert_allclose(dropped, np.where(masks[1], exact / (1 - p), 0), rtol=1e-4, atol=1e-7)
+    other = np.array(dropout_masks(spec, 2, T, jnp.array([5, 2], jnp.uint32))[1])
+    for mask in (masks[1], masks[4]):
+        assert mask.mean() == pytest.approx(1 - p, abs=0.02)
+    agree = [(masks[1] == masks[4]).mean(), (masks[1] == other).mean(), (masks[1][0] == masks[1][1]).mean()]
+    assert agree == pytest.approx([0.625] * 3, abs=0.02)  # 0.75^2 + 0.25^2

@@ -14,6 +14,7 @@ from fakes.parity_mutants import MUTANTS
 from fakes.support import FRAMEWORKS
 
 from nanogpt_mac import child
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.cli import compose
 from nanogpt_mac.files import plain
 from nanogpt_mac.gpt.pretrained import TRANSPOSED
@@ -196,7 +197,7 @@ def survivors(found):
     return alive
 
 
-def test_faults_of_torch_and_mlx_are_caught(variant, tmp_path):
+def test_faults_of_every_framework_are_caught(variant, tmp_path):
     """A few of the table, those that are hardest to see; the whole table is below."""
     for backend, names in {
         "cpu": [
@@ -209,7 +210,10 @@ def test_faults_of_torch_and_mlx_are_caught(variant, tmp_path):
             "attention dropout in evaluation",
         ],
         "mlx": ["no causal mask with dropout", "always scaled to the clip", "update 0.1 % off", "no decay"],
+        "jax": ["mask one token late", "update 0.1 % off"],
     }.items():
+        if backend not in FRAMEWORKS:
+            continue
         planted = [f"{'torch' if backend == 'cpu' else backend}: {name}" for name in names]
         config = variant(f"backend={backend}", "model.dropout=0.1", "batch_size=2")
         assert survivors(mutants(config, tmp_path / "x", ["clean", *planted])) == set()
@@ -244,12 +248,13 @@ def test_every_precision_has_every_limit():
 # What 16 bits hide: smaller than their rounding, and harmless at their precision.
 BENEATH = {
     # float16 alone has a loss scale, and torch's attention evaluates in float32.
-    "float32": {"mlx: loss scale left in", "packed: dropout in evaluation"},
-    "bfloat16": {"mlx: loss scale left in", "torch: lower precision unasked"},  # none there is; it is asked for
+    "float32": {"mlx: loss scale left in", "jax: loss scale left in", "packed: dropout in evaluation"},
+    "bfloat16": {"mlx: loss scale left in", "jax: loss scale left in"},  # none there is
     "float16": {"torch: gradients kept"},  # they are unscaled, so a thousandth of the next ones
 }
+BENEATH["bfloat16"].add("torch: lower precision unasked")  # it is asked for
 for _dtype in ("bfloat16", "float16"):
-    BENEATH[_dtype] |= {"mlx: other gelu", "torch: other gelu", "torch: label smoothing"}
+    BENEATH[_dtype] |= {"mlx: other gelu", "jax: other gelu", "torch: other gelu", "torch: label smoothing"}
 for _hidden in BENEATH.values():
     _hidden.add("packed: masks not scaled")  # the gate drops nothing; tests/gpt/test_packed.py holds the masks
 
@@ -270,9 +275,10 @@ COMPILED = ["mm", "bmm", "_fused_adamw_", "linalg_vector_norm"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("backend", [name for name in ("cpu", "mlx") if name in FRAMEWORKS])
-def test_every_fault_of_torch_and_mlx_is_caught(variant, tmp_path, backend, dtype):
-    names = [name for name in MUTANTS if name.startswith(("torch:", "packed:") if backend == "cpu" else "mlx:")]
+@pytest.mark.parametrize("backend", FRAMEWORKS)
+def test_every_fault_of_every_framework_is_caught(variant, tmp_path, backend, dtype):
+    framework = KINDS[backend].framework
+    names = [name for name in MUTANTS if name.startswith((f"{framework}:", *["packed:"][: framework == "torch"]))]
     if dtype != "float32":  # then torch's own attention is not taken
         names = [name for name in names if name not in TORCHS_ATTENTION]
     config = variant(f"backend={backend}", f"dtype={dtype}", "model.dropout=0.1", "model.bias=true")

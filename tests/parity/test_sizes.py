@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fakes.support import FRAMEWORKS
 from torch.nn import functional as F
 
 from nanogpt_mac.cli import compose
@@ -178,8 +179,8 @@ CORNERS = {
 
 
 @pytest.mark.parametrize("corner", CORNERS)
-def test_what_can_be_trained_passes(build, corner):
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=[pytest.mark.slow] * (b == "jax")) for b in FRAMEWORKS])
+def test_what_can_be_trained_passes(build, corner, backend):
     text = corner if corner in TEXTS else "text"
-    for backend in ("cpu", "mlx"):
-        overrides = ("model.n_layer=1", "model.n_embd=16", *CORNERS[corner])
-        assert caught(*build(*overrides, text=text, backend=backend)) == set(), backend
+    overrides = ("model.n_layer=1", "model.n_embd=16", *CORNERS[corner])
+    assert caught(*build(*overrides, text=text, backend=backend)) == set()

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from fakes.support import FRAMEWORKS
+from fakes.support import WITH_PARTS
 
 from nanogpt_mac import cli
 from nanogpt_mac.backends import kinds
@@ -185,7 +185,7 @@ PLACES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", WITH_PARTS)
 @pytest.mark.parametrize("part", PLACES)
 def test_a_planted_slow_part_is_named_in_each_framework(make, starts, monkeypatch, name, part):
     """On a GPU every fifth call computes twice. On a CPU each does, because others may have its caches and its clock;
@@ -239,7 +239,7 @@ def bench(way, readings):
                       rows=parts.ROWS, readings=readings)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", WITH_PARTS)
 def test_the_suite_says_where_an_iteration_goes(name):
     here = kinds.KINDS[name]
     way = Way(name=name, label="This", backend=name, device=here.load().device_of(here))
