@@ -297,6 +297,7 @@ def test_nothing_heavy_is_imported_before_it_is_used():
         "torch",
         "mlx",
         "jax",
+        "tinygrad",
         "wandb",
         "datasets",
         "tiktoken",

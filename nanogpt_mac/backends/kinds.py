@@ -279,6 +279,8 @@ _MPS = Capabilities(
 _JAX_ON_METAL = Capabilities(
     "metal", "jax", True, compiles_evaluation=True, dtypes=HALVES, tf32=True, memory=RESIDENT_SET
 )
+# No `runs_ahead`: reading a loss waits for all that is enqueued, and on Metal so does bringing a batch.
+_TINYGRAD = Capabilities("metal", "tinygrad", True, compiles_evaluation=True, dtypes=HALVES, memory=ALLOCATOR)
 _PRODUCT = "nanogpt_mac.backends.product_"
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -394,12 +396,13 @@ KINDS: dict[str, Kind] = {
             name="tinygrad",
             cls="nanogpt_mac.backends.tinygrad_backend:TinygradBackend",
             arrays="nanogpt_mac.backends.tinygrad_arrays:TinygradArrays",
+            nets="nanogpt_mac.backends.tinygrad_nets:TinygradNet",
             label="tinygrad",
             framework="tinygrad",
             devices=(
-                Capabilities("metal", "tinygrad", True, dtypes=HALVES, memory=ALLOCATOR),
-                Capabilities("cuda", "tinygrad", True, dtypes=HALVES, tf32=True, memory=ALLOCATOR),
-                Capabilities("cpu", "tinygrad", memory=RESIDENT_SET, note="CPU"),
+                replace(_TINYGRAD, device="metal"),
+                replace(_TINYGRAD, device="cuda", tf32=True),
+                Capabilities("cpu", "tinygrad", compiles_evaluation=True, memory=RESIDENT_SET, note="CPU"),
             ),
             compiler="TinyJit",
             compiled_by_default=True,

@@ -177,7 +177,7 @@ class TinygradBackend(Backend):
             return finite.where(new, old) if self.half else new
 
         t = self.steps + 1
-        correction1, correction2 = (_correction(beta, t) for beta in (o.beta1, o.beta2))
+        correction1, correction2 = (correction(beta, t) for beta in (o.beta1, o.beta2))
         changed = []
         for g, (name, w) in zip(grads, self.weights.items(), strict=True):
             m, v, decay = self.exp_avg[name], self.exp_avg_sq[name], o.weight_decay if w.ndim >= 2 else 0.0
@@ -319,7 +319,7 @@ def _put(array: np.ndarray) -> Tensor:
     return Tensor(array).realize()
 
 
-def _correction(beta: float, step: Tensor) -> Tensor | float:
+def correction(beta: float, step: Tensor) -> Tensor | float:
     """1 - beta**step, (1,), which float32 would round away for a beta near 1: -expm1, by its series near 0."""
     if not beta:
         return 1.0

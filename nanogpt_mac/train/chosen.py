@@ -48,7 +48,8 @@ def remember(comparison: Comparison, folder: Path) -> None:
     )
     if env is None or not fit or fit[0].name != fastest:
         return
-    programs = {variant.capabilities.framework for variant in fit if variant.capabilities} | {"nanogpt-mac"}
+    taken = (kinds.KINDS[variant.backend] for variant in fit if variant.backend in kinds.KINDS)
+    programs = {program for kind in taken for program in kind.programs()} | {"nanogpt-mac"}
     one = Remembered(
         folder=str(folder.resolve()),
         **{key: getattr(env, key) for key in MACHINE},

@@ -18,10 +18,12 @@ from nanogpt_mac.overrides import merged
 from nanogpt_mac.records.plan import Plan, Variant
 from nanogpt_mac.train import source
 
+EXTRAS = {name: "not installed" for name in KINDS if name not in ("mps", "cuda", "mlx", "cpu")}
+
 
 def machine(missing=(), **devices):
     """A machine with these back ends on these devices."""
-    return Machine(dict(missing), {name: KINDS[name].on(device) for name, device in devices.items()})
+    return Machine(dict(missing) | EXTRAS, {name: KINDS[name].on(device) for name, device in devices.items()})
 
 
 NO_CUDA, NO_MPS = ("cuda", "no CUDA"), ("mps", "no MPS")
@@ -69,7 +71,7 @@ def test_every_variant_of_a_machine(make):
     found = {name: (config.backend.name, config.compile, config.backend.blas) for name, config in configs.items()}
     assert found["mps-compile"] == ("mps", True, "auto")
     assert found["mlx-eager"] == ("mlx", False, "auto")
-    assert document.missing == {"cuda": "no CUDA"}
+    assert document.missing == {"cuda": "no CUDA"} | EXTRAS
     written = Plan.parse(json.loads(json.dumps(document.document())), "plan.json")
     assert written.model_copy(update={"schema_": document.schema_}) == document
     assert plans.configs_of(document) == configs

@@ -22,6 +22,7 @@ TORCH_GPT, MLX_GPT = "nanogpt_mac.gpt.torch_gpt", "nanogpt_mac.gpt.mlx_gpt"
 PACKED = "nanogpt_mac.gpt.packed"
 TORCH, MLX = "nanogpt_mac.backends.torch_backend", "nanogpt_mac.backends.mlx_backend"
 JAX_GPT, JAX = "nanogpt_mac.gpt.jax_gpt", "nanogpt_mac.backends.jax_backend"
+TINY_GPT, TINY = "nanogpt_mac.gpt.tinygrad_gpt", "nanogpt_mac.backends.tinygrad_backend"
 ADAMW = "nanogpt_mac.backends.torch_adamw"
 SDPA = "F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)"
 
@@ -184,6 +185,24 @@ MUTANTS = {
     "jax: update 0.1 % off": (JAX, "w * decay - lr * update", "w * decay - 1.001 * lr * update"),
     "jax: norm misreported": (JAX, "jnp.stack([total, norm])", "jnp.stack([total, 1.01 * norm])"),
     "jax: loss scale left in": (JAX, 'g / now["loss_scale"] for', "g for"),
+    # tinygrad
+    "tinygrad: no causal mask": (TINY_GPT, ".tril() if cache", " if cache"),
+    "tinygrad: mask one token late": (TINY_GPT, ".tril() if cache", ".tril(1) if cache"),
+    "tinygrad: attention scale": (TINY_GPT, "1.0 / math.sqrt(q.shape[-1])", "1.0 / q.shape[-1]"),
+    "tinygrad: other gelu": (TINY_GPT, '"none" if spec.gelu == "exact"', '"none" if spec.gelu == "tanh"'),
+    "tinygrad: layer norm eps 1e-6": (TINY_GPT, "layernorm(eps=1e-5)", "layernorm(eps=1e-6)"),
+    "tinygrad: no norm before attention": (TINY_GPT, "self.attn(self.ln_1(x), mask", "self.attn(x, mask"),
+    "tinygrad: q and k swapped": (TINY_GPT, "q, k, v = self.c_attn", "k, q, v = self.c_attn"),
+    "tinygrad: bias forgotten": (TINY_GPT, "y + bias.cast(dtype)", "y + 0 * bias.cast(dtype)"),
+    "tinygrad: decay on vectors": (TINY, "if w.ndim >= 2 else 0.0", "if True else 0.0"),
+    "tinygrad: no decay": (TINY, "o.weight_decay if w.ndim >= 2 else 0.0", "0.0"),
+    "tinygrad: no bias correction of m": (TINY, "(m / correction1)", "m"),
+    "tinygrad: no bias correction of v": (TINY, "(v / correction2).sqrt()", "v.sqrt()"),
+    "tinygrad: no clipping": (TINY, "if self.options.grad_clip:", "if False:"),
+    "tinygrad: accumulation not divided": (TINY, "y, keep) / count", "y, keep)"),
+    "tinygrad: targets are the tokens": (TINY, "batch[:, :-1], batch[:, 1:]", "batch[:, :-1], batch[:, :-1]"),
+    "tinygrad: norm misreported": (TINY, "self.loss.cat(norm)", "self.loss.cat(norm * 1.01)"),
+    "tinygrad: loss scale left in": (TINY, "[g / self.scale for g in grads]", "[g for g in grads]"),
 }
 
 
