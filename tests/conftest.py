@@ -7,6 +7,10 @@ import sys
 if "PYTEST_XDIST_WORKER" in os.environ:  # two pools of threads on the same cores wait for each other most of the time
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# tinygrad's kernels as they come: optimizing and compiling one takes many times longer than running it here.
+os.environ.setdefault("NOOPT", "1")
+os.environ.setdefault("PARALLEL", "0")
+
 import numpy as np
 import pytest
 from fakes.support import CACHE, ROOT, options

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from nanogpt_mac import simulator
@@ -99,6 +102,7 @@ TORCH: dict[str, Any] = {
     "cls": "nanogpt_mac.backends.torch_backend:TorchBackend",
     "arrays": "nanogpt_mac.backends.torch_arrays:TorchArrays",
     "nets": "nanogpt_mac.backends.torch_nets:TorchNet",
+    "world": "nanogpt_mac.backends.torch_world:TorchWorld",
     "framework": "torch",
     "compiler": "torch.compile",
     "settings": TorchSettings,
@@ -196,6 +200,74 @@ def _require_compiler(what: str, *compilers: str) -> None:
         raise InputError(f"compile=true: {what} on a CPU needs {names}, not found on PATH; use compile=false")
 
 
+# -- tinygrad ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TinygradSettings:
+    beam: int = setting(0, 0, 1, 2, 4, 8)
+    """Versions of each tinygrad kernel that are timed side by side before one is taken; 0: none is."""
+
+
+class Tinygrad(Kind):
+    def missing(self) -> str | None:
+        if reason := super().missing():
+            return reason
+        # Its CPU device compiles helpers as it is opened, and a cache that holds them already only puts that off.
+        if _tinygrad_device().split(":")[0] != "CPU":
+            return None
+        compiler = os.environ.get("CC") or "clang"
+        return (
+            None
+            if _is_clang(compiler)
+            else f"on a CPU tinygrad needs clang, and {compiler} is not one"
+            + ("; unset CC, or set it to clang" if os.environ.get("CC") else ", or not on PATH")
+        )
+
+    def prepare(self, options: BackendOptions) -> None:
+        """Its device, and bfloat16 by hand on a CPU, where clang 14 has none on x86."""
+        read = {"DEV": _tinygrad_device()}
+        if read["DEV"].startswith("CPU"):
+            read["EMULATED_DTYPES"] = os.environ.get("EMULATED_DTYPES", "bfloat16")
+        os.environ |= read
+        if "tinygrad" in sys.modules:  # and has read what was there
+            from tinygrad import helpers
+
+            for name, value in read.items():
+                getattr(helpers, name).value = value
+        if folder := os.environ.get(TINYGRAD_CACHE):
+            os.environ["CACHEDB"] = str(Path(folder, "cache.db"))
+
+
+TINYGRAD_CACHE = "NANOGPT_MAC_TINYGRAD_CACHE"  # a folder, where tinygrad's own variable names a file
+
+
+def _tinygrad_device() -> str:
+    """The user's choice, which is tinygrad's own variable; else the GPU that it is known to train on, else the CPU."""
+    if chosen := os.environ.get("DEV"):
+        return chosen
+    if gpu_left_out():
+        return "CPU"
+    if sys.platform == "darwin":
+        return "METAL" if platform.machine() == "arm64" else "CPU"
+    return "CUDA" if Path("/dev/nvidiactl").exists() and _loads("libcuda.so.1") else "CPU"
+
+
+def _loads(library: str) -> bool:
+    try:
+        return bool(ctypes.CDLL(library))
+    except OSError:
+        return False
+
+
+def _is_clang(compiler: str) -> bool:
+    try:
+        asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return "clang version" in asked.stdout
+
+
 # -- the registry -----------------------------------------------------------------------------------------------------
 
 # The order in which variants are shown. backend=auto goes by rank: CUDA, then MLX on Metal, then MPS, then the CPU. MLX
@@ -252,6 +324,8 @@ KINDS: dict[str, Kind] = {
             cls="nanogpt_mac.backends.mlx_backend:MLXBackend",
             arrays="nanogpt_mac.backends.mlx_arrays:MLXArrays",
             nets="nanogpt_mac.backends.mlx_nets:MLXNet",
+            world="nanogpt_mac.backends.mlx_world:MLXWorld",
+            launcher="mlx.launch",
             also_on=("cpu",),
             label="MLX",
             framework="mlx",
@@ -315,6 +389,25 @@ KINDS: dict[str, Kind] = {
             caches={"JAX_COMPILATION_CACHE_DIR": "jax"},
             out_of_memory="RESOURCE_EXHAUSTED",
             missing_operator="UNIMPLEMENTED",
+        ),
+        Tinygrad(
+            name="tinygrad",
+            cls="nanogpt_mac.backends.tinygrad_backend:TinygradBackend",
+            arrays="nanogpt_mac.backends.tinygrad_arrays:TinygradArrays",
+            label="tinygrad",
+            framework="tinygrad",
+            devices=(
+                Capabilities("metal", "tinygrad", True, dtypes=HALVES, memory=ALLOCATOR),
+                Capabilities("cuda", "tinygrad", True, dtypes=HALVES, tf32=True, memory=ALLOCATOR),
+                Capabilities("cpu", "tinygrad", memory=RESIDENT_SET, note="CPU"),
+            ),
+            compiler="TinyJit",
+            compiled_by_default=True,
+            eager_by_name=False,
+            settings=TinygradSettings,
+            keeps_attention=True,
+            caches={TINYGRAD_CACHE: "tinygrad"},
+            out_of_memory=r"(?i:out of memory)",
         ),
     )
 }

@@ -80,6 +80,10 @@ class Doubt(Enum):
 
     # of the comparison
     CUT = "only {done} of {rounds} rounds were run: {reason}", "Raise budget_minutes= for all of them."
+    SPARED = (
+        "slow, and so in fewer rounds, for the others to have theirs: {slow}",
+        "Raise budget_minutes= for narrower intervals.",
+    )
     FEWER = "iters={asked} do not fit budget_minutes: runs have {iters}", "Raise budget_minutes= for all of them."
     SIMULATED = "simulated device: its times say nothing about a Mac", ""
     STAND_IN = "the corpus is the built-in stand-in: times are of the same work, losses are of another text", ""
@@ -144,6 +148,15 @@ def of_work(plan: Plan | None, work: Work, variants: Sequence[VariantResult]) ->
     lines = []
     if plan and plan.cut:
         lines.append(Doubt.CUT.say(done=plan.rounds, rounds=plan.cut.rounds, reason=plan.cut.reason))
+    spared = {name: share for name, share in (plan.share or {}).items() if share < 1} if plan else {}
+    if plan and spared:
+        counts = {name: (plan.iters or {}).get(name, 0) for name in spared}
+        slow = [
+            f"{next((v.label for v in variants if v.name == name), name)} in {round(share * (plan.rounds or 0))} of "
+            f"{plan.rounds} (of {plural(counts[name], 'iteration')})"
+            for name, share in spared.items()
+        ]
+        lines.append(Doubt.SPARED.say(slow=listed(slow)))
     if plan and plan.asked.iters and any(n < plan.asked.iters for n in (plan.iters or {}).values()):
         iters = listed([f"{n} ({name})" for name, n in (plan.iters or {}).items()])
         lines.append(Doubt.FEWER.say(asked=plan.asked.iters, iters=iters))

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from fakes.support import EACH_FRAMEWORK, EACH_VARIANT, FRAMEWORKS, VARIANTS
+from fakes.support import EACH_FRAMEWORK, EACH_VARIANT, FRAMEWORKS, MARKS, VARIANTS
 
 from nanogpt_mac.backends import base, blas, kinds
 from nanogpt_mac.backends.base import Tokens, step_seed
@@ -31,12 +31,12 @@ def same(a, b):
     return all((x[n] == y[n]).all() for x, y in trees for n in x) and a.optimizer_steps == b.optimizer_steps
 
 
-# Not torch compiled: Inductor's embedding gradient adds atomically from several threads, in any order. JAX's operations
-# one by one take a while.
+# Not torch compiled: Inductor's embedding gradient adds atomically from several threads, in any order. What JAX and
+# tinygrad do operation by operation takes a while.
 @pytest.mark.parametrize(
     ("name", "compiled"),
     [
-        pytest.param(*v, marks=pytest.mark.slow) if v == ("jax", False) else v
+        pytest.param(*v, marks=pytest.mark.slow if v == ("jax", False) else MARKS.get(v, ()))
         for v in VARIANTS
         if v[0] in FRAMEWORKS and v != ("cpu", True)
     ],

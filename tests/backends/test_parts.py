@@ -12,8 +12,13 @@ from fakes.support import VARIANTS, WITH_PARTS
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.parts import NAMES
 
-EAGER_AND_MLX = [v for v in VARIANTS if v[0] in WITH_PARTS and v != ("cpu", True)]
-frameworks = pytest.mark.parametrize("name", WITH_PARTS)
+# Neither torch compiled nor tinygrad without its replay: minutes. tinygrad's own tests look at one layer.
+EAGER_AND_MLX = [
+    pytest.param(*v, marks=pytest.mark.slow) if v[0] == "tinygrad" else v
+    for v in VARIANTS
+    if v[0] in WITH_PARTS and v not in (("cpu", True), ("tinygrad", False))
+]
+frameworks = pytest.mark.parametrize("name", [name for name in WITH_PARTS if name != "tinygrad"])
 
 
 def cross_entropy(logits, targets):
@@ -26,13 +31,15 @@ def cross_entropy(logits, targets):
 @pytest.mark.parametrize("given", [{}, {"dtype": "bfloat16"}, {"checkpointing": True}], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_chain_of_all_parts_is_the_model(make, spec, tokens, starts, name, compiled, given, bias):
+    if name == "tinygrad" and "checkpointing" in given:
+        pytest.skip("tinygrad has no checkpointing")
     spec = dataclasses.replace(spec, bias=bias)
     backend = make(name, spec=spec, compile=compiled, **given)
     at = starts(0)
     parts = backend.parts(at)
     window = tokens.windows("train", at[0])
     expected = cross_entropy(backend.logits(window[:, :-1]), window[:, 1:])
-    assert float(parts.loss()) == pytest.approx(expected, rel=2e-3 if given.get("dtype") else 1e-5)
+    assert float(parts.loss().item()) == pytest.approx(expected, rel=2e-3 if given.get("dtype") else 1e-5)
 
 
 @frameworks

@@ -4,6 +4,8 @@ import numpy as np
 
 from nanogpt_mac.compare import doubts
 from nanogpt_mac.measure import stats
+from nanogpt_mac.records.comparison import VariantResult, Work
+from nanogpt_mac.records.plan import Plan
 
 
 def noisy(rng, rounds, iters=40, noise=0.01, level=100.0):
@@ -47,3 +49,20 @@ def test_unstable_says_what_can_still_be_found():
     noise = float(said.split("vary by ")[1].split(" %")[0]) / 100
     least = f"{100 * stats.detectable(noise, 8):.0f} %"
     assert f"8 rounds can only detect differences of {least} or more. Close other programs or raise rounds=." in said
+
+
+def test_a_variant_that_was_spared_for_its_slowness_is_named():
+    plan = Plan.model_construct(
+        asked=Plan.model_fields["asked"].annotation(),
+        cut=None,
+        rounds=12,
+        share={"cpu": 1.0, "slow": 0.25},
+        iters={"cpu": 60, "slow": 7},
+    )
+    variants = [VariantResult.model_construct(name=name, label=name.upper()) for name in ("cpu", "slow")]
+    said = doubts.of_work(plan, Work.model_construct(stand_in=False), variants)
+    assert "slow, and so in fewer rounds, for the others to have theirs: SLOW in 3 of 12 (of 7 iterations)" in said[0]
+    plan = plan.model_copy(update={"share": {"cpu": 1.0, "slow": 1.0}})
+    assert not any(
+        "fewer rounds" in line for line in doubts.of_work(plan, Work.model_construct(stand_in=False), variants)
+    )

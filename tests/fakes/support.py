@@ -29,12 +29,17 @@ def _absent():
         yield name, pytest.mark.skip(reason=f"backend={name}: {kinds.missing(name)}")
 
 
-# As parameters of a test: what Inductor compiles goes to one worker, which compiles each graph once.
-EACH_VARIANT = [
-    pytest.param(*v, marks=pytest.mark.xdist_group("inductor")) if v == ("cpu", True) else v for v in VARIANTS
-]
+# As parameters of a test: what Inductor or tinygrad compiles goes to one worker, which compiles each graph once.
+# Without its replay tinygrad does the same work, but plans it anew for every iteration, which takes seconds.
+MARKS = {
+    ("cpu", True): pytest.mark.xdist_group("inductor"),
+    ("tinygrad", True): pytest.mark.xdist_group("tinygrad"),
+    ("tinygrad", False): pytest.mark.slow,
+}
+EACH_VARIANT = [pytest.param(*v, marks=MARKS[v]) if v in MARKS else v for v in VARIANTS]
 EACH_VARIANT += [pytest.param(name, False, marks=mark) for name, mark in _absent()]
-EACH_FRAMEWORK = [*FRAMEWORKS, *(pytest.param(name, marks=mark) for name, mark in _absent())]
+EACH_FRAMEWORK = [pytest.param(n, marks=pytest.mark.xdist_group(n)) if n == "tinygrad" else n for n in FRAMEWORKS]
+EACH_FRAMEWORK += [*(pytest.param(name, marks=mark) for name, mark in _absent())]
 # Of them those that say what an iteration consists of.
 WITH_PARTS = [n for n in FRAMEWORKS if kinds.KINDS[n].load().parts is not Backend.parts]
 
@@ -42,9 +47,10 @@ WITH_PARTS = [n for n in FRAMEWORKS if kinds.KINDS[n].load().parts is not Backen
 def options(name="cpu", **given):
     """BackendOptions with the config's defaults but for what is `given`, settings of the back end's own included.
 
-    Of JAX a test gets the compiled variant unless it says otherwise: the other compiles every operation of every shape.
+    Of JAX and tinygrad a test gets the compiled variant unless it says otherwise: the other compiles or plans every
+    operation anew.
     """
-    given = {"compile": name == "jax", **given}
+    given = {"compile": name in ("jax", "tinygrad"), **given}
     own = kinds.own_settings(name, given)
     rest = {key: value for key, value in given.items() if key not in own}
     return replace(backend_options(Config(), name), settings=own, **rest)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from fakes.support import FRAMEWORKS, ROOT
+from fakes.support import FRAMEWORKS, ROOT, options
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.gpt.spec import GPTSpec
@@ -74,9 +74,12 @@ def test_rows_with_a_gradient_are_all_but_those_that_have_none():
 
 def one(framework, row):
     kind = kinds.KINDS[framework]
+    kind.prepare(options(framework))
     device = kind.load().device_of(kind)
+    if (op := kind.load_arrays()(kind, device, False).op(row.op)) is None:
+        return None
     return _One(ways.arrays(Way(name="", label="", backend=framework, device=device), BenchConfig()), row,
-                kind.load_arrays()(kind, device, False).op(row.op), Drawn(row, 3))  # fmt: skip
+                op, Drawn(row, 3))  # fmt: skip
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -86,6 +89,8 @@ def test_every_framework_gives_what_float64_gives(family, framework):
         if row.family != family:
             continue
         found = one(framework, row)
+        if found is None:
+            pytest.skip(f"{row.op} is not written for {framework}")
         for k in (0, 1):
             got, expected = found.got(found.outputs(k)), found.expected(k)
             assert len(got) == len(expected)
