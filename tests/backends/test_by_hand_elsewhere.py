@@ -89,7 +89,8 @@ for version in versions:
     value, expected = Twin(spec, net.weights()).gradients(rows[:33], classes[:33])
     found = distance({n: arrays.get(g) for n, g in gradients.items()}, expected)
     print(json.dumps({"version": version.name, "kernels": sorted({k for k, _ in worst}),
-                      "worst": max(worst.values(), default=0), "off": off, "gradients": found, "loss": float(arrays.get(loss)) / value,
+                      "worst": max(worst.values(), default=0), "off": off,
+                      "gradients": found, "loss": float(arrays.get(loss)) / value,
                       "counts": counts, "launched": launched}))
 """
 
