@@ -80,7 +80,7 @@ class TritonArrays(TorchSubmitting):
         graph = self.graphs.get(key)
         if graph is None and key in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another framework has threads of its own
                 self._enqueue(work)
             self.graphs[key] = graph
         if graph is not None:
