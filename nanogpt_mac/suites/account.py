@@ -172,8 +172,8 @@ def _longer(one: Figure, two: Figure) -> float:
     """By how much `one` is longer; 0 where that is not clear.
 
     By the differences of the rounds that both have, paired as in a comparison: of FEWEST_RANKED by their signed ranks
-    (Wilcoxon), which a round beside another program does not move far, of three and more by Student's t. Of fewer, where
-    no round's interval reaches into the other's.
+    (Wilcoxon), which a round beside another program does not move far, of three and more by Student's t. Of fewer,
+    where no round's interval reaches into the other's.
     """
     common = one.rounds.keys() & (two.rounds.keys() or one.rounds.keys())
     if len(common) < 3:
