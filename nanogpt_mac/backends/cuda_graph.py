@@ -51,14 +51,15 @@ class Graphed:
     """A function of one CUDA tensor as `Recorded`; an argument of another shape than the recorded is not replayed."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], warmup: int = 3) -> None:
-        self.function, self.argument = function, torch.empty(0)
-        self.recorded = Recorded(lambda: function(self.argument), warmup)
+        self.function = function
+        self.argument = argument = [torch.empty(0)]  # not `self` below: a graph must end with its last user
+        self.recorded = Recorded(lambda: function(argument[0]), warmup)
 
     def __call__(self, argument: Tensor) -> Tensor:
         if self.recorded.graph is None:
-            self.argument = argument.clone()
-        elif argument.shape != self.argument.shape:
+            self.argument[0] = argument.clone()
+        elif argument.shape != self.argument[0].shape:
             return self.function(argument)
         else:
-            self.argument.copy_(argument)
+            self.argument[0].copy_(argument)
         return self.recorded()

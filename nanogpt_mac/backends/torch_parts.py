@@ -162,7 +162,11 @@ class TorchParts(Parts):
         """`call` as the step sends it: recorded where that is one CUDA graph, or the host would be what is timed."""
         if not self.backend.details["cuda_graph"]:
             return call
-        recorded = Recorded(functools.partial(call, 0))
+
+        def once() -> Sequence[Any]:  # what is recorded would be kept with all that a backward pass reads
+            return [output.detach() if isinstance(output, Tensor) else output for output in call(0)]
+
+        recorded = Recorded(once)
         return lambda number: recorded()
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 
-import nanogpt_mac
 from nanogpt_mac.compare import runs
 from nanogpt_mac.config import Config
 from nanogpt_mac.files import write_json
@@ -60,21 +58,7 @@ def carry_out(
     place.mkdir()
     running = Running(parts.SUITE, config, planned, place, began + budget_s)
     running.carry_out()
-    found = PartsBench.model_validate(
-        {
-            "suite": "parts",
-            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "version": nanogpt_mac.__version__,
-            "seconds": time.monotonic() - began,
-            "complete": running.complete,
-            "seed": plan.seed,
-            "rounds": planned.rounds,
-            "ways": ways,
-            "rows": planned.rows,
-            "readings": running.readings,
-        }
-    )
-    write_json(place / "bench.json", found.document())
+    write_json(place / "bench.json", running.bench(time.monotonic() - began).document())
 
 
 def _way(variant: VariantResult) -> Way:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,12 +13,12 @@ from nanogpt_mac.backends.nets import LMSpec
 from nanogpt_mac.config import BackendConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.base import Record
-from nanogpt_mac.records.bench import NetReading, State, Task
+from nanogpt_mac.records.bench import NetReading, Reading, State, Task
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
 from nanogpt_mac.suites.nets.measured import Measuring, NetRow, Settings
 from nanogpt_mac.suites.nets.suite import Nets, asked
-from nanogpt_mac.suites.suite import Plan, row_seconds
+from nanogpt_mac.suites.suite import Measure, Plan, row_seconds
 
 ITERATIONS = 20  # what is called an epoch here: a corpus takes hours
 MOST_ROW_S = 60.0
@@ -74,7 +73,7 @@ class LM(Nets):
         row_s = row_seconds(config, sum(map(len, chunks)), len(found), rounds, most=MOST_ROW_S)
         return Plan(found, chunks, rounds, row_s, missing, work.model_dump())
 
-    def measuring(self, task: Task) -> Callable[[str], NetReading]:
+    def measuring(self, task: Task) -> Measure:
         work = Work.model_validate(task.work)
         arrays = ways.arrays(task.way, BenchConfig(backend=BackendConfig(**work.backend)))
         tokens = corpus.prepare(corpus.DataConfig(**work.corpus))  # type: ignore[arg-type]
@@ -90,7 +89,7 @@ class LM(Nets):
         settings = Settings(work.epochs, work.placement, work.sync, work.seed)
         measure = Measuring(task, arrays, kinds.KINDS[task.way.backend].load_nets(), row, settings)
 
-        def unless_too_large(name: str) -> NetReading:
+        def unless_too_large(name: str) -> Reading:
             if name.startswith("full") and not (task.way.accelerator or work.everywhere):
                 why = "minutes an iteration without a GPU: lm_size=full measures it all the same"
                 return NetReading(row=name, way=task.way.name, round=task.round, state=State.SKIPPED, reason=why)

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from fnmatch import fnmatch
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -21,7 +20,6 @@ from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.config import validate as validate_run
 from nanogpt_mac.corpus import prepare
 from nanogpt_mac.corpus.batches import starts
-from nanogpt_mac.errors import InputError
 from nanogpt_mac.measure import calls
 from nanogpt_mac.measure.times import order_interval, summary
 from nanogpt_mac.records.bench import Bench, Reading, State, Task, Way
@@ -31,7 +29,7 @@ from nanogpt_mac.report.words import DASH, beside, count, interval, ms, percent,
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.account import accounts
 from nanogpt_mac.suites.config import BenchConfig, training
-from nanogpt_mac.suites.suite import Measure, Plan, Suite, row_seconds
+from nanogpt_mac.suites.suite import Measure, Plan, Suite, asked, row_seconds
 from nanogpt_mac.train.clock import Clock, Completion
 from nanogpt_mac.train.schedule import learning_rate
 from nanogpt_mac.train.source import open_source
@@ -44,16 +42,13 @@ QUEUED = 4  # iterations that are enqueued together
 
 
 class PartsSuite(Suite):
+    contents = "nanogpt_mac.suites.parts"
     reading: ClassVar[type[Reading]] = PartReading
     document: ClassVar[type[Bench]] = PartsBench
 
     def plan(self, config: BenchConfig) -> Plan:
         chosen, missing = ways.here_for(config, brings="cls")
-        rows = tuple(row for row in ROWS if config.rows is None or fnmatch(row, f"*{config.rows}*"))
-        if not rows:
-            raise InputError(
-                f"rows={config.rows}: no part is called so; use a part of a name such as {', '.join(ROWS)}"
-            )
+        rows = tuple(asked(config.rows, ROWS, what="part"))
         common = training(config)
         configs = {}
         for way in chosen:
@@ -66,20 +61,6 @@ class PartsSuite(Suite):
 
     def measuring(self, task: Task) -> Measure:
         return _Measured(task).reading
-
-    def report(self, bench: Bench) -> Report:
-        assert isinstance(bench, PartsBench)
-        found = accounts(bench)
-        timed = [(a, a.iteration.ms) for a in found if a.iteration and not a.simulated]
-        where = [f"{a.label} {ms(whole)} ms" for a, whole in timed]
-        sentence = f"An iteration: {', '.join(where)}." if where else "No iteration was timed."
-        for a, whole in timed:
-            largest = max(a.parts, key=lambda part: part.ms)
-            sentence += f" {a.label}: {largest.name}, measured alone, is {percent(largest.ms / whole, 0)} of it."
-        for a in found:
-            if a.kernels is not None and a.simulated:
-                sentence += f" {a.label}: an iteration has {a.kernels} kernels and {plural(a.waits or 0, 'wait')}."
-        return Report("Parts", "Where an iteration goes", sentence, [section(found)], version=bench.version)
 
 
 SUITE = PartsSuite()
@@ -212,6 +193,20 @@ class _Measured:
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def report(bench: PartsBench) -> Report:
+    found = accounts(bench)
+    timed = [(a, a.iteration.ms) for a in found if a.iteration and not a.simulated]
+    where = [f"{a.label} {ms(whole)} ms" for a, whole in timed]
+    sentence = f"An iteration: {', '.join(where)}." if where else "No iteration was timed."
+    for a, whole in timed:
+        largest = max(a.parts, key=lambda part: part.ms)
+        sentence += f" {a.label}: {largest.name}, measured alone, is {percent(largest.ms / whole, 0)} of it."
+    for a in found:
+        if a.kernels is not None and a.simulated:
+            sentence += f" {a.label}: an iteration has {a.kernels} kernels and {plural(a.waits or 0, 'wait')}."
+    return Report("Parts", "Where an iteration goes", sentence, [section(found)], version=bench.version)
 
 
 def section(found: Sequence[Account], identifier: str = "parts") -> Section:

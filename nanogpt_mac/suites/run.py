@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import nanogpt_mac
 from nanogpt_mac import child, signals
@@ -62,24 +63,8 @@ def run(config: BenchConfig) -> int:
     except signals.Stop as stopped:
         code = stopped.code
         say(f"{signals.words(stopped.signum)}; the report is of what was measured until then")
-    bench = suite.document.model_validate(
-        {
-            "suite": _name(config),
-            "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "version": nanogpt_mac.__version__,
-            "seconds": time.monotonic() - began,
-            "complete": code is None and running.complete,
-            "seed": config.seed,
-            "rounds": plan.rounds,
-            "environment": Environment.model_validate(probe.environment(kinds.frameworks())),
-            "ways": plan.ways,
-            "missing": plan.missing,
-            "rows": plan.rows,
-            "work": plan.work,
-            "readings": tuple(running.readings),
-            "spent": running.spent(),
-        }
-    )
+    environment = Environment.model_validate(probe.environment(kinds.frameworks()))
+    bench = running.bench(time.monotonic() - began, code is None, plan.work, environment)
     suite.finished(bench)
     publish(folder, suite, bench)
     states = {reading.state for reading in bench.readings}
@@ -175,6 +160,29 @@ class Running:
         share = (self.deadline - self.clock()) / left - (self.all_s - self.timed_s) / done
         least = min(LEAST_ROW_S, self.plan.row_s)
         return task.model_copy(update={"row_s": min(max(share, least), self.plan.row_s)})
+
+    def bench(
+        self, seconds: float, whole: bool = True, work: Any = None, environment: Environment | None = None
+    ) -> Bench:
+        """What was measured, as it is written down; `whole`: it was not stopped."""
+        return self.suite.document.model_validate(
+            {
+                "suite": _name(self.config),
+                "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+                "version": nanogpt_mac.__version__,
+                "seconds": seconds,
+                "complete": whole and self.complete,
+                "seed": self.config.seed,
+                "rounds": self.plan.rounds,
+                "environment": environment,
+                "ways": self.plan.ways,
+                "missing": self.plan.missing,
+                "rows": self.plan.rows,
+                "work": work or {},
+                "readings": tuple(self.readings),
+                "spent": self.spent(),
+            }
+        )
 
     def spent(self) -> dict[str, float]:
         found = {"starting processes": self.starting}

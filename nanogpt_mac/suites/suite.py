@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nanogpt_mac.records.bench import Bench, Reading, Task, Way
+from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.arrays import Arrays
+from nanogpt_mac.errors import InputError, reason
+from nanogpt_mac.records.bench import Bench, Reading, State, Task, Way
 from nanogpt_mac.suites.config import BenchConfig
 
 if TYPE_CHECKING:  # children need neither
@@ -34,9 +38,49 @@ class Plan:
         return tuple(row for chunk in self.chunks for row in chunk)
 
 
+class RefusedError(Exception):
+    """A row that is not timed, or whose time is not shown, and why."""
+
+    def __init__(self, state: State, why: str) -> None:
+        super().__init__(why)
+        self.state = state
+
+
+class Measuring(ABC):
+    """Measures rows on one way, in a child: what became of each is its Reading, whatever happens."""
+
+    reading: ClassVar[type[Reading]]
+
+    def __init__(self, task: Task, arrays: Arrays) -> None:
+        self.task, self.arrays = task, arrays
+        self.spent: dict[str, float] = {}  # seconds of a row, by what for
+
+    @abstractmethod
+    def figures(self, row: str) -> dict[str, Any]:
+        """All that a right row's reading has beside its name and state."""
+
+    def __call__(self, row: str) -> Reading:
+        self.spent = {}
+        state, why, found = State.OK, "", dict[str, Any]()
+        try:
+            found = self.figures(row)
+        except RefusedError as refused:
+            state, why = refused.state, str(refused)
+        except Exception as error:
+            why = f"{type(error).__name__}: {reason(error)}"
+            told = {"oom": State.SKIPPED, "missing_op": State.ABSENT}
+            words = f"{type(error).__name__}: {error}"
+            state = next((told[s] for s, sign in kinds.signs().items() if sign.search(words)), State.FAILED)
+        finally:
+            self.arrays.release()
+        known: dict[str, Any] = {"row": row, "way": self.task.way.name, "round": self.task.round, "spent": self.spent}
+        return self.reading(**known, state=state, reason=why, **found)
+
+
 class Suite(ABC):
     """One suite. `plan` and `report` are called in the parent, which loads no framework; `measuring` in a child."""
 
+    contents: ClassVar[str]  # the module that has its `report` and, if it has any, its `charts`
     reading: ClassVar[type[Reading]]
     document: ClassVar[type[Bench]] = Bench
 
@@ -51,8 +95,9 @@ class Suite(ABC):
         An exception is the row's: it failed. A row that this way does not have, or that is too large, is a Reading too.
         """
 
-    @abstractmethod
-    def report(self, bench: Bench) -> Report: ...
+    def report(self, bench: Bench) -> Report:
+        made: Report = importlib.import_module(self.contents).report(bench)
+        return made
 
     def environment(self, way: Way) -> Mapping[str, str] | None:
         """Of the processes that measure `way`; None: this one's."""
@@ -63,20 +108,27 @@ class Suite(ABC):
 
     def charts(self, bench: Bench) -> dict[str, list[Chart]]:
         """Section id -> its charts."""
-        return {}
+        drawn = getattr(importlib.import_module(self.contents), "charts", None)
+        return drawn(bench) if drawn else {}
 
     def files(self, bench: Bench) -> dict[str, str]:
         """Name -> text of further files in the report's folder."""
         return {}
 
 
-def asked(rows: str | None, names: Iterable[str]) -> list[str]:
-    """Of `names` those that rows= asks for: the one that is called so, or all that have it in them (* is anything)."""
+def asked(rows: str | None, names: Iterable[str], such_as: Iterable[str] = (), what: str = "row") -> list[str]:
+    """Of `names` those that rows= asks for: the one that is called so, or all that have it in them (* is anything).
+
+    InputError where there are none; `such_as` are then named, by default all of `names`."""
     known = list(names)
     if rows in known:
         return [rows]
-    pattern = f"*{(rows or '').lower()}*"
-    return [name for name in known if fnmatch.fnmatchcase(name.lower(), pattern)]
+    pattern = f"*{(rows or '').lower().strip()}*"
+    found = [name for name in known if fnmatch.fnmatchcase(name.lower(), pattern)]
+    if not found:
+        examples = ", ".join(dict.fromkeys(such_as or known))
+        raise InputError(f"rows={rows}: no {what} is called so; use a part of a name such as {examples}")
+    return found
 
 
 def row_seconds(config: BenchConfig, rows: int, ways: int, rounds: int, most: float = 1.0) -> float:

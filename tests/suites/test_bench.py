@@ -99,7 +99,7 @@ def test_a_wrong_back_end_of_another_package_is_refused(tmp_path, registered):
 
 def test_two_frameworks_two_rounds_and_all_that_is_written(tmp_path):
     code, out, errors, found = bench(
-        tmp_path, "ways=[cpu,mlx-eager]", "rows=softmax 64x1000000", "scale=0.002", "rounds=2", "budget_minutes=1"
+        tmp_path, "ways=[cpu,mlx-eager]", "rows=softmax 64x1000000", "scale=0.002", "rounds=2", "budget_minutes=5"
     )
     assert code == 0, out + errors
     assert {(r.row, r.way, r.round) for r in found.readings} == {

@@ -217,7 +217,7 @@ def test_rows_go_from_few_operations_to_many():
     [
         ("dtype=bfloat16", "rows=bfloat16"),
         ("matmul_precision=high", "full precision"),
-        ("rows=tensor", "rows=tensor: no row is called so; use a part of a name such as 'float32 64'"),
+        ("rows=tensor", "rows=tensor: no row is called so; use a part of a name such as float32 64"),
         ("ways=[abacus]", "use one of python, numpy-blocks, numpy"),
     ],
 )

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
-from nanogpt_mac.records.bench import Bench, DtypeBench, DtypeReading, Task, Way
+from nanogpt_mac.records.bench import DtypeBench, DtypeReading, Task, Way
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
 from nanogpt_mac.suites.ops.rows import Row, all_rows
 from nanogpt_mac.suites.suite import Plan, Suite, asked
-
-if TYPE_CHECKING:
-    from nanogpt_mac.report.table import Report
 
 SMALLEST = 1e-9  # scale: every dimension at its least
 LEFT_OUT = ("adamw",)  # written out of others
@@ -33,6 +29,7 @@ def operations() -> dict[str, Row]:
 
 
 class Dtypes(Suite):
+    contents = "nanogpt_mac.suites.dtypes.contents"
     reading = DtypeReading
     document = DtypeBench
 
@@ -41,9 +38,7 @@ class Dtypes(Suite):
             raise InputError(f"dtype={config.dtype}: dtypes=true has all of them; leave it out")
         from nanogpt_mac.suites.dtypes.probe import cells
 
-        names = asked(config.rows, operations())
-        if not names:
-            raise InputError(f"rows={config.rows}: no operation is called so; use a part of {', '.join(operations())}")
+        names = asked(config.rows, operations(), what="operation")
         found, missing = ways.here_for(config)
         if config.ways is None and config.compile == "auto":
             found = tuple(way for way in found if not way.compiled)  # a compiler's generated code is not the operation
@@ -58,12 +53,6 @@ class Dtypes(Suite):
         from nanogpt_mac.suites.dtypes.probe import Probing
 
         return Probing(task, ways.arrays(task.way, BenchConfig()), operations(), task.work["seed"])
-
-    def report(self, bench: Bench) -> Report:
-        from nanogpt_mac.suites.dtypes import contents
-
-        assert isinstance(bench, DtypeBench)
-        return contents.report(bench)
 
 
 SUITE = Dtypes()

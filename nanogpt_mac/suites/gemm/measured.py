@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 import psutil
 
-from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.arrays import Arrays
 from nanogpt_mac.backends.base import loaded
-from nanogpt_mac.errors import reason
 from nanogpt_mac.machine.gemm import DTYPES
 from nanogpt_mac.measure import calls
 from nanogpt_mac.records.bench import GemmReading, State, Task
 from nanogpt_mac.report.words import rate, seconds, size
-from nanogpt_mac.suites import ways
+from nanogpt_mac.suites import suite, ways
 from nanogpt_mac.suites.config import BenchConfig
 from nanogpt_mac.suites.gemm import by_hand, check
 from nanogpt_mac.suites.gemm.suite import Work
-from nanogpt_mac.suites.ops.measured import SHARE, RefusedError
+from nanogpt_mac.suites.ops.measured import SHARE
+from nanogpt_mac.suites.suite import RefusedError
 
 ABOVE_PEAK = 1.1  # of the highest published peak: a chip may have a faster clock, but not this much
 LONGEST = 2.0  # times what a row may take that one product may: then three are made, and one is timed
@@ -48,29 +47,18 @@ def of_way(task: Task, work: Work) -> tuple[Arrays, Product, str]:
     return arrays, arrays.ready(op.function), ""
 
 
-class Measuring:
+class Measuring(suite.Measuring):
     """Measures rows on one way, those of a dtype from few operations to many."""
 
+    reading = GemmReading
+
     def __init__(self, task: Task, work: Work) -> None:
-        self.task, self.work = task, work
-        self.arrays, self.product, self.library = of_way(task, work)
+        arrays, self.product, self.library = of_way(task, work)
+        super().__init__(task, arrays)
+        self.work = work
         self.best: dict[str, float] = {}  # FLOP/s so far, by dtype
 
-    def __call__(self, row: str) -> GemmReading:
-        known: dict[str, Any] = {"row": row, "way": self.task.way.name, "round": self.task.round}
-        try:
-            return GemmReading(**known, state=State.OK, **self._figures(row))
-        except RefusedError as refused:
-            return GemmReading(**known, state=refused.state, reason=str(refused))
-        except Exception as error:
-            words = f"{type(error).__name__}: {error}"
-            states = {"oom": State.SKIPPED, "missing_op": State.ABSENT}
-            state = next((states[s] for s, sign in kinds.signs().items() if sign.search(words)), State.FAILED)
-            return GemmReading(**known, state=state, reason=f"{type(error).__name__}: {reason(error)}")
-        finally:
-            self.arrays.release()
-
-    def _figures(self, row: str) -> dict[str, Any]:
+    def figures(self, row: str) -> dict[str, Any]:
         (dtype, m, k, n), flops = self.work.sizes[row], self.work.flops(row)
         self._must_fit(dtype, m, k, n, flops)
         a, b = _drawn(m, k, n, dtype, self.work.seed, row)

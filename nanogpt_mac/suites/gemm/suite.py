@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -19,11 +18,7 @@ from nanogpt_mac.records.bench import Bench, GemmBench, GemmReading, State, Task
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
 from nanogpt_mac.suites.ops.suite import model_spec
-from nanogpt_mac.suites.suite import Plan, Suite, asked, row_seconds
-
-if TYPE_CHECKING:
-    from nanogpt_mac.report.charts import Chart
-    from nanogpt_mac.report.table import Report
+from nanogpt_mac.suites.suite import Measure, Plan, Suite, asked, row_seconds
 
 SQUARES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PARTS = ("qkv", "MLP in", "MLP out", "head")  # of the model, as GPTSpec.matmul_shapes has them
@@ -71,6 +66,7 @@ class Work(Record):
 
 
 class Gemm(Suite):
+    contents = "nanogpt_mac.suites.gemm.contents"
     reading = GemmReading
     document = GemmBench
 
@@ -81,7 +77,8 @@ class Gemm(Suite):
                 f"{key}={getattr(config, key)}: suite=gemm has float32 in full precision and both dtypes of 16 bits; "
                 "leave it out, or use rows=bfloat16"
             )
-        sizes = _asked(config, _sizes(model_spec(config), config.batch_size))
+        known = _sizes(model_spec(config), config.batch_size)
+        sizes = {row: known[row] for row in asked(config.rows, known, [next(iter(known))])}
         steps: dict[str, Step] = {}
         absent: dict[str, str] = {}
         found, missing = ways.here_for(config, further=lambda found: _ladder(config, found, steps, absent))
@@ -100,7 +97,7 @@ class Gemm(Suite):
         chunks = [tuple(rows) for rows in by_dtype.values()]
         return Plan(found, chunks, rounds, row_s, missing | absent, work.model_dump(mode="json"))
 
-    def measuring(self, task: Task) -> Callable[[str], GemmReading]:
+    def measuring(self, task: Task) -> Measure:
         from nanogpt_mac.suites.gemm.measured import Measuring
 
         return Measuring(task, Work.model_validate(task.work))
@@ -122,18 +119,6 @@ class Gemm(Suite):
         for key, rate in best.items():
             peaks.keep(key, rate)
 
-    def report(self, bench: Bench) -> Report:
-        from nanogpt_mac.suites.gemm import contents
-
-        assert isinstance(bench, GemmBench)
-        return contents.report(bench)
-
-    def charts(self, bench: Bench) -> dict[str, list[Chart]]:
-        from nanogpt_mac.suites.gemm import contents
-
-        assert isinstance(bench, GemmBench)
-        return contents.charts(bench)
-
 
 def _sizes(spec: GPTSpec, batch: int) -> dict[str, tuple[str, int, int, int]]:
     """Of every row, from few operations to many: what is slow stops where it must, and the rest is not tried."""
@@ -142,13 +127,6 @@ def _sizes(spec: GPTSpec, batch: int) -> dict[str, tuple[str, int, int, int]]:
         shapes[f"model {part} {m}x{k}x{n}"] = (m, k, n)
     ordered = sorted(shapes.items(), key=lambda item: math.prod(item[1]))
     return {f"{dtype} {name}": (dtype, *shape) for dtype in gemm.DTYPES for name, shape in ordered}
-
-
-def _asked(config: BenchConfig, sizes: dict[str, tuple[str, int, int, int]]) -> dict[str, tuple[str, int, int, int]]:
-    found = {row: sizes[row] for row in asked(config.rows, sizes)}
-    if not found:
-        raise InputError(f"rows={config.rows}: no row is called so; use a part of a name such as {next(iter(sizes))!r}")
-    return found
 
 
 def _ladder(config: BenchConfig, found: ways.Ways, steps: dict[str, Step], absent: dict[str, str]) -> ways.Ways:

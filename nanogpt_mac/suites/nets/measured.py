@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from nanogpt_mac import files
-from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.arrays import Arrays
 from nanogpt_mac.backends.nets import Feed, MLPSpec, Net, Spec, drawn
 from nanogpt_mac.errors import reason
 from nanogpt_mac.machine import probe
 from nanogpt_mac.measure import calls
 from nanogpt_mac.records.bench import NetReading, State, Task
+from nanogpt_mac.suites import suite
 from nanogpt_mac.suites.nets.twin import Twin
 
 CHECKED_STEPS = 235  # before timing: an epoch at batch 256, and as many steps of smaller batches
@@ -37,10 +37,6 @@ ACCURACY_TOLERANCE = 0.01
 LOGITS_TOLERANCE = 1e-4
 FEWEST_EPOCHS = 2
 LATE = 0.25  # of an epoch, that reading a parameter may take beyond reading it again
-
-
-class RefusedError(Exception):
-    """A run that is not shown, and why."""
 
 
 @dataclass(frozen=True)
@@ -70,32 +66,31 @@ class Settings:
 Make = Callable[[Arrays, Spec, Feed, np.ndarray, np.ndarray], Net]
 
 
-class Measuring:
+class Measuring(suite.Measuring):
     """Measures rows on one way. `make` is its framework's Net."""
+
+    reading = NetReading
 
     def __init__(
         self, task: Task, arrays: Arrays, make: Make, row: Callable[[str], NetRow], settings: Settings
     ) -> None:
-        self.task, self.arrays, self.make, self.row, self.settings = task, arrays, make, row, settings
+        super().__init__(task, arrays)
+        self.make, self.row, self.settings = make, row, settings
 
-    def __call__(self, name: str) -> NetReading:
-        known: dict[str, Any] = {"row": name, "way": self.task.way.name, "round": self.task.round}
+    def figures(self, name: str) -> dict[str, Any]:
+        row = self.row(name)
+        feed = Feed(row.batch, self.settings.placement, self.settings.sync)
         try:
-            row = self.row(name)
-            feed = Feed(row.batch, self.settings.placement, self.settings.sync)
-            one = _One(self.task, name, row, self.make(self.arrays, row.spec, feed, row.inputs, row.targets), self)
-            return NetReading(**known, state=State.OK, **(one.trained() if row.trained else one.asked()))
-        except RefusedError as refused:
-            return NetReading(**known, state=State.WRONG, reason=str(refused))
+            net = self.make(self.arrays, row.spec, feed, row.inputs, row.targets)
         except NotImplementedError as absent:
-            return NetReading(**known, state=State.ABSENT, reason=reason(absent))
-        except Exception as error:
-            signs = kinds.signs()
-            words = f"{type(error).__name__}: {error}"
-            state = State.SKIPPED if "oom" in signs and signs["oom"].search(words) else State.FAILED
-            return NetReading(**known, state=state, reason=f"{type(error).__name__}: {reason(error)}")
-        finally:
-            self.arrays.release()
+            raise suite.RefusedError(State.ABSENT, reason(absent)) from absent
+        one = _One(self.task, name, row, net, self)
+        return one.trained() if row.trained else one.asked()
+
+
+def _wrong(why: str) -> suite.RefusedError:
+    """A run that is not shown, and why."""
+    return suite.RefusedError(State.WRONG, why)
 
 
 class _One:
@@ -179,14 +174,14 @@ class _One:
         self.arrays.peek(outputs[-1])
         late = (first - start) - (clock() - first)
         if late > LATE * took + 2e-3:
-            raise RefusedError(f"the clock was read without waiting: the weights came {1e3 * late:.3g} ms after it")
+            raise _wrong(f"the clock was read without waiting: the weights came {1e3 * late:.3g} ms after it")
 
     # -- checks ---------------------------------------------------------------------------------------------------
 
     def _check_first(self) -> dict[str, Any]:
         self.net.load(self.first)
         if distance(self.net.weights(), self.first) > 0:
-            raise RefusedError("its weights were not loaded")
+            raise _wrong("its weights were not loaded")
         reference = self._reference(self.order(0))
         order = reference["order"]
         self._check_gradients(reference, order)
@@ -194,7 +189,7 @@ class _One:
         found, expected = self.net.weights(), _part(reference, "weight")
         off = self._off(found, expected, self.first)
         if not off <= self._tolerance:
-            raise RefusedError(f"{self._cause(found, order)}: its weights are {off:.2g} from float64's, relative")
+            raise _wrong(f"{self._cause(found, order)}: its weights are {off:.2g} from float64's, relative")
         accuracy = self._accuracy(found)
         return {"accuracy": accuracy, "distance": off}
 
@@ -218,10 +213,10 @@ class _One:
         loss, gradients = self.net.gradients(self.net.put(inputs), self.net.put(targets))
         found, wanted = float(self.arrays.get(loss)), float(expected["loss"])
         if not abs(found - wanted) <= WEIGHTS_TOLERANCE * abs(wanted):
-            raise RefusedError(f"its first loss is {found:.7g}, float64's {wanted:.7g}")
+            raise _wrong(f"its first loss is {found:.7g}, float64's {wanted:.7g}")
         off = distance({n: self.arrays.get(g) for n, g in gradients.items()}, _part(expected, "gradient"))
         if not off <= WEIGHTS_TOLERANCE:
-            raise RefusedError(f"its first gradients are {off:.2g} from float64's, relative")
+            raise _wrong(f"its first gradients are {off:.2g} from float64's, relative")
 
     def _reference(self, order: np.ndarray) -> dict[str, np.ndarray]:
         """Float64's loss and gradients of the first batch, the rows of the checked epoch and the weights after it.
@@ -268,12 +263,12 @@ class _One:
         """Of the last timed epoch: its weights, where float64 can follow from those before it; the accuracy."""
         found = self.net.weights()
         if distance(found, before) == 0:
-            raise RefusedError("the last timed epoch changed no weight")
+            raise _wrong("the last timed epoch changed no weight")
         off = None
         if isinstance(self.row.spec, MLPSpec) and len(order) <= self.row.checked_steps * self.row.batch:
             off = distance(found, self._twin(before, order).weights)
             if not off <= LAST_TOLERANCE:
-                raise RefusedError(f"after the last timed epoch its weights are {off:.2g} from float64's, relative")
+                raise _wrong(f"after the last timed epoch its weights are {off:.2g} from float64's, relative")
         return self._accuracy(found), off
 
     def _accuracy(self, weights: Mapping[str, np.ndarray]) -> float | None:
@@ -284,7 +279,7 @@ class _One:
     def _checked(self, logits: np.ndarray, weights: Mapping[str, np.ndarray]) -> float | None:
         expected = Twin(self.row.spec, weights).logits(self.row.asked)
         if logits.shape != expected.shape:
-            raise RefusedError(f"it answered {logits.shape}, not {expected.shape}: not the rows that were asked")
+            raise _wrong(f"it answered {logits.shape}, not {expected.shape}: not the rows that were asked")
         off = float(np.abs(logits - expected).max() / np.abs(expected).max())
         answers = self.row.answers
         if answers is None:
@@ -292,7 +287,7 @@ class _One:
         else:
             right, wanted = (float((values.argmax(-1) == answers).mean()) for values in (logits, expected))
         if not off <= LOGITS_TOLERANCE or (right is not None and abs(right - wanted) > ACCURACY_TOLERANCE):  # type: ignore[operator]
-            raise RefusedError(f"its logits are {off:.2g} from float64's: other rows, or other weights, than asked")
+            raise _wrong(f"its logits are {off:.2g} from float64's: other rows, or other weights, than asked")
         return right
 
     # -- inference ------------------------------------------------------------------------------------------------
@@ -311,7 +306,7 @@ class _One:
         measured = calls.measure(lambda _: (self.net.infer(asked),), self.arrays, min(self.task.row_s, 2.0))
         cpu, took = time.process_time() - cpu, time.perf_counter() - began
         if measured.fault:
-            raise RefusedError(measured.fault)
+            raise _wrong(measured.fault)
         self._checked(self.arrays.get(measured.last[0]), self.first)
         return {"accuracy": accuracy, "calls": measured.latency, "run_s": took, "cpu": cpu / took}
 

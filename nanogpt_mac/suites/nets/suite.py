@@ -6,33 +6,17 @@ import csv
 import fnmatch
 import io
 import statistics
-from typing import TYPE_CHECKING
 
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.bench import Bench, NetBench, NetReading, State
 from nanogpt_mac.suites.config import BenchConfig
 from nanogpt_mac.suites.suite import Suite
 
-if TYPE_CHECKING:
-    from nanogpt_mac.report.charts import Chart
-    from nanogpt_mac.report.table import Report
-
 
 class Nets(Suite):
+    contents = "nanogpt_mac.suites.nets.contents"
     reading = NetReading
     document = NetBench
-
-    def report(self, bench: Bench) -> Report:
-        from nanogpt_mac.suites.nets import contents
-
-        assert isinstance(bench, NetBench)
-        return contents.report(bench)
-
-    def charts(self, bench: Bench) -> dict[str, list[Chart]]:
-        from nanogpt_mac.suites.nets import contents
-
-        assert isinstance(bench, NetBench)
-        return contents.charts(bench)
 
     def files(self, bench: Bench) -> dict[str, str]:
         """One file a way and kind: seconds, in richiksc's columns, after them what they are of."""

@@ -11,7 +11,6 @@ import json
 import math
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,20 +19,20 @@ from typing import Any
 import numpy as np
 import psutil
 
-from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.arrays import Arrays, Op
-from nanogpt_mac.errors import reason
 from nanogpt_mac.files import write_json
 from nanogpt_mac.machine import bandwidth
 from nanogpt_mac.measure import calls
 from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.bench import OpReading, State, Task
 from nanogpt_mac.report.words import ms, size
+from nanogpt_mac.suites import suite
 from nanogpt_mac.suites.ops import reference
 from nanogpt_mac.suites.ops.checked import Expected, Off, blocks, side_by_side
 from nanogpt_mac.suites.ops.inputs import Drawn
 from nanogpt_mac.suites.ops.reference import ADAMW
 from nanogpt_mac.suites.ops.rows import Row
+from nanogpt_mac.suites.suite import RefusedError
 
 LAST_CACHE = 128 << 20  # bytes; the largest of today: 96 MB of an M Ultra, 60 MB of an H200
 MOST_COPIES, FEW_COPIES = 64, 8  # a row that needs more to get past the cache is warm; the latter at small sizes
@@ -60,24 +59,18 @@ class Work(Record):
     bandwidth: float  # bytes/s of this machine's memory from its CPU, measured
 
 
-class RefusedError(Exception):
-    """A row that is not timed, or whose time is not shown, and why."""
-
-    def __init__(self, state: State, why: str) -> None:
-        super().__init__(why)
-        self.state = state
-
-
-class Measuring:
+class Measuring(suite.Measuring):
     """Measures rows on one way. `of_memory`: the device's bandwidth, bytes/s; a time may lie at `trust` of a floor."""
+
+    reading = OpReading
 
     def __init__(
         self, task: Task, arrays: Arrays, rows: dict[str, Row], work: Work, of_memory: float, trust: float
     ) -> None:
-        self.task, self.arrays, self.rows, self.work = task, arrays, rows, work
+        super().__init__(task, arrays)
+        self.rows, self.work = rows, work
         self.bandwidth, self.trust = of_memory, trust
         self.drawn: Drawn | None = None  # of the row before, whose numbers may be this one's
-        self.spent: defaultdict[str, float] = defaultdict(float)  # seconds of a row, by what for
         if task.way.accelerator:
             self._warm_up()
 
@@ -88,32 +81,16 @@ class Measuring:
         while op is not None and time.monotonic() < until:
             self.arrays.wait((op.function(a, a),))
 
-    def __call__(self, name: str) -> OpReading:
-        known: dict[str, Any] = {"row": name, "way": self.task.way.name, "round": self.task.round}
-        try:
-            figures = self._figures(self.rows[name])
-            return OpReading(**known, state=State.OK, spent=dict(self.spent), **figures)
-        except RefusedError as refused:
-            return OpReading(**known, state=refused.state, reason=str(refused), spent=dict(self.spent))
-        except Exception as error:
-            words = f"{type(error).__name__}: {error}"
-            states = {"oom": State.SKIPPED, "missing_op": State.ABSENT}
-            state = next((states[s] for s, sign in kinds.signs().items() if sign.search(words)), State.FAILED)
-            why = f"{type(error).__name__}: {reason(error)}"
-            return OpReading(**known, state=state, reason=why)
-        finally:
-            self.spent.clear()
-            self.arrays.release()
-
     @contextmanager
     def _for(self, what: str) -> Iterator[None]:
         began = time.monotonic()
         try:
             yield
         finally:
-            self.spent[what] += time.monotonic() - began
+            self.spent[what] = self.spent.get(what, 0.0) + time.monotonic() - began
 
-    def _figures(self, row: Row) -> dict[str, Any]:
+    def figures(self, name: str) -> dict[str, Any]:
+        row = self.rows[name]
         op = self.arrays.op(row.op)
         if op is None:
             raise RefusedError(State.ABSENT, f"not written for {self.task.way.label}")

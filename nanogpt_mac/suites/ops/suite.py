@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from nanogpt_mac import corpus
 from nanogpt_mac.config import BackendConfig
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine import bandwidth, probe
-from nanogpt_mac.records.bench import Bench, OpReading, OpsBench, Task
+from nanogpt_mac.records.bench import OpReading, OpsBench, Task
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
 from nanogpt_mac.suites.ops.rows import Row, all_rows
-from nanogpt_mac.suites.suite import Plan, Suite, asked, row_seconds
-
-if TYPE_CHECKING:
-    from nanogpt_mac.report.charts import Chart
-    from nanogpt_mac.report.table import Report
+from nanogpt_mac.suites.suite import Measure, Plan, Suite, asked, row_seconds
 
 CHUNK_BYTES = 12 << 30  # of one process, by all its rows: at full size some thirty of them
 FEWEST_ROW_S = 0.02
 
 
 class Ops(Suite):
+    contents = "nanogpt_mac.suites.ops.contents"
     reading = OpReading
     document = OpsBench
 
@@ -36,7 +31,8 @@ class Ops(Suite):
         from nanogpt_mac.suites.ops.measured import Work
 
         sizes = asdict(model_spec(config))
-        rows = _asked(config, all_rows(GPTSpec(**sizes), config.batch_size, config.scale))
+        known = all_rows(GPTSpec(**sizes), config.batch_size, config.scale)
+        rows = {name: known[name] for name in asked(config.rows, known, [row.family for row in known.values()])}
         found, missing = ways.here_for(config)
         rounds = config.rounds or (2 if config.scale == 1 else 1)
         work = Work(
@@ -51,7 +47,7 @@ class Ops(Suite):
         row_s = row_seconds(config, len(rows), len(found), rounds, most=max(config.scale, FEWEST_ROW_S))
         return Plan(found, _chunks(rows), rounds, row_s, missing, work.model_dump())
 
-    def measuring(self, task: Task) -> Callable[[str], OpReading]:
+    def measuring(self, task: Task) -> Measure:
         from nanogpt_mac.suites.ops.measured import CITED, MEASURED, Measuring, Work
 
         work = Work.model_validate(task.work)
@@ -63,18 +59,6 @@ class Ops(Suite):
             return Measuring(task, arrays, rows, work, cited or math.inf, CITED)
         return Measuring(task, arrays, rows, work, work.bandwidth, MEASURED)
 
-    def report(self, bench: Bench) -> Report:
-        from nanogpt_mac.suites.ops import contents
-
-        assert isinstance(bench, OpsBench)
-        return contents.report(bench)
-
-    def charts(self, bench: Bench) -> dict[str, list[Chart]]:
-        from nanogpt_mac.suites.ops import contents
-
-        assert isinstance(bench, OpsBench)
-        return contents.charts(bench)
-
 
 def model_spec(config: BenchConfig) -> GPTSpec:
     sizes = asdict(config.model)
@@ -82,14 +66,6 @@ def model_spec(config: BenchConfig) -> GPTSpec:
     if sizes["vocab_size"] is None:
         raise InputError("model.vocab_size=null: this corpus has its own, which is not known yet; give the number")
     return GPTSpec(**sizes)
-
-
-def _asked(config: BenchConfig, rows: dict[str, Row]) -> dict[str, Row]:
-    found = {name: rows[name] for name in asked(config.rows, rows)}
-    if not found:
-        families = dict.fromkeys(row.family for row in rows.values())
-        raise InputError(f"rows={config.rows}: no row is called so; use a part of a name such as {', '.join(families)}")
-    return found
 
 
 def _chunks(rows: dict[str, Row]) -> list[tuple[str, ...]]:
