@@ -11,6 +11,7 @@ from tinygrad.dtype import to_dtype
 
 from nanogpt_mac.backends.arrays import Arrays, Function, Op
 from nanogpt_mac.backends.base import Kind
+from nanogpt_mac.gpt.tinygrad_gpt import tensor
 
 NAMES = (
     *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
@@ -29,7 +30,7 @@ class TinygradArrays(Arrays):
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> Tensor:
         # A scalar would become a constant, which is no input of anything that is captured.
-        made = Tensor(np.ascontiguousarray(array).reshape(-1)).cast(to_dtype(dtype or str(array.dtype)))
+        made = tensor(np.ascontiguousarray(array).reshape(-1)).cast(to_dtype(dtype or str(array.dtype)))
         made = made.contiguous().realize().reshape(array.shape)
         self.wait((made,))
         return made

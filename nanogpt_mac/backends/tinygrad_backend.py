@@ -21,7 +21,7 @@ from nanogpt_mac.backends.kinds import KINDS, TinygradSettings
 from nanogpt_mac.backends.parts import Parts
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
-from nanogpt_mac.gpt.tinygrad_gpt import GPT, KVCache, dropout_masks, sizes
+from nanogpt_mac.gpt.tinygrad_gpt import GPT, KVCache, dropout_masks, sizes, tensor
 
 
 class Replayed:
@@ -70,7 +70,7 @@ class TinygradBackend(Backend):
         self.capabilities = kind.on(self.device_of(kind))
         self.model = GPT(spec, getattr(dtypes, options.dtype))
         self.resident = {
-            split: Tensor(array).realize()
+            split: tensor(array).realize()
             for split, array in tokens.splits.items()
             if len(array) <= options.resident_tokens
         }
@@ -270,7 +270,7 @@ class TinygradBackend(Backend):
         arrays = [(buffers[name], array) for tree, buffers in trees for name, array in tree.items()]
         scalars = (self.steps, state.optimizer_steps), (self.scale, state.loss_scale), (self.growth, state.scale_growth)
         arrays += [(buffer, np.array([value], np.float32)) for buffer, value in scalars]
-        Tensor.realize(*(buffer.assign(Tensor(array)) for buffer, array in arrays))
+        Tensor.realize(*(buffer.assign(tensor(array)) for buffer, array in arrays))
         self.iteration = state.iteration
 
     # -- the device -----------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def _read(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 def _put(array: np.ndarray) -> Tensor:
     """A copy on the device."""
-    return Tensor(array).realize()
+    return tensor(array).realize()
 
 
 def correction(beta: float, step: Tensor) -> Tensor | float:

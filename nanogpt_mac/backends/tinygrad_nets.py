@@ -11,7 +11,7 @@ from tinygrad import Tensor
 from nanogpt_mac.backends.nets import LMSpec, MLPSpec, Net, Spec, positions
 from nanogpt_mac.backends.tinygrad_arrays import TinygradArrays
 from nanogpt_mac.backends.tinygrad_backend import Replayed, correction
-from nanogpt_mac.gpt.tinygrad_gpt import mean_nats
+from nanogpt_mac.gpt.tinygrad_gpt import mean_nats, tensor
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # tinygrad's own AdamW, and torch's
 Weights = Mapping[str, Tensor]
@@ -95,13 +95,13 @@ class TinygradNet(Net):
         return loss.realize(*changed, self.steps.assign(t))
 
     def put(self, rows: np.ndarray) -> Tensor:
-        return Tensor(rows if rows.dtype == np.float32 else rows.astype(np.int32)).realize()
+        return tensor(rows if rows.dtype == np.float32 else rows.astype(np.int32)).realize()
 
     def named(self) -> Sequence[tuple[str, Tensor]]:
         return list(self.parameters.items())
 
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
-        changed = [self.parameters[name].assign(Tensor(values)) for name, values in weights.items()]
+        changed = [self.parameters[name].assign(tensor(values)) for name, values in weights.items()]
         kept = *self.exp_avg.values(), *self.exp_avg_sq.values(), self.steps
         changed += [tensor.assign(Tensor(np.zeros(tensor.shape, np.float32))) for tensor in kept]
         Tensor.realize(*changed)

@@ -10,7 +10,7 @@ from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
 
 from nanogpt_mac.backends.parts import Call, Part, Parts, Stage
-from nanogpt_mac.gpt.tinygrad_gpt import dropout_masks, mean_nats
+from nanogpt_mac.gpt.tinygrad_gpt import dropout_masks, mean_nats, tensor
 
 if TYPE_CHECKING:
     from nanogpt_mac.backends.tinygrad_backend import TinygradBackend
@@ -104,7 +104,7 @@ class TinygradParts(Parts):
             return self._call(forward), None
         shape = made[0].shape
         drawn = np.random.Generator(np.random.Philox(1)).standard_normal(shape or (1,), np.float32)
-        cotangent = Tensor(drawn).cast(made[0].dtype).contiguous().realize().reshape(shape)
+        cotangent = tensor(drawn).cast(made[0].dtype).contiguous().realize().reshape(shape)
         return self._call(forward), self._call(both)
 
     def _batch(self) -> Part:
@@ -120,7 +120,7 @@ class TinygradParts(Parts):
         backend, count = self.backend, len(self.starts)
         draw = self.values["key"] if backend.spec.dropout else None
         backend._gradients(self.values["tokens"], self.values["targets"], draw, count, False)
-        new = [Tensor(grad.numpy()).realize() for grad in backend.grads.values()]
+        new = [tensor(grad.numpy()).realize() for grad in backend.grads.values()]
         grads = list(backend.grads.values())
         lr, norm = (Tensor(np.array([number], np.float32)).realize() for number in (0, 1))
 

@@ -13,12 +13,18 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
+import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from nanogpt_mac.gpt.spec import GPTSpec
 
 Keep = Sequence[Tensor | None]  # dropout's masks
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    """A tensor of `array`, which may be read-only as a memory map is: for CUDA tinygrad reads writable ones alone."""
+    return Tensor(np.require(array, requirements="W"))
 
 
 class KVCache:
