@@ -60,6 +60,7 @@ class JaxBackend(Backend):
         self.spec, self.options, self.tokens = spec, options, tokens
         kind = KINDS[options.name]
         self.capabilities = kind.on(taken(options.settings))
+        self.place = jax.local_devices()[0]
         dtype, precision = getattr(jnp, options.dtype), PRECISIONS[options.matmul_precision]
         self.model = GPT(spec, dtype, precision, options.checkpointing)
         self.resident = {
@@ -289,13 +290,13 @@ class JaxBackend(Backend):
         np.asarray(self.trained["step"])  # the last that was enqueued
 
     def memory(self) -> dict[str, int]:
-        held = jax.local_devices()[0].memory_stats()
+        held = self.place.memory_stats()
         if not held:  # a CPU, and a plugin that does not count
             return base.resident_memory()
         return {"current": held["bytes_in_use"], "peak": held.get("peak_bytes_in_use", held["bytes_in_use"])}
 
     def free_memory(self) -> int:
-        held = jax.local_devices()[0].memory_stats() or {}
+        held = self.place.memory_stats() or {}
         return held["bytes_limit"] - held["bytes_in_use"] if "bytes_limit" in held else super().free_memory()
 
     def matmul(self, shape: tuple[int, int, int], dtype: str) -> Callable[[int], None]:
