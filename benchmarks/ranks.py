@@ -36,6 +36,7 @@ from nanogpt_mac.corpus.encoders import GPT2Encoder
 from nanogpt_mac.corpus.openwebtext import DATASET, SPLIT_SEED
 from nanogpt_mac.corpus.prepared import key_of, write_meta, write_split
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.overrides import merged
 
 PEER_LINE = re.compile(r"iter (\d+): loss ([\d.a-z]+), time ([\d.]+)ms")
 PEER_PEAK = re.compile(r"peak of rank (\d+): (\d+)")
@@ -173,7 +174,7 @@ def ours(args: Any, recipe: dict[str, Any], scratch: Path, size: int, engine: st
     given += [f"max_iters={args.iterations}", f"timing_warmup={SETTLED - 1}", "eval_interval=0", "eval_iters=1"]
     given += ["checkpoint=false", "gemm_seconds=0", "sample_tokens=0", "wandb.mode=disabled", "log_interval=1"]
     given += ["dtype=bfloat16", "matmul_precision=high"] if args.device == "cuda" else []
-    script = [str(beside.ROOT / "train.py"), *given, *args.ours]
+    script = [str(beside.ROOT / "train.py"), *merged(given, args.ours)]
     if size == 1:
         launch = [sys.executable]
     elif engine == "mlx":

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nanogpt_mac.backends.base import Tokens
+from nanogpt_mac.backends.world import World
 from nanogpt_mac.config import Config
 from nanogpt_mac.corpus.batches import starts
 from nanogpt_mac.train.loop import Loop
@@ -29,7 +30,7 @@ class Device:
     held = None
 
     def __init__(self, val_losses=(), losses=(), train_loss=9.0, ahead=False):
-        self.runs_ahead = ahead
+        self.runs_ahead, self.world = ahead, World()
         self.val_losses, self.losses, self.train_loss = iter(val_losses), list(losses), train_loss
         self.asked, self.val_batches = [], []
 

@@ -13,6 +13,7 @@ from fakes.support import ROOT
 from nanogpt_mac import cli, ranks
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import TrainState
+from nanogpt_mac.overrides import merged
 from nanogpt_mac.ranks import Launched
 from nanogpt_mac.train import checkpoint, session, together
 from nanogpt_mac.train.together import Together
@@ -35,7 +36,7 @@ def start(folder, backend, size, *overrides, restarts=0):
     argv = ranks.command(LAUNCHERS[backend], size) if size > 1 else ranks.command(ranks.MLX, 1)[-1:]
     argv += ["--max-restarts=1"] if restarts else []
     recipe = [] if "init_from=resume" in overrides else RECIPE
-    argv += [str(ROOT / "train.py"), *recipe, f"backend={backend}", "compile=false", *overrides]
+    argv += [str(ROOT / "train.py"), *merged(recipe, [f"backend={backend}", "compile=false", *overrides])]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("ab") as log:  # stdin is a pipe, because mlx.launch spins at its end
         return subprocess.Popen(argv, cwd=folder, env=env, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
