@@ -22,7 +22,7 @@ compare: setup
 	$(BIN)/python compare.py $(RUN)
 
 train: setup
-	$(BIN)/python train.py experiment=quick $(RUN)
+	$(BIN)/python train.py $(if $(findstring experiment=,$(RUN)),,experiment=quick) $(RUN)
 
 test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not online" $(PYTEST)

@@ -256,7 +256,13 @@ def signal_name(number: int) -> str:
 
 
 def end(pid: int) -> None:
-    """End the process and all of its session: a compiler's workers, whatever it started."""
+    """End the process, all of its session, and what a launcher started in others: a compiler's workers, ranks."""
+    import psutil  # here, because the fallback detector runs where only torch and numpy are installed
+
+    with suppress(psutil.Error):
+        for started in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                started.kill()
     with suppress(ProcessLookupError, PermissionError):  # a Mac answers EPERM for a group of zombies
         os.killpg(pid, signal.SIGKILL)
 
@@ -281,10 +287,12 @@ def attend(
     cwd: str,
     asked: Callable[[], Sequence[int]],
     begun: Callable[[int], object],
+    stdout: int | None = None,
 ) -> int:
     """Run `argv` in this terminal; its exit code. `begun` gets its process, which is sent every signal that `asked`
-    has, in order and once each. Where waiting itself is ended, SIGTERM ends it first."""
-    process = subprocess.Popen(argv, process_group=0, env=environment, cwd=cwd)
+    has, in order and once each. `stdout` is where it prints, by default where we do. Where waiting itself is ended,
+    SIGTERM ends it first."""
+    process = subprocess.Popen(argv, process_group=0, env=environment, cwd=cwd, stdout=stdout)
     sent = 0
     try:
         begun(process.pid)

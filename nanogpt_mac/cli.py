@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -42,12 +43,14 @@ from nanogpt_mac.overrides import (
     GIVEN,
     escaped,
     exists,
+    flags,
     for_hydra,
     found_again,
     key_of,
     listed,
     literal,
     mapped,
+    refuse,
     text_keys,
     unescaped,
 )
@@ -67,7 +70,12 @@ OPTIONS = ("help", "version", "cfg", "resolve", "package", "run", "multirun", "i
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
 EXTRAS = {"optuna": "sweep", "joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"}
 """Hydra's plugins and the extra of this package that brings each."""
-WANTED = {"a valid bool": "true or false", "converted to Integer": "a whole number", "converted to Float": "a number"}
+WANTED = {
+    "a valid bool": "true or false",
+    "converted to Integer": "a whole number",
+    "converted to Float": "a number",
+    "is not Optional": "a value other than null",
+}
 """What OmegaConf says of a value that it cannot convert, and what to use."""
 
 _search_path: list[str] = []  # where the configs of the command under way lie, beside conf/
@@ -126,18 +134,23 @@ class Command:
                     config, _search_path[:] = composed.read(self.typed[-1], _schema(self.name))
                     self._perform(task, config)
                 else:
-                    self._refuse_nanogpts()
+                    self._refuse()
                     if not _helped(self.name, self.arguments):
-                        ranks.refuse_several()
+                        ranks.launched() if self.name == "config" else ranks.refuse_several()
                         if (cfg := self._plain()) is not None:
                             once(cfg)
                             return self._ended()
+                        ranks.refuse_several()  # a sweep starts processes itself
                         main = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=self.name)
                         self._through_hydra(main(_Job(self.name, str(Path(self.program).absolute()), Path.cwd(), once)))
             return self._ended()
         except (InputError, HydraException, OmegaConfBaseException) as error:
             if self.traceback_wanted:
                 raise
+            if not ranks.speaks():
+                with suppress(signals.Stop):  # torchrun would end the one that speaks before it has spoken
+                    time.sleep(1)
+                return 2
             return self._say(self._one_line(error), 2)
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -206,7 +219,7 @@ class Command:
 
     def composed(self) -> Any:
         """The typed config; nothing is run. InputError as `compose`."""
-        self._refuse_nanogpts()
+        self._refuse()
         running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command's own, which comes back
         try:
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
@@ -235,9 +248,10 @@ class Command:
             if self.failure is None:
                 raise
 
-    def _refuse_nanogpts(self) -> None:
+    def _refuse(self) -> None:
         script = SCRIPTS.get(self.name, f"{self.name}.py")
         nanogpt_keys.refuse(script, self.typed, {*_keys(self.name), "experiment", "sweep"}, OPTIONS)
+        refuse(self.typed, flags(_schema(self.name)))
 
     def _config(
         self, cfg: DictConfig, overrides: Sequence[str], resume: bool = True, groups: Collection[str] = ()

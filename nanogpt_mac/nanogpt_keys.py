@@ -61,7 +61,7 @@ def refuse(program: str, arguments: Sequence[str], keys: Collection[str], option
                 value = rest.pop(0) if rest and re.fullmatch(r"(?!-)[^=]+(?<!\.py)", rest[0]) else "true"
         elif pair and _only_theirs(pair[1], pair[2], keys):
             key, value = pair[1], pair[2]
-        elif file and "runs" not in keys:
+        elif file and not pair and "runs" not in keys:
             if file[1] not in FILES:
                 raise InputError(f"{argument}: a file of Python is not read; use its keys as key=value")
             theirs.append(argument)

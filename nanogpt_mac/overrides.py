@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+from nanogpt_mac.errors import InputError
 
 GIVEN = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)  # a value given: not `~key`, not `key@package=`
 QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
@@ -51,6 +53,18 @@ def text_keys(schema: type, prefix: str = "") -> dict[str, TextKey]:
         elif kind := field.metadata.get("text"):
             keys[name] = TextKey(kind == PATH, hint == list[str], type(None) in get_args(hint))
     return keys
+
+
+def flags(schema: type, prefix: str = "") -> set[str]:
+    """The keys of a config's dataclass that are true or false, dotted."""
+    hints, found = get_type_hints(schema), set[str]()
+    for field in dataclasses.fields(schema):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found |= flags(hint, f"{prefix}{field.name}.")
+        elif hint is bool or set(get_args(hint)) == {bool, type(None)}:
+            found.add(prefix + field.name)
+    return found
 
 
 # -- handing a text to Hydra ------------------------------------------------------------------------------------------
@@ -170,12 +184,25 @@ def key_of(override: str) -> str:
 
 
 def merged(*groups: Sequence[str]) -> list[str]:
-    """Overrides one after the other; of those with the same key the last alone, which Hydra would have refused."""
+    """Overrides one after the other; of those with the same key the last alone: `refuse` takes no two."""
     last: dict[str, str] = {}
     for override in (override for group in groups for override in group):
         last.pop(key_of(override), None)
         last[key_of(override)] = override
     return list(last.values())
+
+
+def refuse(overrides: Sequence[str], flags: Collection[str]) -> None:
+    """InputError for a key with two values, and for a number, which OmegaConf would take, in place of true or false."""
+    seen: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if override.startswith("-") or not value:
+            continue
+        if (first := seen.setdefault(key, override)).partition("=")[2] != value:
+            raise InputError(f"{override}: {first} is given too; use one of them")
+        if key in flags and re.fullmatch(r"[+-]?[0-9]+", value) and value not in ("0", "1"):
+            raise InputError(f"{override}: use true or false")
 
 
 def slug(text: str) -> str:

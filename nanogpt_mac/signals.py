@@ -139,6 +139,15 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def end_now(code: int, text: str) -> NoReturn:
+    """From any thread: end the process, its children and what is half made, whatever the main thread waits for."""
+    _end_children()
+    files.remove_unfinished()
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides
+    _say(f"{show_cursor}{text}\n" if text else show_cursor, 2)
+    os._exit(code)
+
+
 @contextmanager
 def _handled(handler: Handler) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
@@ -169,11 +178,7 @@ def _watch(reader: socket.socket, program: str) -> None:
                 continue
             grace = GRACE_S if twice else _State.patience
             if time.monotonic() > max(begun + grace, 0.0 if twice else _State.until):
-                _end_children()
-                files.remove_unfinished()
-                show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides
-                _say(f"{show_cursor}{os.path.basename(program)}: {words(first)}\n", 2)  # noqa: PTH119 - no import now
-                os._exit(128 + first)
+                end_now(128 + first, f"{os.path.basename(program)}: {words(first)}")  # noqa: PTH119 - no import now
 
 
 def _end_children() -> None:

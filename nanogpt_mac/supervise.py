@@ -60,7 +60,7 @@ def supervise(
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # mlx.launch reads it, and would spin at its end
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -73,6 +73,8 @@ def supervise(
     finally:
         child.end(process.pid)
         process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
         (folder / "process.json").unlink(missing_ok=True)
     seconds = time.monotonic() - begun
     code = process.returncode

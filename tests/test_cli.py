@@ -14,6 +14,7 @@ from nanogpt_mac import cli, supervise
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.config import Config, validate
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.overrides import merged
 
 
 @pytest.fixture
@@ -88,6 +89,11 @@ MISTAKES = [
     (["max_iters=abc"], r"max_iters=abc: use a whole number$"),
     (["max_iters=1.5"], r"max_iters=1\.5: use a whole number$"),
     (["model.bias=perhaps"], r"model\.bias=perhaps: use true or false$"),
+    (["model.bias=2"], r"model\.bias=2: use true or false$"),
+    (["model.bias=null"], r"model\.bias=null: use a value other than null$"),
+    (["backend.own_kernels=-1"], r"backend\.own_kernels=-1: use true or false$"),
+    (["batch_size=2", "seed=1", "batch_size=3"], r"batch_size=3: batch_size=2 is given too; use one of them$"),
+    (["data=text", "++data=shakespeare"], r"\+\+data=shakespeare: data=text is given too; use one of them$"),
     (["learning_rate=fast"], r"learning_rate=fast: use a number$"),
     (["max_iters"], r"max_iters"),
     (["model=[1"], r"model=\[1"),
@@ -141,7 +147,8 @@ def test_an_impossible_value_is_one_line_and_leaves_no_run(compose, tmp_path, ov
 
     (tmp_path / "data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 44 + "0123456789" * 2)
     code, _, err = compose(
-        "experiment=smoke", "backend=cpu", "wandb.mode=disabled", "data=text", "path=data.txt", *overrides, task=run
+        *merged(["experiment=smoke", "backend=cpu", "wandb.mode=disabled", "data=text", "path=data.txt"], overrides),
+        task=run,
     )
     assert code == 2
     assert re.fullmatch(rf"train\.py: .*{line}.*\n", err), err

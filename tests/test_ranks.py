@@ -6,15 +6,16 @@ import pytest
 
 from nanogpt_mac import cli
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.ranks import refuse_several
+from nanogpt_mac.ranks import MLX, TORCHRUN, Launched, launched, refuse_several
 
-TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+STARTED = {"MASTER_ADDR": "one.local", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
     ("environment", "named"),
     [
-        (TORCHRUN, "WORLD_SIZE=2"),
+        (VARIABLES, "WORLD_SIZE=2"),
         ({"RANK": "1"}, "RANK=1"),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE=4"),
         ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE=2"),
@@ -37,7 +38,7 @@ def test_several_are_refused_in_a_line(environment, named, tmp_path, monkeypatch
     "environment",
     [
         {},
-        TORCHRUN | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
+        VARIABLES | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
         {"RANK": "first"},
         {"OMPI_COMM_WORLD_SIZE": "1"},
         {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"},  # a job's script, which srun did not start
@@ -50,6 +51,43 @@ def test_one_is_one(environment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.json").write_text('[["a"]]')
     refuse_several(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, Launched()),
+        (
+            {**STARTED, "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            Launched(TORCHRUN, 3, 4, 1, 2, "one.local", 0),
+        ),
+        (
+            {**STARTED, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "2"},
+            Launched(TORCHRUN, 0, 1, 0, 0, "one.local", 2),
+        ),
+        ({"MLX_RANK": "1", "MLX_HOSTFILE": "here.json"}, Launched(MLX, 1, 2, 1, 2, "127.0.0.1")),
+        ({"MLX_RANK": "2", "MLX_HOSTFILE": "macs.json"}, Launched(MLX, 2, 3, 1, 2, "10.0.0.1")),
+        ({"MLX_RANK": "0", "MLX_HOSTFILE": "empty.json"}, Launched()),
+        ({"MLX_RANK": "1", "MLX_WORLD_SIZE": "2", "NCCL_HOST_IP": "10.0.0.3"}, Launched(MLX, 1, 2, 1, 1, "10.0.0.3")),
+        (
+            {"MLX_RANK": "1", "MLX_IBV_DEVICES": "links.json", "MLX_JACCL_COORDINATOR": "10.0.0.4:32323"},
+            Launched(MLX, 1, 2, 0, 1, "10.0.0.4"),
+        ),
+    ],
+)
+def test_what_the_launchers_say(environment, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.json").write_text('[["127.0.0.1:32323"], ["127.0.0.1:32324"]]')  # as mlx.launch -n 2 writes it
+    (tmp_path / "macs.json").write_text('[["10.0.0.1:1", "10.0.1.1:2"], ["10.0.0.2:3"], ["10.0.0.2:4"]]')
+    (tmp_path / "empty.json").write_text("\n")
+    (tmp_path / "links.json").write_text('[[null, "rdma_en5"], ["rdma_en5", null]]')
+    assert launched(environment) == found
+    assert found.speaks is (found.local == 0)
+
+
+def test_another_launcher_is_refused_where_train_may_be_several():
+    with pytest.raises(InputError, match=r"^OMPI_COMM_WORLD_SIZE=2: .*started by torchrun or mlx.launch"):
+        launched({"OMPI_COMM_WORLD_SIZE": "2"})
 
 
 def test_the_commands_refuse_before_they_do_anything(monkeypatch, capsys):

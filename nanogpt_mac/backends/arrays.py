@@ -97,6 +97,10 @@ class Arrays(ABC):
         self.wait(made if isinstance(made, tuple | list) else (made,))
         return made, 0
 
+    def gpu_seconds(self) -> float | None:
+        """That the GPU was at work for this program since the last call; None where only the system can tell."""
+        return None
+
     def free_memory(self) -> int:
         """Bytes that the device could still give."""
         import psutil

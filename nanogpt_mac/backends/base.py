@@ -17,6 +17,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from nanogpt_mac.backends.world import World
 from nanogpt_mac.garbage import uncollected
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.records.capabilities import Capabilities
@@ -117,6 +118,8 @@ class Kind:
     arrays: str = (
         ""  # "module:Class" of its single operations, backends/arrays.py, for bench.py; none: it takes no part
     )
+    world: str = ""  # "module:Class" of its ranks, backends/world.py; none: a run is one process
+    launcher: str = "torchrun"  # what starts them
     nets: str = ""  # "module:Class" of its small networks, backends/nets.py; none: not in suite=mlp and suite=lm
     also_on: tuple[str, ...] = ()  # further devices that its arrays may be put on, where it has another one by default
     rungs: tuple[Rung, ...] = ()
@@ -156,6 +159,11 @@ class Kind:
         cls: type[Net] = loaded(self.nets)
         return cls
 
+    def load_world(self) -> type[World]:
+        """As `load`, of what connects its ranks. Only where `world` says where that is."""
+        cls: type[World] = loaded(self.world)
+        return cls
+
     @property
     def variants(self) -> dict[bool, str]:
         """The names of its variants, by whether they are compiled, the bare name first."""
@@ -192,6 +200,9 @@ class Backend(ABC):
     # `with self.phase("clip"):` marks what the back end does: one of PHASES. Whoever wants to look (the fallback
     # detector, a trace) puts a function of its own here; until then it is `unwatched`.
     phase: Mark = staticmethod(unwatched)
+    # The other processes of a run, put here before the first step: `step` then takes this rank's share of the windows,
+    # and gradients and loss are means over all ranks.
+    world: World = World()
 
     @property
     def device_name(self) -> str:
@@ -293,6 +304,9 @@ class Backend(ABC):
         it, takes nothing more."""
         return None
 
+    def close(self) -> None:  # noqa: B027 (nothing to do for most)
+        """No further iteration: let go of what holds on to the other ranks."""
+
     def release_memory(self) -> None:  # noqa: B027 (nothing to do on most devices)
         """Give back what the allocator keeps."""
 
@@ -317,9 +331,9 @@ class Tokens:
         return self.splits[split][offsets].astype(np.int32)
 
 
-def step_seed(seed: int, iteration: int) -> int:
-    """63 bits that dropout of one iteration is drawn from (splitmix64), so that a resumed run draws the same."""
-    z = (seed * 0x9E3779B97F4A7C15 + iteration + 1) * 0x9E3779B97F4A7C15 % 2**64
+def step_seed(seed: int, iteration: int, rank: int = 0) -> int:
+    """63 bits that one iteration's dropout is drawn from (splitmix64), so that a resumed run draws the same."""
+    z = (seed * 0x9E3779B97F4A7C15 + iteration + 1 + (rank << 40)) * 0x9E3779B97F4A7C15 % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return (z ^ (z >> 31)) >> 1

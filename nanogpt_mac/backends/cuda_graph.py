@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 
-class Graphed:
-    """A function of one CUDA tensor, recorded as a CUDA graph after `warmup` calls and replayed from then on.
+
+class Recorded(Generic[T]):
+    """A function without arguments, recorded as a CUDA graph after `warmup` calls and replayed from then on.
 
     A replay reads the random generator as it is then, so a seed set before decides the dropout masks. The result is
-    overwritten by the next replay. An argument of another shape than the recorded one is not replayed.
+    overwritten by the next replay.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], warmup: int = 3) -> None:
+    def __init__(self, function: Callable[[], T], warmup: int = 3) -> None:
         self.function, self.left = function, warmup
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.argument = self.result = torch.empty(0)
+        self.result: T
         # Of its own, and the same for all calls, as memory is kept for each: what libraries prepare once a stream
         # cannot be recorded.
         self.stream = torch.cuda.Stream()
 
-    def __call__(self, argument: Tensor) -> Tensor:
+    def __call__(self) -> T:
         if self.graph is not None:
-            if argument.shape != self.argument.shape:
-                return self.function(argument)
-            self.argument.copy_(argument)
             self.graph.replay()
             return self.result
         self.stream.wait_stream(torch.cuda.current_stream())
         if self.left > 0:
             self.left -= 1
             with torch.cuda.stream(self.stream):
-                result = self.function(argument)
+                result = self.function()
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
-        self.argument, graph = argument.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self.result = self.function(self.argument)
+        graph = torch.cuda.CUDAGraph()
+        # NCCL has a thread of its own, whose calls must not end what this one records.
+        mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
+            self.result = self.function()
         self.graph = graph
-        return self(argument)
+        return self()
+
+
+class Graphed:
+    """A function of one CUDA tensor as `Recorded`; an argument of another shape than the recorded is not replayed."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], warmup: int = 3) -> None:
+        self.function, self.argument = function, torch.empty(0)
+        self.recorded = Recorded(lambda: function(self.argument), warmup)
+
+    def __call__(self, argument: Tensor) -> Tensor:
+        if self.recorded.graph is None:
+            self.argument = argument.clone()
+        elif argument.shape != self.argument.shape:
+            return self.function(argument)
+        else:
+            self.argument.copy_(argument)
+        return self.recorded()

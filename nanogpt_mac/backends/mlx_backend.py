@@ -33,6 +33,7 @@ class Handle:
 
     loss: mx.array
     norm: mx.array
+    asked: mx.array  # mean over ranks of World.asked
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,19 @@ class MLXBackend(Backend):
     # -- training -------------------------------------------------------------------------------------------------
 
     def step(self, starts: np.ndarray, lr: float) -> Handle:
-        key = mx.random.key(base.step_seed(self.options.seed, self.iteration))  # dropout: a function of the iteration
+        seed = base.step_seed(self.options.seed, self.iteration, self.world.rank)
+        key = mx.random.key(seed)  # dropout: a function of the iteration
         self.iteration += 1
-        loss, norm = self._step(self._batch("train", starts), mx.array(lr, mx.float32), key)
+        batch, asked = self._batch("train", starts), mx.array(float(self.world.asked))
+        loss, norm, asked = self._step(batch, mx.array(lr, mx.float32), key, asked)
         self.bound = False
         with self.phase("result"):
             mx.async_eval(loss, norm, self.trained)
-            return Handle(loss, norm)
+            return Handle(loss, norm, asked)
 
-    def _iteration(self, batch: mx.array, lr: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
+    def _iteration(
+        self, batch: mx.array, lr: mx.array, key: mx.array, asked: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
         """The whole iteration as one graph: pick batch, forward, loss, backward, accumulate, clip, AdamW."""
         windows = self._windows("train", batch)
         total, grads, count = mx.zeros(()), list[mx.array](), len(windows)
@@ -161,11 +166,13 @@ class MLXBackend(Backend):
                 loss, new = self._gradients(window[:, :-1], window[:, 1:], self._masks(len(window), one), count)
                 total = total + loss
                 grads = [a + b for a, b in zip(grads, new, strict=True)] if grads else new
+        if self.world.size > 1:
+            *grads, total, asked = self.world.average([*grads, total, asked])
         with self.phase("clip"):
             grads, norm = self._clipped(grads)
         with self.phase("optimizer"):
             self._updated(grads, lr, norm)
-        return total, norm
+        return total, norm, asked
 
     def _clipped(self, grads: list[mx.array]) -> tuple[list[mx.array], mx.array]:
         """Gradients without the loss scale, clipped, and their norm before."""
@@ -228,6 +235,8 @@ class MLXBackend(Backend):
 
     def wait(self, handle: Handle) -> tuple[float, float]:
         with self.phase("result"):
+            if self.world.size > 1:
+                self.world.heard(_float(handle.asked))
             return _float(handle.loss), _float(handle.norm)
 
     def evaluate(self, split: str, starts: np.ndarray) -> float:

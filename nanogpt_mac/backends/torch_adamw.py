@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+TAIL = 2  # floats behind the gradients, which go from rank to rank with them
 ALIGNED = 16  # floats; vector instructions and the matrix product of a GPU want tensors to begin at 64 bytes
 
 
 class AdamW:
     """Matrices and embeddings decay, vectors do not; the arithmetic is torch's own.
 
-    `parameters` become views of the flat float32 `weights`; `moments` holds views, first and second, by name. Steps lie
+    `parameters` become views of the flat float32 `weights`; `moments` holds views, first and second, by name; `shared`
+    is the gradients with room for the loss and a further number, so that ranks need one sum an iteration. Steps lie
     on the host unless the update is fused or capturable. GradScaler takes it for an optimizer and asks by
     `_step_supports_amp_scaling` whether `step` itself heeds the `found_inf` that it sets: its contract with optimizers
     that are not torch's, as grad_scaler.py says.
@@ -41,6 +43,8 @@ class AdamW:
             ends.append(ends[-1] + -(-parameters[name].numel() // ALIGNED) * ALIGNED)
         device = parameters[ordered[0]].device
         flat = [torch.zeros(ends[-1], device=device) for _ in range(4)]
+        self.shared = torch.zeros(ends[-1] + TAIL, device=device)
+        flat[1] = self.shared[: ends[-1]]
         self.weights, self.gradients, moment, square = flat
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         for name, start in zip(ordered, ends, strict=False):

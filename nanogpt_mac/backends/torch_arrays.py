@@ -38,7 +38,7 @@ class TorchArrays(Arrays):
     def get(self, array: Tensor) -> np.ndarray:
         tensor = array.detach()
         tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        return tensor.cpu().numpy().copy()
+        return tensor.numpy().copy() if tensor.device.type == "cpu" else tensor.cpu().numpy()
 
     def dtype(self, array: Tensor) -> str:
         return str(array.dtype).removeprefix("torch.")

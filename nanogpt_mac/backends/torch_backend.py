@@ -40,7 +40,7 @@ MEANT = (
 class Handle:
     """An iteration under way: its loss and gradient norm on their way to the host, and the event behind them."""
 
-    result: Tensor  # float32 (2,) on the host, valid once `event` has passed
+    result: Tensor  # float32 (2,), of several ranks (3,), on the host, valid once `event` has passed
     event: Any  # None on a CPU, where the result is already there
     sources: list[Tensor]  # what the iteration copies from, kept alive until it has
 
@@ -91,7 +91,9 @@ class TorchBackend(Backend):
             "backend.own_kernels",
             False,
             "attention and layer norm by torch's kernels, not by ours",
-            lambda here, config: here.device == "cuda" and config.backend.own_kernels is not False,
+            lambda here, config: (
+                here.device == "cuda" and (config.compile if (o := config.backend.own_kernels) is None else o)
+            ),
         ),
         Lever(
             "backend.compile_mode", "reduce-overhead", "the loss as CUDA graphs", lambda here, _: here.device == "cuda"
@@ -115,13 +117,19 @@ class TorchBackend(Backend):
         torch.set_float32_matmul_precision(options.matmul_precision)
         self.dtype = getattr(torch, options.dtype)
         own = self._own_kernels()
-        self.model = GPT(spec, self._few_kernels(), options.checkpointing, own).to(self.device)
+        if own is not None:
+            own.prepare(spec, self.dtype, self.device)
+        self.model = GPT(spec, self._few_kernels(), options.checkpointing, own is not None).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
+        graph = self._cuda_graph()
         if options.compile:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
-            self.loss = torch.compile(self.model.loss, dynamic=False, mode=self.settings.compile_mode)
-        graph = self._cuda_graph()
+            compiled = partial(torch.compile, dynamic=False, mode=self.settings.compile_mode)
+            if own is not None and graph:  # nothing is fused across a block's borders, and a replay calls nothing
+                self.loss = partial(own.loss, self.model, own.Pieces(*map(compiled, own.Pieces())))
+            else:
+                self.loss = compiled(self.model.loss)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer, fused = self._adamw(capturable=graph)
         self.scaler: Any = torch.amp.GradScaler(  # whose types ask for an optimizer of torch's own
@@ -152,7 +160,7 @@ class TorchBackend(Backend):
         self.details = {
             "fused_adamw": fused,
             "cuda_graph": graph,
-            "own_kernels": own,
+            "own_kernels": own is not None,
             "resident_data": sorted(self.resident),
         }
 
@@ -176,11 +184,16 @@ class TorchBackend(Backend):
             raise InputError(f"backend.cuda_graph=true: {why}; use null or false")
         return self.device.type == "cuda" and not own and (self.options.compile if asked is None else asked)
 
-    def _own_kernels(self) -> bool:
-        """Whether the model takes our Triton kernels: wherever it can, unless told otherwise."""
+    def _own_kernels(self) -> Any:
+        """The module of our Triton kernels where the model takes them, else None.
+
+        Unless told otherwise it does in a step that is compiled or one CUDA graph: eager, the host takes longer to send
+        them than torch's own.
+        """
         asked = self.settings.own_kernels
+        wanted = self.options.compile or self._cuda_graph() if asked is None else asked
         why_not = f"{self.options.name} has none" if self.device.type != "cuda" else None
-        if why_not is None and asked is not False:
+        if why_not is None and wanted:
             if find_spec("triton") is None:
                 why_not = "the package triton is not installed"
             else:
@@ -189,7 +202,7 @@ class TorchBackend(Backend):
                 why_not = fused.fault(self.spec)
         if asked and why_not:
             raise InputError(f"backend.own_kernels=true: {why_not}; use null or false")
-        return why_not is None and asked is not False
+        return fused if why_not is None and wanted else None
 
     def _adamw(self, capturable: bool) -> tuple[AdamW, bool]:
         """AdamW, fused wherever torch has it for this device unless told otherwise; whether it is."""
@@ -232,13 +245,20 @@ class TorchBackend(Backend):
     # -- training -----------------------------------------------------------------------------------------------
 
     def step(self, starts: np.ndarray, lr: float) -> Handle:
-        torch.manual_seed(base.step_seed(self.options.seed, self.iteration))  # dropout: a function of the iteration
+        seed = base.step_seed(self.options.seed, self.iteration, self.world.rank)
+        torch.manual_seed(seed)  # dropout: a function of the iteration
         self.iteration += 1
         self.model.train()
+        if self.world.size > 1:
+            self.optimizer.shared[-1:].fill_(self.world.asked)
         self.lr = self.lr.fill_(lr) if isinstance(self.lr, Tensor) else lr
         with self.phase("forward"):
             windows = self.windows("train", starts)  # (accumulation, B, T + 1)
-        result = self.train_windows(windows)
+        try:
+            result = self.train_windows(windows)
+        except RuntimeError:  # before its update, which comes last: it never was
+            self.iteration -= 1
+            raise
         with self.phase("result"):
             return self._handle(result)
 
@@ -255,6 +275,12 @@ class TorchBackend(Backend):
                 gradients = torch.autograd.grad(scaled, self.optimizer.ordered, materialize_grads=True)
                 self.optimizer.take(gradients, add=number > 0)
                 total = total + loss.detach() if number else loss.detach()
+        if self.world.size > 1:
+            with self.phase("backward"):
+                shared = self.optimizer.shared
+                shared[-2] = total
+                self.world.average(shared)
+                total = shared[-2]
         with self.phase("clip"):
             self.scaler.unscale_(self.optimizer)
             norm = self.optimizer.clip(self.options.grad_clip)
@@ -262,7 +288,7 @@ class TorchBackend(Backend):
             self.scaler.step(self.optimizer, self.lr)
             self.scaler.update()
         with self.phase("result"):
-            return torch.stack((total, norm))
+            return torch.stack((total, norm) if self.world.size == 1 else (total, norm, shared[-1]))
 
     def _handle(self, result: Tensor) -> Handle:
         """Send the result to the host behind the iteration's work, so that reading it later drains nothing."""
@@ -270,7 +296,7 @@ class TorchBackend(Backend):
         if self.accelerator is None:
             return Handle(result, None, sources)
         # NaN, so that a copy that an event failed to wait for would end the run and not pass for a loss.
-        host = torch.full((2,), float("nan"), pin_memory=self.device.type == "cuda")
+        host = torch.full(result.shape, float("nan"), pin_memory=self.device.type == "cuda")
         host.copy_(result, non_blocking=True)
         event = self.accelerator.Event()
         event.record()
@@ -280,7 +306,9 @@ class TorchBackend(Backend):
         with self.phase("result"):
             if handle.event is not None:
                 handle.event.synchronize()
-            loss, norm = handle.result.tolist()
+            loss, norm, *asked = handle.result.tolist()
+            if asked:
+                self.world.heard(asked[0])
             return loss, norm
 
     @torch.no_grad()
@@ -434,6 +462,9 @@ class TorchBackend(Backend):
 
     def free_memory(self) -> int:
         return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else super().free_memory()
+
+    def close(self) -> None:
+        self.train_windows = self._train  # NCCL waits for the end of graphs that have recorded it
 
     def release_memory(self) -> None:
         if self.accelerator is not None:

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_mac import simulator
+from nanogpt_mac.backends.cuda_graph import Recorded
 from nanogpt_mac.backends.parts import Call, Inside, Part, Parts, Stage
 from nanogpt_mac.gpt import torch_gpt
 from nanogpt_mac.gpt.torch_gpt import GPT, Few
@@ -91,26 +92,20 @@ def own_stages(model: GPT) -> list[Stage]:
         Stage("layer norms", norms[0], ("x",), ("y",), own(norms[0]), note="are the first one alone"),
     ]
     note = "have dropout and the layer norm behind them, in one kernel of ours"
-    for layer in range(model.spec.n_layer):
+    for layer, block in enumerate(t["h"]):
 
-        def attend(y: Tensor, seeds: Tensor, layer: int = layer) -> Tensor:
-            return fused.attend(model, layer, y, seeds)
+        def attend(y: Tensor, seeds: Tensor, layer: int = layer, block: Any = block) -> Tensor:
+            return fused.attend(block, y, seeds[layer], fused.dropout(model))
 
-        def mlp(y: Tensor, layer: int = layer) -> Tensor:
-            return fused.mlp(model, layer, y)
+        def add(x: Tensor, y: Tensor, seeds: Tensor, layer: int = layer, place: int = 1) -> tuple[Tensor, Tensor]:
+            return fused.add(norms[2 * layer + place], x, y, seeds[layer], place, fused.dropout(model))
 
-        def add(x: Tensor, y: Tensor, seeds: Tensor, layer: int = layer) -> tuple[Tensor, Tensor]:
-            return fused.add(model, layer, 1, x, y, seeds)
-
-        def add_last(x: Tensor, y: Tensor, seeds: Tensor, layer: int = layer) -> tuple[Tensor, Tensor]:
-            return fused.add(model, layer, 2, x, y, seeds)
-
-        block, sums = t["h"][layer], (("x", "y", "seeds"), ("x", "y"))
+        mlp, sums = functools.partial(fused.mlp, block), (("x", "y", "seeds"), ("x", "y"))
         inside = [
             Stage("attention", attend, ("y", "seeds"), ("y",), own(block.attn), note="has both projections"),
             Stage("residual sums", add, *sums, own(norms[2 * layer + 1]), note=note),
             Stage("MLP", mlp, ("y",), ("y",), own(block.mlp)),
-            Stage("residual sums", add_last, *sums, own(norms[2 * layer + 2])),
+            Stage("residual sums", functools.partial(add, place=2), *sums, own(norms[2 * layer + 2])),
         ]
         chain += [stage.anew(_again) for stage in inside] if model.checkpointing else inside
     return [*chain, Stage("head and loss", head, ("y", "targets"), ("loss",), tied=("transformer.wte.weight",))]
@@ -134,7 +129,8 @@ class TorchParts(Parts):
         few = None if model.few_kernels == "never" or model.spec.dropout else model._few(*window[:, :-1].shape)
         self.values: dict[str, Any] = {"tokens": window[:, :-1], "targets": window[:, 1:], "few": few}
         if model.own_logits is not None:
-            self.values["seeds"] = window[0, :-1]  # where nothing is dropped; else a stage's
+            any_numbers = window[:1, :-1].expand(model.spec.n_layer, -1)
+            self.values["seeds"] = any_numbers  # where nothing is dropped; else a stage's
         self.stages = stages(model) if model.own_logits is None else own_stages(model)
         self.parts = {part.name: part for part in (self._batch(), *self._of_model(), *self._of_optimizer())}
         if backend.accelerator is not None:
@@ -160,7 +156,14 @@ class TorchParts(Parts):
             return torch.autograd.grad(outputs, of, cotangents, materialize_grads=True)
 
         cotangents = [torch.randn_like(output) for output in made] if of else []
-        return forward, both if of else None
+        return self._sent(forward), self._sent(both) if of else None
+
+    def _sent(self, call: Call) -> Call:
+        """`call` as the step sends it: recorded where that is one CUDA graph, or the host would be what is timed."""
+        if not self.backend.details["cuda_graph"]:
+            return call
+        recorded = Recorded(functools.partial(call, 0))
+        return lambda number: recorded()
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if not self.backend.options.compile:
@@ -198,8 +201,8 @@ class TorchParts(Parts):
 
         take(0)
         yield Part("gradients", len(self.starts), take, note="are put into the optimizer's buffers")
-        yield Part("clip", 1, clip, note="includes the norm")
-        yield Part("optimizer", 1, update, note="is AdamW")
+        yield Part("clip", 1, self._sent(clip), note="includes the norm")
+        yield Part("optimizer", 1, self._sent(update), note="is AdamW")
 
     # -- the device -----------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ def short(variant: VariantResult, most: int = _LABEL) -> str:
 
 
 def _shown(comparison: Comparison) -> list[VariantResult]:
-    return [variant for variant in plain(comparison) if variant.median]
+    return [variant for variant in plain(comparison) if variant.median and variant.ranks == 1]
 
 
 def _colour(variant: VariantResult, comparison: Comparison, usual: str) -> str:

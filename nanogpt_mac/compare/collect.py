@@ -216,7 +216,8 @@ def _span(outcome: Outcome) -> tuple[datetime, datetime] | None:
 
 def _variant(variant: Variant, files: _Files) -> VariantResult:
     """Everything about one variant but its ratio to the fastest."""
-    name, checked, pilot = variant.name, files.checked(variant.name), files.pilots.get(variant.name)
+    name, pilot = variant.name, files.pilots.get(variant.name)
+    checked = files.checked(variant.alone or name)  # each rank computes what one process does
     done, failed = _sorted(files.runs.get(name, {}), pilot, files.work)
     found = figures.of_variant(done, pilot, files.recipe, files.rounds)
     one = next(iter(done.values()), pilot)
@@ -242,7 +243,12 @@ def _variant(variant: Variant, files: _Files) -> VariantResult:
         failed_runs=failed,
         same_work=same_work,
         # A lever is an ablation, ranked only where it is also a variant of its own: compiled or not.
-        ranked=same_work and not found.shared_machine and (variant.lever is None or variant.lever.key == "compile"),
+        ranked=same_work
+        and not found.shared_machine
+        and variant.ranks == 1
+        and (variant.lever is None or variant.lever.key == "compile"),
+        ranks=variant.ranks,
+        alone=variant.alone,
         fallbacks=fallbacks,
         compile_report=compiled if isinstance(compiled, dict) else None,
     )

@@ -53,6 +53,8 @@ class CompareConfig(Config):
     """On every back end, one setting changed at a time."""
     explain: bool = False
     """After the rounds, measure the model's parts in each variant, and say what the slower ones take longer in."""
+    ranks: Any = None
+    """[2,4]: every variant once more by so many processes of this machine, in a table of their own."""
     rounds: int | None = at_least(1, None)
     """Processes of each variant; null: what the budget allows."""
     iters: int | None = at_least(1, None)
@@ -107,6 +109,7 @@ def validate(config: CompareConfig) -> None:
     if config.time_wrong and not config.parity:
         raise InputError("time_wrong=true: parity=false does not look for variants that are wrong; use one of the two")
     check_fields(config)
+    sizes(config)
     fewest = max(config.timing_warmup, 1) + 3  # the second is not counted either: it finds a GPU's queue empty
     if config.iters is not None and config.iters < fewest:
         raise InputError(
@@ -120,6 +123,21 @@ def validate(config: CompareConfig) -> None:
 def chips(config: CompareConfig) -> list[str]:
     """The chips of `chip=`, if any."""
     return [str(name) for name in (config.chip if isinstance(config.chip, list) else [config.chip]) if name is not None]
+
+
+def sizes(config: CompareConfig) -> list[int]:
+    """The numbers of processes of `ranks=`, of several, each once."""
+    given = config.ranks if isinstance(config.ranks, list) else [] if config.ranks is None else [config.ranks]
+    if any(type(size) is not int or size < 1 for size in given):
+        raise InputError(f"ranks={config.ranks}: use a number of processes, or a list such as [2,4]")
+    shared = config.gradient_accumulation_steps
+    for size in given:
+        if shared % size:
+            raise InputError(
+                f"ranks={config.ranks}: {size} processes cannot share gradient_accumulation_steps={shared}; use a "
+                f"multiple of {size}"
+            )
+    return [size for size in dict.fromkeys(given) if size > 1]
 
 
 def entries(variants: Any) -> list[str] | None:

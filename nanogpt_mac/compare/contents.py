@@ -60,6 +60,7 @@ def report(comparison: Comparison) -> Report:
             _variants(comparison),
             evidence.problems(doubts.problems(comparison, ordered(comparison))),
             *([_why(comparison)] if comparison.explanation else []),
+            *([_together(comparison)] if any(v.ranks > 1 for v in comparison.variants) else []),
             _times(comparison, timed),
             _losses(comparison, timed),
             _utilisation(comparison, timed),
@@ -185,7 +186,7 @@ def _figures(comparison: Comparison) -> list[tuple[str, str, str]]:
 
 
 def _variants(comparison: Comparison) -> Section:
-    variants = ordered(comparison)
+    variants = [variant for variant in ordered(comparison) if variant.ranks == 1]
     confidences = [variant.ratio.confidence for variant in variants if variant.ratio]
     sure = f"{100 * max(confidences):.3g} %" if confidences else "interval"
     table = _table("Variants, the fastest first", comparison, variants, {
@@ -292,6 +293,36 @@ def _why(comparison: Comparison) -> Section:
     if not comparison.explanation.complete:
         found.notes.append("The budget was spent before all parts were measured. Raise budget_minutes= for them.")
     return found
+
+
+def _together(comparison: Comparison) -> Section:
+    """Several processes beside the same in one."""
+    several = sorted((v for v in comparison.variants if v.ranks > 1), key=lambda v: (v.alone or "", v.ranks))
+    rows = [v for each in dict.fromkeys(v.alone for v in several) for v in [comparison.named(each)] if v]
+    rows = sorted([*rows, *several], key=lambda v: (v.alone or v.name, v.ranks))
+
+    def efficiency(variant: VariantResult) -> str:
+        one = comparison.named(variant.alone)
+        if one is None or not one.tokens_per_s or not variant.tokens_per_s:
+            return DASH
+        return percent(variant.tokens_per_s / one.tokens_per_s / variant.ranks)
+
+    table = _table("Processes that train together, of this machine", comparison, rows, {
+        "processes": lambda v: count(v.ranks),
+        "ms an iteration [95 %]": median,
+        "tokens/s": _of("tokens_per_s", count),
+        "efficiency": efficiency,
+        "communication not overlapped": _of("world.exposed_share", percent),
+        "of it, ms": _of("world.exposed_ms", ms),
+        "the sum alone, ms": _of("world.alone_ms", ms),
+        "bytes an iteration": _of("world.bytes_per_iter", size),
+        "by": _of("world.by"),
+    })  # fmt: skip
+    notes = [
+        "Efficiency: tokens a second over the number of processes times those of one. Processes that share the cores "
+        "of one CPU cannot reach 100 %. They are never ranked with single runs."
+    ]
+    return Section("together", "Several processes", notes, [table], "Nothing was timed.")
 
 
 # A variant's key -> its denominator.

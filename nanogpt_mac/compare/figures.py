@@ -88,6 +88,7 @@ def of_variant(
         roofline=roof,
         series=tuple(_series(r, run) for r, run in rounds.items() if len(run.kept)),
         evaluations=_evaluations(rounds, pilot),
+        world=next((run.summary.world for run in rounds.values() if run.summary and run.summary.world), None),
     )
 
 

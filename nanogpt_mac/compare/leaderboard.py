@@ -28,6 +28,7 @@ from nanogpt_mac.records.sweep import Sweep
 from nanogpt_mac.report import page, show
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import DASH, count, listed, ms, percent, plural, ratio, size, text, when
+from nanogpt_mac.suites import agreement
 from nanogpt_mac.sweep import report as sweep_report
 
 _WORK = ("batch_size", "gradient_accumulation_steps", "dtype", "matmul_precision", "corpus_sha256")  # what ranks need
@@ -70,6 +71,8 @@ class Entry:
             return f"in doubt: {text(reason)}"
         if not self.median:
             return text(reason or "nothing was timed")
+        if variant.ranks > 1:
+            return f"{variant.ranks} processes together: not ranked with single ones"
         if variant.shared_machine:
             return doubts.Doubt.SHARED_MACHINE.words
         if reason.startswith("diverged"):
@@ -90,17 +93,21 @@ def run(config: ReportConfig) -> int:
     if not config.runs:
         raise InputError("runs=[]: name the folders to report on (python report.py runs/a runs/b)")
     try:
-        swept = _sweep(config.runs)
-        folders = [] if swept else _folders(config.runs)
+        benches = any((Path(path) / agreement.FILE).exists() for path in config.runs)
+        swept = None if benches else _sweep(config.runs)
+        folders = [] if swept or benches else _folders(config.runs)
         single = read(folders[0]) if len(folders) == 1 and _is_comparison(folders[0]) else None
-        board = Board([] if single or swept else [entry for folder in folders for entry in entries(folder)])
+        board = Board([] if single or swept or benches else [entry for folder in folders for entry in entries(folder)])
     except OSError as error:  # a folder that may not be looked into
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    own = config.runs[0] if swept else str(folders[0]) if single else None
+    own = config.runs[0] if swept or (benches and len(config.runs) == 1) else str(folders[0]) if single else None
     output = config.output or own or "runs/{date}/{time}-report"
     from nanogpt_mac.compare import page as comparison_page  # matplotlib
 
-    if swept:
+    if benches:
+        report, charts = agreement.report(config.runs)
+        html = page.html(report, charts)
+    elif swept:
         report = sweep_report.report(swept)
         html = page.html(report, sweep_report.charts(swept))
     else:
@@ -187,6 +194,7 @@ def load_run(folder: Path) -> Entry:
         state=state,
         reason=reason,
         parity=checked.state,
+        ranks=facts.world_size if facts else 1,
         runs=int(done),
         failed_runs=() if done else (FailedRun(round=0, state=run.state, reason=run.reason),),
         fallbacks=runs.free(folder / "fallbacks.json", run.problems),

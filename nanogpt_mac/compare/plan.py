@@ -15,7 +15,7 @@ import nanogpt_mac
 from nanogpt_mac import cli, memory
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.compare import levers
-from nanogpt_mac.compare.config import BUDGET_MINUTES, FEW, LEVER_MINUTES, CompareConfig, entries
+from nanogpt_mac.compare.config import BUDGET_MINUTES, FEW, LEVER_MINUTES, CompareConfig, entries, sizes
 from nanogpt_mac.compare.variants import (
     BACKENDS,
     KNOWN,
@@ -46,12 +46,13 @@ def make(config: CompareConfig) -> tuple[Plan, dict[str, Config]]:
     else:
         variants = _variants(config, machine)
     variants = list(unique(variants))
+    variants += [_together(variant, size) for size in sizes(config) for variant in variants if _has_world(variant)]
     configs = {variant.name: _checked(variant, common) for variant in variants}
     common = _settle_corpus(next(iter(configs.values())), common)
     configs = {variant.name: _checked(variant, common) for variant in variants}
     _refuse_other_work(variants, configs, common)
     work = next(iter(configs.values()))
-    extra = max(0, len(variants) - FEW) * LEVER_MINUTES if config.levers else 0.0
+    extra = max(0, len(variants) - FEW) * LEVER_MINUTES if config.levers or config.ranks else 0.0
     plan = Plan(
         version=nanogpt_mac.__version__,
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -107,6 +108,17 @@ def _variants(config: CompareConfig, machine: Machine) -> list[Variant]:
         narrowing = [o for o in config.given if key_of(o) in NARROWING]
         raise InputError(f"{' '.join(narrowing)}: leaves none of the variants {', '.join(texts)}; leave it out")
     return variants
+
+
+def _has_world(variant: Variant) -> bool:
+    kind = kinds.KINDS.get(str(setting(variant, "backend")))
+    return kind is not None and bool(kind.world)
+
+
+def _together(variant: Variant, size: int) -> Variant:
+    """The same by `size` processes."""
+    name, label = f"{variant.name}-x{size}", f"{variant.label}, {size} processes"
+    return variant.model_copy(update={"name": name, "label": label, "ranks": size, "alone": variant.name})
 
 
 # -- the work ---------------------------------------------------------------------------------------------------------

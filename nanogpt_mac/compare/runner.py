@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt_mac import composed
+from nanogpt_mac import composed, ranks
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import Kind
 from nanogpt_mac.compare import explain
@@ -84,7 +84,8 @@ class Training:
             given=merged(self.common, self.variant.overrides, spelt, fixed),
         )
         script = self.variant.script or str(ROOT / "train.py")
-        return [sys.executable, script, *composed.write(task.folder / "composed.json", config)]
+        starts = ranks.command(self.kind.launcher, n) if (n := self.variant.ranks) > 1 else [sys.executable]
+        return [*starts, script, *composed.write(task.folder / "composed.json", config)]
 
     def environment(self, task: Task) -> dict[str, str]:
         """Compilers' caches belong to the variant: its pilot run compiles from cold, its rounds do not."""
@@ -155,11 +156,13 @@ class ComparisonRunner(Runner):
         """Why variants may not be timed: they compute something else than the reference, or nobody could tell."""
         if not self.plan.gate.parity:
             return {}
-        parity = gate.read(self.folder, self.jobs)
+        alone = {name: job for name, job in self.jobs.items() if job.variant.ranks == 1}
+        parity = gate.read(self.folder, alone)
         if parity is None:
-            self.say(f"parity: {len(self.jobs)} variants against float64 torch on the CPU")
-            parity = gate.check({name: job.config for name, job in self.jobs.items()}, self.folder)
-        wrong = {name: result for name, result in parity.variants.items() if result.state != ParityState.PASS}
+            self.say(f"parity: {len(alone)} variants against float64 torch on the CPU")
+            parity = gate.check({name: job.config for name, job in alone.items()}, self.folder)
+        of = {name: parity.variants[job.variant.alone or name] for name, job in self.jobs.items()}
+        wrong = {name: result for name, result in of.items() if result.state != ParityState.PASS}
         for name, result in wrong.items():
             self.say(f"parity: {self.jobs[name].label}: {result.state.upper()}: {result.reason}")
         if not wrong:
@@ -172,7 +175,8 @@ class ComparisonRunner(Runner):
         """What leaves the GPU, of variants that can be asked; one whose detector fails is timed all the same."""
         for name, job in self.jobs.items():
             path = self.folder / "fallbacks" / f"{name}.json"
-            if path.exists() or not any(device.detector for device in job.kind.devices):
+            asked = any(device.detector for device in job.kind.devices) and job.variant.ranks == 1
+            if path.exists() or not asked:
                 continue
             from nanogpt_mac.corpus import prepare
             from nanogpt_mac.fallbacks import detect

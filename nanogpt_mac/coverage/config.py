@@ -19,9 +19,14 @@ FORMATS = ("table", "json", "markdown")
 STATIC = "a table of operators"
 READ_BY = {
     "samples": ("scope=opinfo",),
-    "batch_size": ("compiled=true", "run=true", "verify=true", "verify=predict"),
-    "python": (STATIC, "verify=true", "verify=predict"),
-    "nightly_index": (STATIC, "run=true"),
+    "batch_size": ("compiled=true", "run=true", "verify=true", "verify=predict", "bisect"),
+    "python": (STATIC, "verify=true", "verify=predict", "script", "history", "bisect"),
+    "nightly_index": (STATIC, "run=true", "script", "history", "bisect"),
+    "good": ("bisect",),
+    "bad": ("bisect",),
+    "steps": ("script", "history", "bisect"),
+    "limit_s": ("script", "history", "bisect"),
+    "map": ("script", "history", "bisect"),
 }
 
 
@@ -43,6 +48,16 @@ class CoverageConfig:
     verify: Any = False  # true: do the predictions made off a Mac hold? predict: write the predictions down
     output: str | None = path_field(None)  # verify: the JSON to write; by default mps-verify-TORCH-DATE.json
     html: str | None = path_field(None)  # also write the report as a page of HTML to this file
+
+    script: str | None = text_field(None)  # any PyTorch program and its arguments, run on MPS and watched
+    steps: int | None = None  # script: stop it after so many optimizer steps
+    limit_s: float | None = None  # script: stop it after so many seconds
+    map: str | None = text_field(None)  # script: cuda:mps gives a program that asks for CUDA the MPS device
+
+    bisect: str | None = text_field(None)  # the first nightly that differs in an operator, or for model or script
+    good: str | None = text_field(None)  # bisect: the torch before the change
+    bad: str | None = text_field(None)  # bisect: a nightly after it, or the newest: nightly
+    history: str | None = text_field(None)  # every overload in every torch of a range: 2.5..nightly
 
     model: ModelConfig = field(default_factory=ModelConfig)  # scope=model: the model whose training step is traced
     dtype: str = "float32"
@@ -70,8 +85,12 @@ def validate(config: CoverageConfig) -> None:
         raise InputError(f"op={given}: scope=ops needs the operators to look at (op=gelu or op=[gelu,linalg_svd])")
     if config.scope not in ("ops", "opinfo") and config.op is not None:
         raise InputError(f"op={config.op}: only scope=ops and scope=opinfo take operators (here scope={config.scope})")
-    for key in ("samples", "batch_size"):
-        if getattr(config, key) < 1:
+    if config.map not in (None, "cuda:mps"):
+        raise InputError(f"map={config.map}: use cuda:mps")
+    if config.limit_s is not None and not config.limit_s > 0:
+        raise InputError(f"limit_s={config.limit_s}: use a number of seconds above 0")
+    for key in ("samples", "batch_size", "steps"):
+        if getattr(config, key) is not None and getattr(config, key) < 1:
             raise InputError(f"{key}={getattr(config, key)}: use a whole number from 1")
     if config.verify not in (False, True, "predict"):
         raise InputError(f"verify={config.verify}: use true, false or predict")
@@ -86,8 +105,11 @@ def validate(config: CoverageConfig) -> None:
 def _one_task(config: CoverageConfig) -> None:
     """The combinations that mean something."""
     tasks = {
+        "history": config.history is not None,
+        "bisect": config.bisect is not None,
+        "script": config.script is not None and config.history is None and config.bisect != "script",
         "scope=opinfo": config.scope == "opinfo",
-        "run=true": config.run,
+        "run=true": config.run and config.bisect is None,
         "compiled=true": config.compiled,
         f"verify={str(config.verify).lower()}": bool(config.verify),
     }
@@ -103,6 +125,14 @@ def _one_task(config: CoverageConfig) -> None:
     task = asked[0]
     if config.scope not in ("model", "opinfo"):
         raise InputError(f"scope={config.scope}: {task} looks at this model; use scope=model")
+    if task in ("history", "bisect") and config.torch != "installed":
+        raise InputError(f"torch={config.torch}: {task} has all of its range; leave torch= out")
+    if task == "bisect":
+        _bisection(config)
+    if task in ("script", "history", "bisect"):
+        if config.against is not None:
+            raise InputError(f"against={config.against}: {task} takes no second torch; leave it out")
+        return
     if config.binary and task != "verify=true":
         raise InputError(f"binary=true: {task} reads no binary; leave it out")
     if config.run:
@@ -114,3 +144,15 @@ def _one_task(config: CoverageConfig) -> None:
         raise InputError(f"torch={config.torch}: {task} runs the torch that is installed; leave torch= out")
     if config.against is not None:
         raise InputError(f"against={config.against}: {task} compares with what is installed; leave against= out")
+
+
+def _bisection(config: CoverageConfig) -> None:
+    for key in ("good", "bad"):
+        if getattr(config, key) is None:
+            raise InputError(f"{key}=null: bisect needs both ends, such as good=2.13.0 bad=nightly")
+    if (config.bisect == "script") != (config.script is not None):
+        raise InputError(
+            f"bisect={config.bisect} script={config.script}: use bisect=script with the program in script="
+        )
+    if config.run and config.bisect not in ("model", "script"):
+        raise InputError(f"bisect={config.bisect}: run=true runs bisect=model or bisect=script; leave run out")

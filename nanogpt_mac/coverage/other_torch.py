@@ -203,7 +203,7 @@ def _requirement(asked: str, nightly_index: str) -> tuple[str, str | None]:
             raise InputError(f"torch={asked}: no such file; {_ALLOWED}")
         return str(path.resolve()), None
     try:
-        return f"torch=={Version(asked)}", None
+        return f"torch=={Version(asked)}", nightly_index if Version(asked).is_devrelease else None
     except InvalidVersion:
         raise InputError(f"torch={asked}: {_ALLOWED}") from None
 

@@ -12,6 +12,7 @@ from nanogpt_mac import files
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.overrides import slug
 from nanogpt_mac.report import page, show
+from nanogpt_mac.report.charts import Chart
 from nanogpt_mac.report.table import Report, Section, Table, rows
 from nanogpt_mac.report.words import DASH
 
@@ -29,6 +30,7 @@ class Page:
     exit_code: int
     verdict: str
     facts: Mapping[str, object] = field(default_factory=dict)
+    charts: Mapping[str, Sequence[Chart]] = field(default_factory=dict)  # section id to its charts, for the page alone
 
     @property
     def data(self) -> dict[str, object]:
@@ -59,7 +61,7 @@ def some(names: list[str], most: int = 8) -> str:
 def emit(made: Page, form: str, html: str | None = None) -> None:
     """Print a page as `table`, `json` or `markdown`, and write it to the file `html` where one is named."""
     if html is not None:
-        files.write_aside(writable("html", html), page.html(made.report))
+        files.write_aside(writable("html", html), page.html(made.report, made.charts))
     if form == "json":
         print(json.dumps(made.data, indent=1))
     elif form == "markdown":

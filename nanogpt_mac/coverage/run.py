@@ -31,6 +31,18 @@ def run(config: CoverageConfig) -> int:
 
 def _page(config: CoverageConfig) -> Page:
     """What was asked for. Each of these is imported where it is wanted: some are slow to load."""
+    if config.history is not None:
+        from nanogpt_mac.coverage import history
+
+        return history.check(config)
+    if config.bisect is not None:
+        from nanogpt_mac.coverage import bisect
+
+        return bisect.check(config)
+    if config.script is not None:
+        from nanogpt_mac.coverage import program
+
+        return program.check(config)
     if config.verify:
         from nanogpt_mac.coverage import verify
 

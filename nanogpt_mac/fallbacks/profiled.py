@@ -37,6 +37,7 @@ class Record(Call):
     transfers: int = 0
     to_host: bool = True
     own: bool | None = None  # whether the back end's own file made the call; None where that is not known
+    began: int = 0  # of the profile's clock, in nanoseconds
     line_of: tuple[str, str, int] | None = None  # operator, file and first line of a function; no more is known
 
     def call(self) -> Call:
@@ -71,13 +72,13 @@ def read(finished: profile, overloads: bool, generated: str, backend: ModuleType
     back end, whose MEANT are no findings.
     """
     results: Any = finished.profiler
-    return _Reader(results.kineto_results.experimental_event_tree(), overloads, generated, backend).read()
+    return Reader(results.kineto_results.experimental_event_tree(), overloads, generated, backend).read()
 
 
-class _Reader:
-    def __init__(self, roots: list[Any], overloads: bool, generated: str, backend: ModuleType) -> None:
+class Reader:
+    def __init__(self, roots: list[Any], overloads: bool, generated: str, backend: ModuleType | None) -> None:
         self.events = sorted(walk(roots), key=lambda e: e.start_time_ns)
-        self.operators = [e for e in self.events if _is_operator(e)]
+        self.operators = [e for e in self.events if is_operator(e)]
         self.generated, self.backend = generated, backend
         self.windows = [
             (e.start_time_ns, e.end_time_ns, e.name.removeprefix(MARK)) for e in self.events if e.name.startswith(MARK)
@@ -117,12 +118,12 @@ class _Reader:
         size = 0
         if name == "copy_":
             crossing = _crossing(event)
-            if crossing is None or any(_crossing(e) for e in parents_of(event)):
+            if crossing is None or not crossing[1] or any(_crossing(e) for e in parents_of(event)):
                 return
             to_host, size = crossing
             if not to_host and _non_blocking(event):
                 return  # waits for nothing
-        elif _reads_values(name, event.overload_name) and any(t.device.type == DEVICE for t in tensors_of(event)):
+        elif reads_values(name, event.overload_name) and any(t.device.type == DEVICE for t in tensors_of(event)):
             to_host = True
         else:
             return
@@ -141,7 +142,7 @@ class _Reader:
         self._add(record, size)
 
     def _owner(self, event: Any) -> Any:
-        return next((e for e in parents_of(event) if _is_operator(e) and short(e.name) not in CARRIERS), None)
+        return next((e for e in parents_of(event) if is_operator(e) and short(e.name) not in CARRIERS), None)
 
     def _add(self, record: Record, size: int) -> None:
         record.bytes += size
@@ -161,14 +162,14 @@ class _Reader:
         origin, evidence = self._origin(event, phase)
         frames, exact = _frames(origin) if origin is not None else ([], True)
         generated = bool(frames) and any(is_generated(f, self.generated) for f in frames)
-        own = relative(frames[0][0]) == relative(str(self.backend.__file__)) if frames else None
+        own = relative(frames[0][0]) == relative(str(self.backend.__file__)) if frames and self.backend else None
         return Record(
             sign,
             name_of(event),
             phase,
             event.duration_time_ns / 1e6,
             list(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors)),
-            _shapes(tensors),
+            shapes_of(tensors),
             None if generated else place(frames),
             evidence,
             own=own,
@@ -176,7 +177,7 @@ class _Reader:
         )
 
     def _is_meant(self, record: Record) -> bool:
-        for meant in self.backend.MEANT:
+        for meant in self.backend.MEANT if self.backend else ():
             same = (record.phase, record.op, record.to_host) == (meant.phase, meant.op, meant.to_host)
             if record.sign == Sign.SYNC and same and record.own is not False:
                 known = next((row for row in self.found.meant if row.reason == meant.reason), None)
@@ -232,13 +233,13 @@ def _is_torch_event(event: Any) -> bool:
     return bool(event.typed[0] == torch._C._profiler._EventType.TorchOp)
 
 
-def _is_operator(event: Any) -> bool:
+def is_operator(event: Any) -> bool:
     """An operator of any namespace; autograd's nodes, annotations and Python calls are none."""
     return _is_torch_event(event) and "::" in event.name and not event.name.startswith(("autograd::", "torch::"))
 
 
 def _operator_above(event: Any) -> Any:
-    return next((e for e in parents_of(event) if _is_operator(e)), None)
+    return next((e for e in parents_of(event) if is_operator(e)), None)
 
 
 def name_of(event: Any) -> str:
@@ -258,7 +259,7 @@ def tensors_of(event: Any) -> list[Any]:
     return found
 
 
-def _shapes(tensors: list[Any]) -> list[list[int]]:
+def shapes_of(tensors: list[Any]) -> list[list[int]]:
     """Of every tensor; of long lists of them the different ones."""
     shapes = [tuple(t.sizes) for t in tensors]
     return [list(s) for s in (shapes if len(shapes) <= _MANY else dict.fromkeys(shapes))]
@@ -266,7 +267,7 @@ def _shapes(tensors: list[Any]) -> list[list[int]]:
 
 def _crossing(event: Any) -> tuple[bool, int] | None:
     """Of a copy between the devices: whether it goes to the host, and its bytes."""
-    if not _is_operator(event) or short(event.name) != "copy_":
+    if not is_operator(event) or short(event.name) != "copy_":
         return None
     tensors = tensors_of(event)
     if len(tensors) < 2 or (tensors[0].device.type == DEVICE) == (tensors[1].device.type == DEVICE):
@@ -284,7 +285,7 @@ def _non_blocking(event: Any) -> bool:
 
 
 @cache
-def _reads_values(name: str, overload: str) -> bool:
+def reads_values(name: str, overload: str) -> bool:
     """Whether the host needs the values of an operator's arguments: torch's own tags say so.
 
     Of those that call `item` only `item`'s own kernel counts, and indexing only waits for a mask, by way of nonzero.

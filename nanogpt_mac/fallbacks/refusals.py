@@ -45,7 +45,7 @@ class Locator(TorchDispatchMode):
                     dtypes=list(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors)),
                     shapes=[list(t.shape) for t in tensors],
                     where=place(_frames()),
-                    cpu=_runs_on_cpu(func, args, kwargs),
+                    cpu=runs_on_cpu(func, args, kwargs),
                 )
             raise
 
@@ -86,7 +86,7 @@ def _frames() -> list[Frame]:
     return [(f.f_code.co_filename, f.f_lineno, f.f_code.co_name) for f in _python()]
 
 
-def _runs_on_cpu(func: Any, args: Any, kwargs: Any) -> bool | None:
+def runs_on_cpu(func: Any, args: Any, kwargs: Any) -> bool | None:
     """Whether the CPU takes the same call; None where it has no such operator."""
 
     def moved(value: Any) -> Any:

@@ -8,7 +8,9 @@ masks of dropout anew.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,9 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanogpt_mac.gpt import triton_kernels as kernels
 from nanogpt_mac.gpt.spec import GPTSpec
-
-if TYPE_CHECKING:
-    from nanogpt_mac.gpt.torch_gpt import GPT, LayerNorm
+from nanogpt_mac.gpt.torch_gpt import GPT, Block, LayerNorm, mean_nats
 
 WIDEST_HEAD = 128
 WIDEST = 4096  # columns of a row that a program holds
@@ -37,6 +37,25 @@ def fault(spec: GPTSpec) -> str | None:
     if spec.n_embd // spec.n_head > WIDEST_HEAD:
         return f"have heads of at most {WIDEST_HEAD} channels"
     return f"have rows of at most {WIDEST} channels" if spec.n_embd > WIDEST else None
+
+
+def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the kernels of such a model, or load them from Triton's cache, side by side: in turn they take 10 s."""
+    (T, C), p = (spec.block_size, spec.n_embd), spec.dropout
+    y, qkv, hidden = (torch.zeros(1, T, wide * C, dtype=dtype, device=device) for wide in (1, 3, 4))
+    x, lse, drawn = y.float(), y.new_zeros(spec.n_head, T, dtype=torch.float32), y.new_zeros(4, dtype=torch.int64)
+    weight = x[0, 0].clone()
+    bias = weight if spec.bias else None
+    work: list[Callable[[], object]] = [
+        lambda: [attention(qkv, spec.n_head, dropout, drawn, 0) for dropout in {p, 0.0}],
+        lambda: _attention_backward(qkv, y, y, lse, spec.n_head, p, drawn, 0),
+        lambda: [add_norm(x, y, weight, bias, dropout, drawn, 1) for dropout in {p, 0.0}],
+        lambda: _add_norm_backward(x, weight, bias, x, y, p, drawn, 1),
+        *((lambda: gelu(hidden), lambda: _gelu_backward(hidden, hidden)) if spec.gelu == "exact" else ()),
+    ]
+    with ThreadPoolExecutor(len(work)) as pool:
+        for done in [pool.submit(one) for one in work]:
+            done.result()
 
 
 def _threshold(dropout: float) -> int:
@@ -276,19 +295,24 @@ def logits(model: GPT, idx: Tensor, last: bool = False) -> Tensor:
 
     `last`: of the last token alone, (B, 1, V).
     """
-    t: Any = model.transformer
-    drawn = seeds(model, idx)
-
-    def block(layer: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = add(model, layer, 1, x, attend(model, layer, y, drawn), drawn)
-        return add(model, layer, 2, x, mlp(model, layer, y), drawn)
-
-    x = model.embed(idx, t["wpe"].weight[: idx.shape[1]])  # (B, T, C)
-    y = norms(model)[0](x)  # each layer norm reads the residual stream x and writes what a branch reads
-    for layer in range(model.spec.n_layer):
-        again = model.checkpointing and model.training
-        x, y = checkpoint(block, layer, x, y, use_reentrant=False) if again else block(layer, x, y)
+    y = _stream(model, idx, Pieces())
     return head(model, y[:, -1:] if last else y)
+
+
+def loss(model: GPT, pieces: Pieces, idx: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy, in nats, of `targets` (B, T) after tokens `idx` (B, T)."""
+    return pieces.nats(model, _stream(model, idx, pieces), targets)
+
+
+def _stream(model: GPT, idx: Tensor, pieces: Pieces) -> Tensor:
+    t: Any = model.transformer
+    drawn, dropped, after = seeds(model, idx), dropout(model), norms(model)[2::2]
+    x, y = pieces.enter(model, idx)
+    for layer, block in enumerate(t["h"]):
+        given = block, after[layer], x, y, drawn[layer], dropped
+        again = model.checkpointing and model.training
+        x, y = checkpoint(pieces.block, *given, use_reentrant=False) if again else pieces.block(*given)
+    return y
 
 
 def norms(model: GPT) -> list[LayerNorm]:
@@ -298,34 +322,47 @@ def norms(model: GPT) -> list[LayerNorm]:
 
 
 def seeds(model: GPT, idx: Tensor) -> Tensor:
-    """Of each mask that a kernel draws, int64 (3 n_layer,); any numbers where nothing is dropped."""
-    return torch.randint(2**32, (3 * model.spec.n_layer,), device=idx.device) if _dropout(model) else idx[0]
+    """A row a layer, int64, of its masks' seeds, wide enough to be aligned; any numbers where nothing is dropped."""
+    layers = model.spec.n_layer
+    return torch.randint(2**32, (layers, 4), device=idx.device) if dropout(model) else idx[:1].expand(layers, -1)
 
 
-def _dropout(model: GPT) -> float:
+def dropout(model: GPT) -> float:
+    """The share that is dropped now."""
     return model.spec.dropout if model.training else 0.0
 
 
-def attend(model: GPT, layer: int, y: Tensor, drawn: Tensor) -> Tensor:
-    """A layer's attention with both projections, (B, T, C)."""
+def enter(model: GPT, idx: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual stream's beginning and its layer norm, (B, T, C) both, in the dtypes that a block returns."""
     t: Any = model.transformer
-    attn = t["h"][layer].attn
-    y, _ = attention(attn.c_attn(y), attn.n_head, _dropout(model), drawn, 3 * layer)
-    return attn.c_proj(y)
+    x = model.embed(idx, t["wpe"].weight[: idx.shape[1]])
+    y, device = norms(model)[0](x), idx.device.type
+    return x, y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 
-def mlp(model: GPT, layer: int, y: Tensor) -> Tensor:
-    """A layer's MLP, (B, T, C)."""
-    t: Any = model.transformer
-    of = t["h"][layer].mlp
-    hidden = of.c_fc(y)
-    return of.c_proj(gelu(hidden) if model.spec.gelu == "exact" else of.gelu(hidden))
+def block(
+    of: Block, following: LayerNorm, x: Tensor, y: Tensor, drawn: Tensor, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """The residual stream x and the norm y of it, (B, T, C), after a block; `following` is the norm behind it."""
+    x, y = add(of.ln_2, x, attend(of, y, drawn, dropout), drawn, 1, dropout)
+    return add(following, x, mlp(of, y), drawn, 2, dropout)
 
 
-def add(model: GPT, layer: int, place: int, x: Tensor, y: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual sum behind a layer's attention (`place` 1) or MLP (2), with dropout, and the norm behind it."""
-    norm = norms(model)[2 * layer + place]
-    return add_norm(x, y, norm.weight, norm.bias, _dropout(model), drawn, 3 * layer + place)
+def attend(of: Block, y: Tensor, drawn: Tensor, dropout: float) -> Tensor:
+    """A block's attention with both projections, (B, T, C)."""
+    y, _ = attention(of.attn.c_attn(y), of.attn.n_head, dropout, drawn, 0)
+    return of.attn.c_proj(y)
+
+
+def mlp(of: Block, y: Tensor) -> Tensor:
+    """A block's MLP, (B, T, C)."""
+    hidden = of.mlp.c_fc(y)
+    return of.mlp.c_proj(gelu(hidden) if of.mlp.gelu.approximate == "none" else of.mlp.gelu(hidden))
+
+
+def add(norm: LayerNorm, x: Tensor, y: Tensor, drawn: Tensor, place: int, dropout: float) -> tuple[Tensor, Tensor]:
+    """The residual sum behind a block's attention (`place` 1) or MLP (2), with dropout, and the norm behind it."""
+    return add_norm(x, y, norm.weight, norm.bias, dropout, drawn, place)
 
 
 def head(model: GPT, y: Tensor) -> Tensor:
@@ -333,3 +370,16 @@ def head(model: GPT, y: Tensor) -> Tensor:
     t: Any = model.transformer
     rows = F.pad(t["wte"].weight, (0, 0, 0, -model.spec.vocab_size % VOCABULARY))
     return F.linear(y, rows)[..., : model.spec.vocab_size].float()
+
+
+def nats(model: GPT, y: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy, in nats, of `targets` (B, T) after the last layer norm's output (B, T, C)."""
+    return mean_nats(head(model, y), targets)
+
+
+class Pieces(NamedTuple):
+    """What a forward pass calls: compiled each on its own, the blocks share one, which takes a sixth of the time."""
+
+    enter: Callable[[GPT, Tensor], tuple[Tensor, Tensor]] = enter
+    block: Callable[..., tuple[Tensor, Tensor]] = block
+    nats: Callable[[GPT, Tensor, Tensor], Tensor] = nats

@@ -57,7 +57,7 @@ def _put(matrix, rows, columns, width, T, HS: tl.constexpr, EVEN: tl.constexpr, 
         tl.store(places, tile.to(matrix.dtype.element_ty), mask=(rows < T)[:, None] & (columns < HS)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def attention_forward(
     qkv, out, lse, seeds, site, T, n_head, scale, threshold, kept,
     HS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, DROP: tl.constexpr,
@@ -110,7 +110,7 @@ def _weights(scores, dweights, rows, others, keys, sums, mean, threshold, kept, 
     return dropped, weights * (dweights - mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def attention_backward(
     qkv, out, dout, lse, seeds, dqkv, site, T, n_head, scale, natural, threshold, kept,
     HS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, DROP: tl.constexpr,
@@ -175,7 +175,7 @@ def attention_backward(
 # -- residual sum, dropout and layer norm -----------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def add_norm_forward(
     x, y, weight, bias, total, normed, seeds, site, M, C, eps, threshold, kept,
     WIDE: tl.constexpr, ROWS: tl.constexpr, DROP: tl.constexpr, BIAS: tl.constexpr,
@@ -198,7 +198,7 @@ def add_norm_forward(
     tl.store(normed + places, result.to(normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def add_norm_backward(
     total, weight, dtotal, dnormed, dx, dy, dweight, dbias, seeds, site, M, C, eps, threshold, kept, programs,
     WIDE: tl.constexpr, ROWS: tl.constexpr, DROP: tl.constexpr, BIAS: tl.constexpr,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-CHECKED = ("2.9.1", "2.15.0")  # the oldest and the newest torch that the list was checked against
+CHECKED = ("2.5.0", "2.15.0")  # the oldest and the newest torch that the list was checked against
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ LIST = (
     ByHand("linalg_svd", until="_linalg_svd"),  # both left the list in 2.14, when _linalg_svd got a kernel
     ByHand("linalg_svd.U", until="_linalg_svd"),
     ByHand("_slow_conv2d_forward", raises=True),
+    ByHand("im2col"),  # until 2.5.1
+    ByHand("col2im"),  # until 2.7.1, as is the next
+    ByHand("upsample_nearest3d.vec", until="upsample_nearest3d"),
 )
 RAISING = frozenset(row.op for row in LIST if row.raises)
 # Composite, without an entry: their code has a branch of its own for MPS.

@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -207,13 +208,23 @@ def load(asked: str, python: str = "3.12", binary: bool = False, nightly_index: 
 
     InputError where that torch cannot be found or read; then nothing is kept.
     """
-    found: list[wheel.Torch] = []
     if (identity := wheel.release_identity(asked, python)) is None:
-        found.append(wheel.find(asked, python, nightly_index))
-        identity = found[0].identity
+        return load_found(wheel.find(asked, python, nightly_index), python, binary, nightly_index)
+    return _kept(asked, identity, lambda: wheel.find(asked, python, nightly_index), python, binary, nightly_index)
 
+
+def load_found(
+    torch: wheel.Torch, python: str = "3.12", binary: bool = False, nightly_index: str = wheel.NIGHTLY_INDEX
+) -> Table:
+    """As `load`, for a torch that was found before."""
+    return _kept(torch.asked, torch.identity, lambda: torch, python, binary, nightly_index)
+
+
+def _kept(
+    asked: str, identity: str, find: Callable[[], wheel.Torch], python: str, binary: bool, nightly_index: str
+) -> Table:
     def make() -> str:
-        wanted = found[0] if found else wheel.find(asked, python, nightly_index)
+        wanted = find()
         with wheel.unpacked(wanted, binary, python, nightly_index) as root:
             return json.dumps(asdict(read(wanted, root, binary)))
 

@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import url2pathname
 
@@ -57,6 +58,12 @@ class Torch:
     path: Path | None = None  # the folder (installed) or the wheel on this machine
     url: str | None = None  # where the wheel is, where it is not on this machine
     sha256: str | None = None  # the wheel's, where the index gives it
+
+
+class Traffic:
+    """What this process has read of wheels on servers."""
+
+    bytes = 0
 
 
 def cache_folder() -> Path:
@@ -165,29 +172,54 @@ def _unreachable(asked: str, index: str | None) -> InputError:
     )
 
 
-def _on_index(asked: str, python: str, index: str | None) -> Torch:
-    """The release `asked`, or the newest nightly.
+def _listed(asked: str, python: str, index: str | None) -> tuple[dict[Version, str], bool]:
+    """The address of every torch that fits, and whether an index (one of several) did not answer.
 
-    `pip index versions -vv` names the address of every wheel that fits, and downloads none.
+    `pip index versions -vv` names them, and downloads none.
     """
     printed = _pip(asked, ["index", "versions", "torch", "-vv"], python, index)
     found = {Version(match[2]): match[1] for match in re.finditer(r"Found link (\S+) .*version: (\S+)$", printed, re.M)}
+    return found, bool(_UNREACHABLE.search(printed))
+
+
+def _on_index(asked: str, python: str, index: str | None) -> Torch:
+    """The release `asked`, or the newest nightly."""
+    found, unreachable = _listed(asked, python, index)
     nightlies = [version for version in found if version.is_devrelease]
     version = max(nightlies, default=None) if asked == "nightly" else Version(asked)
     if version not in found:
-        if _UNREACHABLE.search(printed):  # one index of several
+        if unreachable:
             raise _unreachable(asked, index)
         known = ", ".join(str(v) for v in sorted(found)[-6:])
         raise InputError(
             f"torch={asked}: {_where(index)} has no macOS arm64 wheel of it for Python {python}; newest: {known}"
         )
     assert version is not None
-    address = urlsplit(found[version])
+    return _at(asked, version, found[version], python)
+
+
+def _at(asked: str, version: Version, link: str, python: str) -> Torch:
+    address = urlsplit(link)
     path = Path(url2pathname(address.path))
     _check_name(asked, path.name)
     sha256 = dict(parse_qsl(address.fragment)).get("sha256")
     local, url = (path, None) if address.scheme == "file" else (None, address._replace(fragment="").geturl())
     return Torch(asked, str(version), f"{version}-py{python}", wheel=path.name, path=local, url=url, sha256=sha256)
+
+
+def available(asked: str, python: str = "3.12", index: str | None = None) -> dict[Version, Torch | InputError]:
+    """Every torch with a wheel on the user's index, or on `index`, oldest first; with the reason where it is no torch
+    for a Mac. `asked` is what errors name. InputError where the index has none or cannot be reached."""
+    found, unreachable = _listed(asked, python, index)
+    if unreachable:
+        raise _unreachable(asked, index)
+    made: dict[Version, Torch | InputError] = {}
+    for version, link in sorted(found.items()):
+        try:
+            made[version] = _at(str(version), version, link, python)
+        except InputError as error:
+            made[version] = error
+    return made
 
 
 def _downloaded(torch: Torch, python: str, nightly_index: str) -> Path:
@@ -197,7 +229,7 @@ def _downloaded(torch: Torch, python: str, nightly_index: str) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    index = nightly_index if torch.asked == "nightly" else None
+    index = nightly_index if Version(torch.version).is_devrelease else None
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         _pip(torch.asked, ["download", f"torch=={torch.version}", "--no-deps", "--dest", folder], python, index)
         wheel = Path(folder) / torch.wheel
@@ -270,10 +302,16 @@ def _archive(torch: Torch, python: str, nightly_index: str) -> zipfile.ZipFile:
         from requests import Session
 
         try:
-            return RemoteZip(torch.url, session=Session(), timeout=_TIMEOUT_S)
+            session = Session()
+            session.hooks["response"].append(_counted)
+            return RemoteZip(torch.url, session=session, timeout=_TIMEOUT_S)
         except RemoteZipError as error:  # no ranges, or an address that only pip's settings can reach
             print(f"reading parts of {torch.wheel}: {error}; downloading all of it", file=sys.stderr)
     return zipfile.ZipFile(_downloaded(torch, python, nightly_index))
+
+
+def _counted(response: Any, *_: Any, **__: Any) -> None:
+    Traffic.bytes += int(response.headers.get("Content-Length", 0))
 
 
 def _extract(archive: zipfile.ZipFile, wanted: Callable[[str], bool], root: Path) -> None:

@@ -53,6 +53,7 @@ class Reading(Record):
     round: Count
     state: State
     reason: str = ""  # why it is not OK, in a few words
+    spent: dict[str, Amount] = {}  # seconds, by what for, as far as that is told apart
 
 
 class Calls(Reading):
@@ -79,6 +80,7 @@ class Bench(Document):
     rows: tuple[str, ...]
     work: dict[str, Any] = {}
     readings: tuple[SerializeAsAny[Reading], ...] = ()
+    spent: dict[str, Amount] = {}  # seconds, by what for: of all processes, one after the other
 
 
 class OpReading(Calls):

@@ -12,7 +12,7 @@ from nanogpt_mac.records.capabilities import Capabilities
 from nanogpt_mac.records.figures import Drift, Outliers, Ratio
 from nanogpt_mac.records.parts import Explanation
 from nanogpt_mac.records.plan import Lever, Parity, ParityState
-from nanogpt_mac.records.run import Denominators, Environment, LeftOut, Mfu, ModelFacts, RunState, Times
+from nanogpt_mac.records.run import Denominators, Environment, LeftOut, Mfu, ModelFacts, RunState, Times, WorldFacts
 
 Value = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -180,6 +180,7 @@ class Figures(Mfu):
     roofline: Roofline | None = None
     series: tuple[Series, ...] = ()
     evaluations: tuple[Evaluated, ...] = ()
+    world: WorldFacts | None = None  # of several processes
 
     @property
     def medians(self) -> dict[int, float]:
@@ -229,6 +230,8 @@ class VariantResult(Figures):
     failed_runs: tuple[FailedRun, ...] = ()
     same_work: bool = True  # as the rest of its comparison
     ranked: bool = True
+    ranks: Size = 1  # processes that trained together: of several it is never ranked
+    alone: str | None = None
     ratio: RatioTo | None = None  # to the fastest
     fallbacks: dict[str, JsonValue] | None = None
     compile_report: dict[str, JsonValue] | None = None

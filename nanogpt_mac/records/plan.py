@@ -31,6 +31,8 @@ class Variant(Record):
     config: dict[str, Any] | None = None  # what they and the plan's were composed to; None: an older plan
     lever: Lever | None = None
     script: str | None = None  # in train.py's place: a peer's
+    ranks: Size = 1  # processes that train together
+    alone: str | None = None  # of several: the name of the same in one process
 
 
 class Asked(Record):

@@ -171,6 +171,7 @@ class RunFacts(Record):
     corpus_facts: CorpusFacts
     init_from: str
     shared_machine: bool = False  # other runs slowed it down: its speed is never ranked
+    world_size: Size = 1  # processes that trained together
 
 
 class Denominators(Record):
@@ -227,6 +228,28 @@ class Ending(Record):
     fallbacks: FallbackCounts | None = None
 
 
+class Rank(Record):
+    """One of several processes of a run."""
+
+    rank: Count
+    machine: Count  # from 0
+    times: Times
+    waited_ms: Amount | None = None  # the median of an iteration: nothing but waiting for the other ranks
+    peak_memory: Count = 0
+
+
+class WorldFacts(Record):
+    """What several processes of a run did for each other. `exposed` is communication that nothing overlaps."""
+
+    machines: Size
+    by: str  # gloo, nccl, ring, jaccl
+    bytes_per_iter: Count  # that every rank gives to the sum of an iteration
+    alone_ms: Amount | None = None  # that sum with nothing beside it, the median
+    exposed_ms: Amount | None = None  # of an iteration, on the rank that waits least: of the others some is idleness
+    exposed_share: Share | None = None  # of an iteration's median
+    ranks: list[Rank] = []
+
+
 class RunSummary(Document, RunFacts, Ending, Mfu):
     """summary.json."""
 
@@ -250,6 +273,7 @@ class RunSummary(Document, RunFacts, Ending, Mfu):
     best_iter: Count | None = None
     errors: list[str] = []
     warnings: list[str] = []
+    world: WorldFacts | None = None  # None: one process
 
     @classmethod
     def migrated(cls, document: dict[str, Any], schema: int) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""A report as an HTML page: one file, no script, nothing fetched, light and dark."""
+"""A report as an HTML page: one file, nothing fetched, light and dark; no script but for a table that is searched."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +13,15 @@ from nanogpt_mac.report.table import Report
 
 _SENTENCE = re.compile(r"(?<=[.!?]) (?=[A-Z0-9])")
 TEMPLATE = Path(__file__).with_name("template.html.j2")
+
+# Leaves the rows of a section's tables that hold every word typed.
+_SEARCH = """for (const field of document.querySelectorAll("input[data-table]")) {
+  const rows = document.getElementById(field.dataset.table).querySelectorAll("tbody tr");
+  field.addEventListener("input", () => {
+    const words = field.value.toLowerCase().split(/\\s+/);
+    for (const row of rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
+  });
+}"""
 
 # name -> (light, dark). Text has at least 4.5:1 against its ground in both, lines and bars 3:1; a test computes it.
 PALETTE = {
@@ -44,7 +55,16 @@ def html(report: Report, charts: Mapping[str, Sequence[Chart]] | None = None) ->
     )
     heading, _, more = _SENTENCE.sub("\n", report.verdict, count=1).partition("\n")
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    search = _SEARCH if any(section.searchable for section in report.sections) else ""
+    digest = base64.b64encode(hashlib.sha256(search.encode()).digest()).decode()
     filled = template.render(
-        page=report, charts_of=charts or {}, heading=heading, more=more, palette=PALETTE, safe=Markup
+        page=report,
+        charts_of=charts or {},
+        heading=heading,
+        more=more,
+        palette=PALETTE,
+        safe=Markup,
+        search=search,
+        policy=Markup(f"; script-src 'sha256-{digest}'") if search else "",
     )
     return filled + "\n"

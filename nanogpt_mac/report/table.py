@@ -62,6 +62,7 @@ class Section:
     items: list[str] = field(default_factory=list)
     alarming: bool = False  # its items are warnings
     folded: bool = False  # long: markdown folds it away
+    searchable: bool = False  # its tables are long: the page has a field that leaves the rows with some words
     matters: bool = False  # markdown says so where it is empty; other sections are left out
 
     @property

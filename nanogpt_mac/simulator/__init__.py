@@ -87,12 +87,17 @@ def environment(fallback: bool, *dropped: str, **more: str) -> dict[str, str]:
     return made | more
 
 
-def install_if_asked() -> bool:
-    """Installs the device when NANOGPT_MAC_SIMULATE_MPS is 1; returns whether it is active."""
+def asked() -> bool:
+    """Whether NANOGPT_MAC_SIMULATE_MPS is 1."""
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "0", "1"):
         raise InputError(f"{VARIABLE}={value!r}: use 1 or 0")
-    if value == "1":
+    return value == "1"
+
+
+def install_if_asked() -> bool:
+    """Installs the device when NANOGPT_MAC_SIMULATE_MPS is 1; returns whether it is active."""
+    if asked():
         install()
     return active()
 

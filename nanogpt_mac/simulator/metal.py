@@ -11,7 +11,7 @@ import hashlib
 import re
 import threading
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -78,13 +78,10 @@ class MetalLibrary:
 
     def __init__(self, source: str) -> None:
         try:
-            code, kernels = translate(source)
+            self._kernels, self._library = compiled(source)
         except UnsupportedKernelError as error:
             raise SyntaxError(f"the simulated MPS device cannot compile this Metal source: {error}") from None
-        self._kernels = {k.name: k for k in kernels}
-        file = _compile(code, tuple(kernels))
-        self._name = file.stem[:8]
-        self._library = ctypes.CDLL(str(file))
+        self._name = Path(self._library._name).stem[:8]
         _compiled.update(dict.fromkeys((self._name, k) for k in self._kernels))
 
     def __getattr__(self, name: str) -> MetalKernel:
@@ -95,6 +92,26 @@ class MetalLibrary:
 
     def __dir__(self) -> list[str]:
         return list(self._kernels)
+
+
+def compiled(
+    source: str, constants: Mapping[int, bool | int | float] | None = None
+) -> tuple[dict[str, Kernel], ctypes.CDLL]:
+    """The kernels of Metal source by name, and the library that has them; `constants` as `translate` takes them.
+
+    UnsupportedKernelError, or SyntaxError where g++ refuses it.
+    """
+    code, kernels = translate(source, constants)
+    return {k.name: k for k in kernels}, ctypes.CDLL(str(_compile(code, tuple(kernels))))
+
+
+def run(kernel: Kernel, function: Any, addresses: Sequence[int], grid: Sequence[int], group: Sequence[int]) -> None:
+    """One launch of `function`, the kernel's symbol in its library. RuntimeError where its lanes go wrong."""
+    message, sizes = ctypes.create_string_buffer(200), ctypes.c_uint * 3
+    with _lock:
+        failed = function((ctypes.c_void_p * len(addresses))(*addresses), sizes(*grid), sizes(*group), message)
+    if failed:
+        raise RuntimeError(f"Metal kernel {kernel.name}: {message.value.decode()}")
 
 
 @cache
@@ -152,7 +169,7 @@ class MetalKernel:
         grid, group = self._sizes(threads, group_size, tensors)
         casts = arg_casts if isinstance(arg_casts, dict) else dict.fromkeys(range(len(args)), arg_casts or "")
         slots = max(self._kernel.buffers, len(args))
-        buffers = (ctypes.c_void_p * slots)()
+        buffers = [0] * slots
         held = []  # what must live until the kernel has run
         for i, value in enumerate(args):
             address, keep = _argument(value, casts.get(i, ""))
@@ -161,6 +178,8 @@ class MetalKernel:
         errors = ctypes.create_string_buffer(_ERROR_BUFFER_BYTES)
         if error_buf_idx is not None:
             buffers[error_buf_idx] = ctypes.addressof(errors)
+        if self._kernel.shared:
+            raise ValueError(f"kernel {self._kernel.name}: torch cannot say how large its threadgroup arguments are")
         absent = [i for i in range(self._kernel.buffers) if not buffers[i] and i >= len(args)]
         if absent:
             raise ValueError(f"kernel {self._kernel.name}: no argument for buffer {absent[0]}")
@@ -178,12 +197,8 @@ class MetalKernel:
         )
         if 0 in grid:
             return
-        message = ctypes.create_string_buffer(200)
-        with _lock:
-            failed = self._function(buffers, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*group), message)
         torch.ops.nanogpt_mps.enqueue(size, 0)
-        if failed:
-            raise RuntimeError(f"Metal kernel {self._kernel.name}: {message.value.decode()}")
+        run(self._kernel, self._function, buffers, grid, group)
         _raise_reported(errors.raw)
 
     def _sizes(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Any
 
 from scipy import stats
@@ -28,6 +27,7 @@ from nanogpt_mac.report.words import listed, ms
 
 BOUND = 0.8  # of a part's time are its launches: it is these that take it
 HOST_BOUND = 0.9  # of an iteration the host is busy enqueuing it
+FEWEST_RANKED = 8  # rounds: the ranks of fewer can hardly say anything at 99 %
 LEAST = 0.01  # of a part's time: less is no reason for anything
 MATTERS, MOST = 0.05, 3  # of the difference, and how many causes a sentence names
 
@@ -153,13 +153,13 @@ def differences(faster: Account, slower: Account) -> tuple[Cause, ...]:
         held = bool(slower.launch and part.kernels and part.kernels * slower.launch >= BOUND * part.ms)
         for direction in ("forward", "backward"):
             one, two = getattr(part, direction), (getattr(other, direction) if other else None) or nothing
-            if one is None or not _clear(one, two):
+            if one is None or not (longer := _longer(one, two)):
                 continue
-            if held and one.ms > two.ms:
-                bound[part.name] = bound.get(part.name, 0.0) + one.ms - two.ms
+            if held and longer > 0:
+                bound[part.name] = bound.get(part.name, 0.0) + longer
             else:
                 alone = part.backward is None
-                causes.append(Cause(name=part.name if alone else f"{part.name} {direction}", ms=one.ms - two.ms))
+                causes.append(Cause(name=part.name if alone else f"{part.name} {direction}", ms=longer))
         launches += part.kernels or 0 if part.name in bound else 0
     for name in base.keys() - {part.name for part in slower.parts}:
         causes.append(Cause(name=name, ms=-base[name].ms))
@@ -168,15 +168,25 @@ def differences(faster: Account, slower: Account) -> tuple[Cause, ...]:
     return tuple(sorted(causes, key=lambda cause: -abs(cause.ms)))
 
 
-def _clear(one: Figure, two: Figure) -> bool:
-    """Whether they differ: by Student's t over the rounds that both have, paired as in a comparison, or, of fewer than
-    three, because no round's interval reaches into the other's."""
+def _longer(one: Figure, two: Figure) -> float:
+    """By how much `one` is longer; 0 where that is not clear.
+
+    By the differences of the rounds that both have, paired as in a comparison: of FEWEST_RANKED by their signed ranks
+    (Wilcoxon), which a round beside another program does not move far, of three and more by Student's t. Of fewer,
+    where no round's interval reaches into the other's.
+    """
     common = one.rounds.keys() & (two.rounds.keys() or one.rounds.keys())
     if len(common) < 3:
-        return one.low > two.high or two.low > one.high
+        return one.ms - two.ms if one.low > two.high or two.low > one.high else 0.0
     off = [one.rounds[number] - two.rounds.get(number, 0.0) for number in common]
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(off) - 1) * stdev(off) / math.sqrt(len(off))
-    return abs(mean(off)) > max(half, LEAST * max(one.ms, two.ms))
+    if max(off) - min(off) == 0:
+        clear = True
+    elif len(off) >= FEWEST_RANKED:
+        clear = stats.wilcoxon(off).pvalue < 1 - CONFIDENCE
+    else:
+        clear = stats.ttest_1samp(off, 0.0).pvalue < 1 - CONFIDENCE
+    longer = median(off)
+    return longer if clear and abs(longer) > LEAST * max(one.ms, two.ms) else 0.0
 
 
 def reason(faster: Account, slower: Account, ratio: str) -> Reason:

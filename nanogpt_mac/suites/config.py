@@ -127,13 +127,13 @@ def validate(config: BenchConfig) -> None:
         key = override.lstrip("+~").split("=")[0].split(".")[0]
         if key in own and config.suite not in own[key]:
             readers = " or ".join(f"suite={name}" for name in own[key])
-            raise InputError(f"{override}: only read with {readers} (here suite={config.suite})")
+            raise InputError(f"{override}: only read with {readers}; leave it out (here suite={config.suite})")
         if key not in own and key not in general and key not in OF_TRAINING:
             raise InputError(f"{override}: bench.py trains nothing by this key; leave it out")
     if not 0 < config.scale <= 1:
-        raise InputError(f"scale={config.scale}: must be more than 0 and at most 1")
+        raise InputError(f"scale={config.scale:g}: use a number above 0, and at most 1")
     if not 0 < config.budget_minutes < math.inf:
-        raise InputError(f"budget_minutes={config.budget_minutes}: must be more than 0")
+        raise InputError(f"budget_minutes={config.budget_minutes:g}: use a number above 0")
     ways(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.records.bench import Bench, State
+from nanogpt_mac.records.run import Times
 from nanogpt_mac.report.table import Section
 from nanogpt_mac.report.words import DASH, plural, seconds, text, when
 
@@ -19,7 +21,25 @@ HELD = {  # what may stand in a cell in place of a time
     State.SKIPPED: "skipped",
 }
 WORST_FIRST = (State.WRONG, State.FAILED, State.OK, State.ABSENT, State.SKIPPED)
+LITTLE = 0.01  # of all time: not named
 BAD = (State.WRONG, State.FAILED)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A time over all rounds, ms: the median of the rounds' medians, and from the lowest to the highest that a round's
+    interval allows."""
+
+    value: float
+    bounds: tuple[float, float] | None
+
+
+def found_of(rounds: Sequence[Times]) -> Found | None:
+    medians = [times.median for times in rounds if times.median]
+    if not medians:
+        return None
+    bounds = [bound for times in rounds if times.median for bound in times.ci95 or ()] + medians
+    return Found(statistics.median(medians), (min(bounds), max(bounds)) if len(bounds) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -58,9 +78,16 @@ def facts(bench: Bench, *more: str, rounds: str | None = "round") -> list[str]:
         *(f"{name} {v}" for name, v in (env.versions if env else {}).items() if v and name in known),
         *more,
         *([plural(bench.rounds, rounds)] if rounds else []),
-        seconds(bench.seconds),
+        _spent(bench),
         when(bench.created),
     ]
+
+
+def _spent(bench: Bench) -> str:
+    """How long it took, and for what."""
+    known = sorted(((s, what) for what, s in bench.spent.items() if s >= LITTLE * bench.seconds), reverse=True)
+    told = ", ".join(f"{what} {seconds(s)}" for s, what in known)
+    return seconds(bench.seconds) + (f" ({told})" if len(known) > 1 else "")
 
 
 def alarms(

@@ -16,6 +16,7 @@ from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.bench import Task
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
+from nanogpt_mac.suites.nets import by_hand
 from nanogpt_mac.suites.nets.measured import Measuring, NetRow, Settings
 from nanogpt_mac.suites.nets.suite import Nets, asked
 from nanogpt_mac.suites.suite import Plan, row_seconds
@@ -59,7 +60,7 @@ CHUNKS: tuple[tuple[str, ...], ...] = (
 class MLP(Nets):
     def plan(self, config: BenchConfig) -> Plan:
         chunks = asked(config, CHUNKS)
-        found, missing = ways.here_for(config, "nets")
+        found, missing = ways.here_for(config, "nets", lambda found: by_hand.asked(config, found))
         folder = Path(config.mnist or Path(config.data.dir) / "mnist")
         images = mnist.load(folder, given=config.mnist is not None)
         rounds = config.rounds or 5
@@ -80,7 +81,9 @@ class MLP(Nets):
 
     def measuring(self, task: Task) -> Measuring:
         work = Work.model_validate(task.work)
-        arrays = ways.arrays(task.way, BenchConfig(backend=BackendConfig(**work.backend)))
+        config = BenchConfig(backend=BackendConfig(**work.backend))
+        ours = by_hand.of_way(task.way, config)
+        arrays, make = ours or (ways.arrays(task.way, config), kinds.KINDS[task.way.backend].load_nets())
         images = mnist.stand_in() if work.stand_in else mnist.load(Path(work.folder), given=True)
         inputs, answers = _shares(images.train[: work.images]), images.train_classes[: work.images].astype(np.int32)
         tests, classes = _shares(images.test), images.test_classes.astype(np.int32)
@@ -93,7 +96,7 @@ class MLP(Nets):
             return NetRow(spec, batch, inputs, answers, tests, classes, len(inputs), trained)
 
         settings = Settings(work.epochs, work.placement, work.sync, work.seed)
-        return Measuring(task, arrays, kinds.KINDS[task.way.backend].load_nets(), row, settings)
+        return Measuring(task, arrays, make, row, settings)
 
 
 def _shares(pixels: np.ndarray) -> np.ndarray:

@@ -51,7 +51,9 @@ class PartsSuite(Suite):
         chosen, missing = ways.here_for(config, brings="cls")
         rows = tuple(row for row in ROWS if config.rows is None or fnmatch(row, f"*{config.rows}*"))
         if not rows:
-            raise InputError(f"rows={config.rows}: fits none of {', '.join(ROWS)}; use a part of one of these")
+            raise InputError(
+                f"rows={config.rows}: no part is called so; use a part of a name such as {', '.join(ROWS)}"
+            )
         common = training(config)
         configs = {}
         for way in chosen:

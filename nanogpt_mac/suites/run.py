@@ -18,6 +18,7 @@ from nanogpt_mac.machine import probe
 from nanogpt_mac.measure.progress import Bar
 from nanogpt_mac.records.bench import Bench, Reading, State, Task
 from nanogpt_mac.records.run import Environment
+from nanogpt_mac.report.words import plural
 from nanogpt_mac.suites.config import BenchConfig, validate
 from nanogpt_mac.suites.suite import Plan, Suite
 from nanogpt_mac.train.display import say
@@ -30,6 +31,7 @@ MODULES = {  # each has a SUITE
     "lm": "nanogpt_mac.suites.lm",
     "parts": "nanogpt_mac.suites.parts",
 }
+LEAST_ROW_S = 0.02
 SILENCE_S = 600.0  # of one row: compiling, and drawing its inputs, may take minutes; more is a hang
 
 
@@ -75,6 +77,7 @@ def run(config: BenchConfig) -> int:
             "rows": plan.rows,
             "work": plan.work,
             "readings": tuple(running.readings),
+            "spent": running.spent(),
         }
     )
     suite.finished(bench)
@@ -100,10 +103,11 @@ def publish(folder: Path, suite: Suite, bench: Bench) -> None:
 
 
 def _announce(config: BenchConfig, plan: Plan, folder: Path) -> None:
-    say(f"suite={config.suite}: {len(plan.rows)} rows, {len(plan.ways)} ways: {', '.join(w.name for w in plan.ways)}")
+    size = f"{plural(len(plan.rows), 'row')}, {plural(len(plan.ways), 'way')}"
+    say(f"suite={config.suite}: {size}: {', '.join(way.name for way in plan.ways)}")
     for backend, reason in plan.missing.items():
         say(f"not here: {backend}: {reason}")
-    say(f"{plan.rounds} rounds, at most {config.budget_minutes:g} minutes -> {folder}")
+    say(f"{plural(plan.rounds, 'round')}, at most {config.budget_minutes:g} minutes -> {folder}")
 
 
 class Running:
@@ -121,6 +125,8 @@ class Running:
         self.suite, self.config, self.plan, self.deadline, self.clock = suite, config, plan, deadline, clock
         self.folder = folder
         self.readings: list[Reading] = []
+        # Seconds of processes until their first row, of all that they took, and that they might time rows.
+        self.starting = self.all_s = self.timed_s = 0.0
 
     @property
     def complete(self) -> bool:
@@ -154,10 +160,28 @@ class Running:
             with Bar() as bar:
                 for done, task in enumerate(tasks):
                     each = (self.clock() - began) / done if done else 0.0
+                    task = self._fair(task)
                     bar.run(f"{task.way.label}: {task.rows[0]}", done, len(tasks), each, each * (len(tasks) - done - 1))
                     self._one(task)
         finally:
             shutil.rmtree(shared, ignore_errors=True)
+
+    def _fair(self, task: Task) -> Task:
+        """What a row may be timed for: of the time that is left its share, less what rows take besides."""
+        done = len(self.readings)
+        left = len(self.plan.rows) * len(self.plan.ways) * self.plan.rounds - done
+        if not done:
+            return task
+        share = (self.deadline - self.clock()) / left - (self.all_s - self.timed_s) / done
+        least = min(LEAST_ROW_S, self.plan.row_s)
+        return task.model_copy(update={"row_s": min(max(share, least), self.plan.row_s)})
+
+    def spent(self) -> dict[str, float]:
+        found = {"starting processes": self.starting}
+        for reading in self.readings:
+            for what, took in reading.spent.items():
+                found[what] = found.get(what, 0.0) + took
+        return found | {"other": max(self.all_s - sum(found.values()), 0.0)}
 
     def _one(self, task: Task) -> None:
         """One process, or as many as it takes to get past rows that end theirs."""
@@ -170,11 +194,14 @@ class Running:
                 task.model_copy(update={"rows": tuple(left)}).model_dump(mode="json"),
                 timeout_s=min(SILENCE_S, self.deadline - self.clock() + 1),
             )
-            begun, before = None, len(left)
+            begun, before, began = None, len(left), self.clock()
             try:
                 for line in child.ask_lines(question):
+                    if "begun" in line and begun is None:
+                        self.starting += self.clock() - began
                     begun = line.get("begun", begun)
                     if "row" in line:
+                        self.timed_s += task.row_s
                         self.readings.append(self._read(line))
                         left.remove(line["row"])
                     if self.clock() >= self.deadline:
@@ -190,6 +217,8 @@ class Running:
                     lost = left
                 self._lost(task, lost, State.FAILED, str(error))
                 left = [row for row in left if row not in lost]
+            finally:
+                self.all_s += self.clock() - began
 
     def _read(self, line: dict[str, object]) -> Reading:
         return self.suite.reading.model_validate(line)

@@ -44,6 +44,13 @@ class Lines(Sink):
         say(text)
 
 
+class Silent(Lines):
+    """Of a rank that another one speaks for."""
+
+    def say(self, text: str) -> None:
+        pass
+
+
 class Bar(Lines):
     """A live bar with iteration, loss, time, MFU and ETA; what is said stays above it."""
 

@@ -45,10 +45,11 @@ class Loop:
         # One turn more than there are iterations: evaluations come before an iteration, so the last turn is only that.
         for iteration in range(start, config.max_iters + 1):
             last = iteration == config.max_iters or self.stop() is not None
+            overdue = backend.world.size == 1 and self.recorder.overdue()  # else others would be further by then
 
             # Once in a while, and at the end: evaluate and save. The clock is stopped first, and what is still under
             # way recorded, so that none of it enters an iteration's time, and a loss that diverged is never saved.
-            if last or self._evaluates(iteration) or self.recorder.overdue():
+            if last or self._evaluates(iteration) or overdue:
                 if not self._record(clock.drain()):
                     return ExitState.DIVERGED
                 self._pause(iteration, start, last)
@@ -57,13 +58,13 @@ class Loop:
 
             # One whole iteration, enqueued: forward, backward, clip, AdamW. `submit` does not wait for it but for the
             # one before, and returns what has completed meanwhile: none at first, then one a turn.
-            batches = self._starts("train", iteration, config.gradient_accumulation_steps)
+            batches = backend.world.share(self._starts("train", iteration, config.gradient_accumulation_steps))
             done = clock.submit(iteration, partial(backend.step, batches, learning_rate(config, iteration)))
             if not self._record(done):
                 return ExitState.DIVERGED
             if iteration == start and (held := backend.iteration_bytes()) is not None:
                 self.recorder.event("iteration_memory", iteration, bytes=held)
-                if backend.runs_ahead and held > backend.free_memory():
+                if backend.runs_ahead and backend.world.mean(held > backend.free_memory()):
                     self.recorder.event("one_in_flight", iteration, bytes=held)
                     clock.in_turn()
         return ExitState.FINISHED if self.stop() is None else ExitState.STOPPED
@@ -81,6 +82,10 @@ class Loop:
 
     def _pause(self, iteration: int, start: int, last: bool) -> None:
         """Off the clock, with an empty queue: evaluate, save, write the records."""
+        with self.backend.world.patience():
+            self._paused(iteration, start, last)
+
+    def _paused(self, iteration: int, start: int, last: bool) -> None:
         config, is_best = self.config, False
         if self._evaluates(iteration) or (last and config.eval_interval > 0 and self.stop() is None):
             begin = time.perf_counter()
@@ -98,10 +103,12 @@ class Loop:
     def _evaluate(self, split: str, iteration: int) -> float | None:
         """Mean loss over eval_iters batches, a few at a time so that a signal is heard; None after one."""
         batches, total = self._starts(split, iteration, self.config.eval_iters, stream=f"eval-{split}"), 0.0
-        for some in np.split(batches, range(EVAL_CHUNK, len(batches), EVAL_CHUNK)):
+        world = self.backend.world
+        for some in np.split(batches, range(EVAL_CHUNK * world.size, len(batches), EVAL_CHUNK * world.size)):
             if self.stop() is not None:
                 return None
-            total += self.backend.evaluate(split, some) * len(some)
+            mine = some[world.rank :: world.size]
+            total += world.mean(self.backend.evaluate(split, mine) * len(mine) if len(mine) else 0.0) * world.size
         return total / len(batches)
 
     def _starts(self, split: str, iteration: int, batches: int, stream: str = "train") -> np.ndarray:

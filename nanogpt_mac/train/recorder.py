@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -22,9 +22,13 @@ from nanogpt_mac.records.run import (
     Mfu,
     RunFacts,
     RunSummary,
+    Times,
+    WorldFacts,
 )
 from nanogpt_mac.train.clock import Completion
 from nanogpt_mac.train.sinks import Row, Sink
+
+Ranks = Callable[[Times, int], WorldFacts | None]
 
 HOST_BOUND = 0.8  # of an iteration's time, spent enqueuing it: the device has nothing to do until then
 FAR_BELOW = 0.8  # of the best matmul ever seen
@@ -37,11 +41,12 @@ class Work:
     flops: float  # model FLOPs an iteration
     tokens: int
     peaks: Denominators
+    ranks: int = 1  # that share it: a utilisation is that of one
 
     def mfu(self, iter_ms: float | None) -> Mfu:
         if not iter_ms:
             return Mfu(mfu=None, mfu_measured=None, mfu_a100=None)
-        rate = self.flops / (iter_ms / 1e3)
+        rate = self.flops / self.ranks / (iter_ms / 1e3)
         shares = {key: rate / peak if (peak := getattr(self.peaks, key)) else None for key in Mfu.model_fields}
         if (shares["mfu_measured"] or 0) > 1:  # more than the best matmul reached here: peak or time is wrong
             shares["mfu_measured"] = None
@@ -120,8 +125,9 @@ class Recorder:
         """Whether a run without evaluations should pause for its records' sake."""
         return any(sink.overdue() for sink in self.sinks)
 
-    def summary(self, facts: RunFacts, ending: Ending) -> RunSummary:
-        """Figures over the whole run, under what it was and how it ended, written to every sink."""
+    def summary(self, facts: RunFacts, ending: Ending, ranks: Ranks = lambda times, memory: None) -> RunSummary:
+        """Figures over the whole run, under what it was and how it ended, written to every sink. `ranks` is given this
+        one's times and peak memory, and asks the other ranks for theirs."""
         self.flush()
         timing = times.summary(self._iter_ms, times.order_interval(self._iter_ms))
         middle, first, evaluations = timing.median, self._first_ms, self._evaluations
@@ -150,6 +156,7 @@ class Recorder:
             best_val_loss=best.val_loss if best else None,
             best_iter=best.iter if best else None,
             errors=[_IMPOSSIBLE.format(impossible)] if impossible else [],
+            world=ranks(timing, self._peak_memory),
             warnings=[*waiting_device(facts, dispatch, middle), *busy_peak(self.work.peaks)],
         )
         for sink in self.sinks:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from nanogpt_mac import memory, signals
+from nanogpt_mac import memory, ranks, signals
 from nanogpt_mac.backends import kinds
-from nanogpt_mac.backends.base import Backend, Tokens
+from nanogpt_mac.backends.base import Backend, BackendOptions, Tokens
 from nanogpt_mac.backends.generate import generate
 from nanogpt_mac.config import Config, backend_options, validate
 from nanogpt_mac.corpus import Corpus
@@ -32,12 +33,15 @@ from nanogpt_mac.records.run import (
     ModelFacts,
     ProcessTimes,
     RunFacts,
+    Times,
+    WorldFacts,
 )
 from nanogpt_mac.train import checkpoint, chosen, display
 from nanogpt_mac.train.loop import Loop
 from nanogpt_mac.train.recorder import Recorder, Work
 from nanogpt_mac.train.sinks import Folder, open_wandb
 from nanogpt_mac.train.source import Source, corpus_of, open_source
+from nanogpt_mac.train.together import LostError, Together, again, joined, note
 
 REFUSED = 3  # under fallbacks=error
 
@@ -48,6 +52,8 @@ def run(config: Config) -> int:
     0; 1 diverged; 3 under fallbacks=error, where work leaves the GPU; 130/143 after SIGINT/SIGTERM.
     """
     # What can be wrong is found out before anything is written.
+    launched = ranks.launched()
+    config = again(config, launched)
     validate(config)
     config.wandb.mode_here()
     aside = ThreadPoolExecutor(1)  # the machine's facts come from commands, which run while a framework is imported
@@ -58,36 +64,56 @@ def run(config: Config) -> int:
     memory.check(config, name)
     options = backend_options(config, name, choice.compile)
     options = replace(options, settings={**options.settings, **choice.settings})
-    if choice.why:
+    if choice.why and launched.speaks:
         display.say(choice.why)
-    corpus = corpus_of(config)
-    source = open_source(config, corpus)
-    memory.check(replace(config, model=ModelConfig(**asdict(source.spec))), name)
-    config = replace(config, model=ModelConfig(**asdict(source.spec)))  # what is recorded is what runs
-    tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)
-    backend = kinds.create(source.spec, options, tokens)
-    backend.restore(source.state)
+    with joined(launched, config, options) as together:
+        return _run(config, options, together, asked)
+
+
+def _run(config: Config, options: BackendOptions, together: Together, asked: Future[dict[str, object]]) -> int:
+    with together.agreed():
+        corpus, tokens, source, backend, config = _built(config, options)
+    backend.world = together.world
+    together.same(config, asked.result(), corpus.sha256, source.state)
 
     # What leaves the GPU is looked for before training, and may forbid it.
-    label = f"{name}-compile" if options.compile else name
-    found = _look_for_fallbacks(config, source.spec, backend)
+    label = f"{options.name}-compile" if options.compile else options.name
+    found = _look_for_fallbacks(config, source.spec, backend) if together.first else None
     if found and config.fallbacks == "error" and (found.findings or not found.complete):
         path = run_folder(config.run_dir, label) / "fallbacks.json"
         write_json(path, found.document())
         display.say(f"stopped: operators leave the GPU (fallbacks=error); see {path}")
+        together.leave("operators leave the GPU (fallbacks=error)")
         return REFUSED
 
     # The measured peak and the machine's facts belong to the run, but not to its clock.
     environment = asked.result()
-    peak = _peak(config, source.spec, backend, environment)
+    peak = _peak(config, source.spec, backend, environment) if together.first else None
     work = _work(config, source.spec, backend, peak)
-    folder = run_folder(config.run_dir, label)
+    with together.agreed():
+        mine = run_folder(config.run_dir, label) if together.first else Path()
+    folder = Path(together.spread(str(mine)))
+    note(together.launched, folder)
     facts = _facts(config, corpus, source, backend)
-    session = Session(config, corpus, tokens, source, backend, work, peak, folder, facts, found)
+    session = Session(config, corpus, tokens, source, backend, work, peak, folder, facts, found, together)
     with signals.watched("train.py"), probe.awake():
         code = session.train(environment)
-    display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
+    backend.close()
+    if together.first:
+        display.say(f"{('finished', 'diverged')[code] if code < 2 else 'stopped'}: {folder}")
     return code
+
+
+def _built(config: Config, options: BackendOptions) -> tuple[Corpus, Tokens, Source, Backend, Config]:
+    """What a run is made of; the config that comes back has the sizes of the model."""
+    corpus = corpus_of(config)
+    source = open_source(config, corpus)
+    config = replace(config, model=ModelConfig(**asdict(source.spec)))  # what is recorded is what runs
+    memory.check(config, options.name)
+    tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)
+    backend = kinds.create(source.spec, options, tokens)
+    backend.restore(source.state)
+    return corpus, tokens, source, backend, config
 
 
 @dataclass(frozen=True)
@@ -104,10 +130,15 @@ class Session:
     folder: Path
     facts: RunFacts
     fallbacks: Fallbacks | None
+    together: Together
 
     def train(self, environment: Mapping[str, object]) -> int:
         """Train, record and draw a sample; the exit code. A signal asks for the end after the iteration under way."""
         config, start = self.config, self.source.state.iteration
+        self.together.watched(self._hint)
+        if not self.together.first:
+            with signals.asked() as stop:
+                return self._loop(Recorder(self.work, []), display.Silent(config.log_interval), stop)
         new = not any(self.folder.iterdir())  # a folder of the user's own may hold other things
         with unfinished(self.folder) if new else nullcontext():
             wandb = open_wandb(config, self.folder, self.facts, late=new)  # may refuse: nothing is written yet
@@ -138,8 +169,8 @@ class Session:
             self.backend,
             self.tokens,
             recorder,
-            save=self.save if config.checkpoint else None,
-            stop=lambda: stop[0] if stop else None,
+            save=self.save if config.checkpoint and self.together.first else None,
+            stop=lambda: self.together.stop(stop),
             best=self.source.best,
         )
         meter = energy.EnergyMeter()
@@ -150,7 +181,11 @@ class Session:
         except BaseException as raised:
             refused = isinstance(raised, InputError)
             error = f"{type(raised).__name__}: {reason(raised)}"
-            raise
+            if (lost := self.together.lost(raised)) is None:
+                raise
+            error = lost
+            self._rescue(loop.best, start, screen)
+            raise LostError(lost) from raised
         finally:
             screen.close()
             ending = Ending(
@@ -166,12 +201,32 @@ class Session:
                 if state is ExitState.FINISHED and self.peak is not None:
                     self._measure_again(screen)
                     recorder.work = _work(config, self.source.spec, self.backend, self.peak)
-                summary = None if refused else recorder.summary(self.facts, ending)
+                others = self._ranks if error is None else lambda times, memory: None
+                summary = None if refused else recorder.summary(self.facts, ending, others)
             finally:
                 recorder.close()
             for line in summary.warnings if summary else ():
                 display.say(line)
-        return 128 + stop[0] if stop else int(state is not ExitState.FINISHED)
+        asked = self.together.stop(stop)
+        return 128 + asked if asked is not None else int(state is not ExitState.FINISHED)
+
+    def _ranks(self, times: Times, peak_memory: int) -> WorldFacts | None:
+        return self.together.facts(times, peak_memory, sum(map(prod, self.source.spec.shapes().values())))
+
+    def _rescue(self, best: float, start: int, screen: display.Lines) -> None:
+        """Another rank is gone: save what this one knows, where that is whole."""
+        if not (self.config.checkpoint and self.together.first and self.together.world.survives):
+            return
+        try:
+            if self.backend.state().iteration > start:
+                self.save(best, False)
+        except Exception as error:
+            screen.say(f"no checkpoint could be written: {type(error).__name__}: {reason(error)}")
+
+    def _hint(self) -> str:
+        if not checkpoint.is_ours(self.folder):
+            return "there is no checkpoint yet: start again"
+        return f"go on with init_from=resume run={self.folder}"
 
     def _measure_again(self, screen: display.Lines) -> None:
         """The matmul peak, beside the run's end. What it needs beyond the model may be too much; the run is done."""
@@ -261,11 +316,12 @@ def _work(config: Config, spec: GPTSpec, backend: Backend, measured: peaks.Peak 
     tokens = config.gradient_accumulation_steps * config.batch_size * spec.block_size
     flops = float(spec.flops_per_token() * tokens)
     if backend.capabilities.simulated:
-        return Work(flops, tokens, Denominators())
+        return Work(flops, tokens, Denominators(), backend.world.size)
     chip = probe.chip() if backend.capabilities.accelerator else None
     peak = chips.peak(chip, config.dtype, config.matmul_precision) if chip is not None else None
     best, own = (measured.best, measured.own) if measured else (None, None)
-    return Work(flops, tokens, Denominators(mfu=peak, mfu_measured=best, mfu_a100=chips.A100_BF16, measured_here=own))
+    denominators = Denominators(mfu=peak, mfu_measured=best, mfu_a100=chips.A100_BF16, measured_here=own)
+    return Work(flops, tokens, denominators, backend.world.size)
 
 
 def _facts(config: Config, corpus: Corpus, source: Source, backend: Backend) -> RunFacts:
@@ -289,4 +345,5 @@ def _facts(config: Config, corpus: Corpus, source: Source, backend: Backend) -> 
         corpus_facts=CorpusFacts(name=corpus.name, label=corpus.label, sha256=corpus.sha256, stand_in=corpus.stand_in),
         init_from=source.description,
         shared_machine=config.shared_machine,
+        world_size=backend.world.size,
     )

@@ -36,7 +36,7 @@ def test_an_iteration_takes_at_most_350_primitives(shared, dropout):
     tokens = Tokens({"train": np.zeros(1000, np.uint16)}, 64)
     backend = kinds.create(dataclasses.replace(QUICK, dropout=dropout), options("mlx", compile=True), tokens)
     batch = backend._batch("train", np.arange(12)[None])
-    results = backend._step(batch, mx.array(1e-3), mx.random.key(0))
+    results = backend._step(batch, mx.array(1e-3), mx.random.key(0), mx.array(0.0))
     dot = io.StringIO()
     mx.export_to_dot(dot, *(array for _, array in tree_flatten([*results, backend.trained])))
     found = re.findall(r'label ?= ?"([^"]+)", shape ?= ?rectangle', dot.getvalue())

@@ -1,6 +1,7 @@
 """The parts of a step that takes our Triton kernels, computed by Triton's interpreter on the CPU."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ with pytest.MonkeyPatch.context() as patch:
 @pytest.fixture(autouse=True)
 def own_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(TorchBackend, "_own_kernels", lambda self: True)
+    monkeypatch.setattr(TorchBackend, "_own_kernels", lambda self: fused)
+    monkeypatch.setattr(fused, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))  # the interpreter runs one a time
 
 
 def drawn_from(seed, loss):

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -279,3 +281,57 @@ def test_a_device_that_is_not_here_is_one_line(load, tmp_path, monkeypatch):
         load("torch_step").main(["--peer", str(tmp_path), "--device", "cuda"])
     with pytest.raises(InputError, match=r"has no model\.py; use a checkout of"):
         load("torch_step").main(["--peer", str(tmp_path), "--recipe", "tiny"])
+
+
+def cells(**sides):
+    """Of a document of submission.py: ms by side and batch."""
+    return [
+        {"side": name, "batch": batch, "off": 1e-7, "ms": {"median": ms}}
+        for name, of in sides.items()
+        for batch, ms in of.items()
+    ]
+
+
+LAUNCH, NAIVE = "tiled, a wait a launch", "naive, a graph a batch"
+
+
+def test_up_to_which_batch_structure_is_worth_more_than_kernels(load, tmp_path):
+    submission = load("submission")
+    found = cells(v3={8: 10, 32: 10, 128: 10}, cuda={8: 40, 32: 20, 128: 5})
+    for name, of in ((LAUNCH, {8: 80, 32: 40, 128: 20}), (NAIVE, {8: 20, 32: 20, 128: 40})):
+        found += [{**cell, "side": name} for cell in cells(x=of)]
+    gains = submission.gains(found)
+    assert gains[submission.STRUCTURE] == {8: 8, 32: 4, 128: 2}
+    assert gains[submission.KERNELS] == {8: 2, 32: 2, 128: 4}
+    crossings = submission.crossings(found)
+    assert crossings["structure beats kernels"] == pytest.approx(64)  # 4 to 2 and 2 to 4 over the same logarithms
+    assert crossings["v3 beats cuda"] == pytest.approx(64)
+    assert submission.crossings(cells(v3={8: 10}, cuda={8: 40}))["v3 beats cuda"] == "8 and beyond"
+    assert submission.crossings(cells(v3={8: 10}, cuda={8: 4}))["v3 beats cuda"] is None
+    document = {"cells": found, "gains": gains, "widths": [784, 10], "images": 60_000}
+    (tmp_path / "found.json").write_text(json.dumps(document))
+    argv = ["--read", str(tmp_path / "found.json"), "--plot", str(tmp_path / "plot.svg")]
+    assert submission.main(argv) == 0
+    assert "ms an epoch of 60,000 images" in (tmp_path / "plot.svg").read_text()
+    with pytest.raises(InputError, match="add --plot FILE"):
+        submission.main(argv[:2])
+
+
+def test_the_last_batch_is_checked_too(load):
+    data = load("submission").Data.of((49, 10), 100)
+    assert len(data.short(32, 2)) == 2 * 32 + 4
+    assert len(data.short(50, 3)) == 100
+    assert len(data.short(128, 3)) == 100
+
+
+@pytest.mark.slow
+def test_submissions_run_in_tritons_interpreter(tmp_path):
+    """As on a GPU, but for graphs, and for times that say anything."""
+    argv = ["--device", "cpu", "--batches", "4", "--images", "10", "--widths", "16", "8", "10", "--seconds", "0"]
+    argv = [sys.executable, str(FOLDER / "submission.py"), *argv, "--plot", str(tmp_path / "plot.svg")]
+    env = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=1200, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"v1", "v2", "v3", "cpu"} <= {cell["side"] for cell in found["cells"]}
+    assert all(cell["off"] < 1e-5 for cell in found["cells"])

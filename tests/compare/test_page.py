@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from fakes.browser import Browser, programs
+from fakes.browser import MEASURE, Browser, look, programs
 from fakes.pages import EVIL, alone, collected, edited, empty, many, sparse, with_levers
 
 from nanogpt_mac.compare import contents
@@ -266,41 +266,12 @@ def browser(tmp_path_factory):
         yield opened
 
 
-MEASURE = """
-const page = document.documentElement;
-const seen = e => e.getBoundingClientRect().width > 0 && e.getBoundingClientRect().height > 0;
-return {
-  wide: page.scrollWidth - window.innerWidth,
-  sections: [...document.querySelectorAll("section")].filter(seen).length,
-  charts: [...document.querySelectorAll("figure > svg")].map(e => e.getBoundingClientRect().width),
-  smallest: Math.min(...[...document.querySelectorAll("figure > svg text")].map(
-    e => parseFloat(getComputedStyle(e).fontSize) * e.ownerSVGElement.getBoundingClientRect().width / 400), 99),
-  outside: [...document.querySelectorAll("figure > svg text")].filter(e => {
-    const a = e.getBoundingClientRect(), b = e.closest("figure").getBoundingClientRect();
-    return a.left < b.left - 1 || a.right > b.right + 1; }).map(e => e.textContent),
-  spilt: [...document.querySelectorAll("td, th")].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
-    .map(e => e.textContent),
-  ground: getComputedStyle(document.body).backgroundColor,
-};
-"""
-
-
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(browser, pages, tmp_path, width):
     for name, html in pages.items():
-        file = tmp_path / "report.html"
-        file.write_text(html, encoding="utf-8")
-        browser.open(file, width)
-        found = browser.run(MEASURE)
-        assert browser.logs("browser") == [], name  # no error, no warning of the console
-        assert browser.requests() == [file.as_uri()], name
-        assert found["wide"] <= 0, name  # the page itself never scrolls sideways
+        found = look(browser, html, tmp_path / "report.html", width, name)
         if name != "leaderboard":
             assert found["sections"] == len(SECTIONS)
-        assert all(width / 3 < w <= width for w in found["charts"]), name
-        assert found["smallest"] >= 8.5, name
-        assert found["outside"] == [], name
-        assert found["spilt"] == [], name  # no cell's words run into the next
 
 
 def test_dark_is_dark(browser, pages, tmp_path):

@@ -34,12 +34,13 @@ def commands():
 
 def test_every_command_line_is_one_that_we_accept():
     found = commands()
-    assert len(found) == 3
+    assert len(found) == 4
     for overrides in found:
         validate(cli.compose(overrides, "coverage"))
-    static, runtime, verify = (cli.compose(overrides, "coverage") for overrides in found)
+    static, runtime, verify, history = (cli.compose(overrides, "coverage") for overrides in found)
     assert (static.torch, static.against, static.binary) == ("nightly", "2.15.0", True)
     assert (runtime.torch, runtime.run) == ("nightly", True)
+    assert (history.history, history.html) == ("2.5..nightly", "history.html")
     assert (verify.verify, verify.output) == (True, "mps-verify.json")
     with pytest.raises(InputError, match="there is no such key"):
         cli.compose([*found[0], "fromat=markdown"], "coverage")
@@ -52,6 +53,7 @@ def test_it_runs_every_day_with_small_rights():
     assert {name: job.get("permissions") for name, job in JOBS.items()} == {
         "static": None,
         "runtime": None,
+        "history": None,
         "report": {"issues": "write"},
     }
     assert WORKFLOW["concurrency"]["group"]
@@ -107,6 +109,17 @@ def test_the_exit_code_is_the_checks_own(step, tmp_path, code):
     assert (tmp_path / "static.md").read_text() == summary
 
 
+def test_the_history_is_a_page_and_a_comment(step, tmp_path):
+    name = "Read every release and the nightly"
+    done, summary, _ = step("history", name, 'echo "$*"; touch history.html; exit 2')
+    assert done.returncode == 2
+    assert "history=2.5..nightly" in summary
+    kept = next(s["with"] for s in JOBS["history"]["steps"] if s.get("with", {}).get("name") == "history")
+    assert kept["path"].split() == ["history.md", "history.html"]
+    done, summary, _ = step("history", name, "exit 2")
+    assert "could not be read" in (tmp_path / "history.md").read_text()
+
+
 def test_a_check_that_says_nothing_is_no_success(step):
     done, summary, _ = step("runtime", RUN, "exit 2")
     assert done.returncode == 2
@@ -131,12 +144,19 @@ def test_one_issue_is_kept_up_to_date(step, tmp_path, known, what):
     (tmp_path / "static").mkdir()
     (tmp_path / "static" / "static.md").write_text("### MPS coverage\n" + "x" * 40000)
     gh = f'[ "$2" = list ] && echo "{known}" || {{ echo "$*" > called; }}'
-    given = {"TITLE": "MPS coverage", "STATIC": "failure", "RUNTIME": "success", "RUN": "https://example.org/1"}
+    given = {
+        "TITLE": "MPS coverage",
+        "STATIC": "failure",
+        "RUNTIME": "success",
+        "HISTORY": "success",
+        "RUN": "https://example.org/1",
+    }
     done, _, _ = step("report", "Write the issue", gh=gh, **given)
     assert done.returncode == 0, done.stderr
     assert what in (tmp_path / "called").read_text()
     body = (tmp_path / "body.md").read_text()
-    assert "static check failure, runtime check success" in body
+    assert "static check failure, runtime check success, history success" in body
     assert "### MPS coverage" in body
     assert "The runtime check left no report." in body
+    assert "The history check left no report." in body
     assert len(body) < 65536  # GitHub's limit

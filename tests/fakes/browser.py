@@ -34,6 +34,25 @@ def programs() -> tuple[str, str]:
     return chrome, driver
 
 
+MEASURE = """
+const page = document.documentElement;
+const seen = e => e.getBoundingClientRect().width > 0 && e.getBoundingClientRect().height > 0;
+return {
+  wide: page.scrollWidth - window.innerWidth,
+  sections: [...document.querySelectorAll("section")].filter(seen).length,
+  charts: [...document.querySelectorAll("figure > svg")].map(e => e.getBoundingClientRect().width),
+  smallest: Math.min(...[...document.querySelectorAll("figure > svg text")].map(
+    e => parseFloat(getComputedStyle(e).fontSize) * e.ownerSVGElement.getBoundingClientRect().width / 400), 99),
+  outside: [...document.querySelectorAll("figure > svg text")].filter(e => {
+    const a = e.getBoundingClientRect(), b = e.closest("figure").getBoundingClientRect();
+    return a.left < b.left - 1 || a.right > b.right + 1; }).map(e => e.textContent),
+  spilt: [...document.querySelectorAll("td, th")].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
+    .map(e => e.textContent),
+  ground: getComputedStyle(document.body).backgroundColor,
+};
+"""
+
+
 class Browser:
     """One window. Use as a context manager: the browser ends with it."""
 
@@ -120,3 +139,18 @@ class Browser:
         """The whole page."""
         shot = self.cdp("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+
+def look(browser: Browser, html: str, file: Path, width: int, name: str) -> dict:
+    """What a page of `html` looks like; asserted is what holds for every report."""
+    file.write_text(html, encoding="utf-8")
+    browser.open(file, width)
+    found = browser.run(MEASURE)
+    assert browser.logs("browser") == [], name  # no error, no warning of the console
+    assert browser.requests() == [file.as_uri()], name
+    assert found["wide"] <= 0, name  # the page itself never scrolls sideways
+    assert all(width / 3 < w <= width for w in found["charts"]), name
+    assert found["smallest"] >= 8.5, name
+    assert found["outside"] == [], name
+    assert found["spilt"] == [], name  # no cell's words run into the next
+    return found

@@ -30,11 +30,13 @@ def _absent():
 
 
 # As parameters of a test: what Inductor or tinygrad compiles goes to one worker, which compiles each graph once.
-# Without its replay tinygrad does the same work, but plans it anew for every iteration, which takes seconds.
+# Without its replay tinygrad does the same work, but plans it anew for every iteration, which takes seconds; without
+# jax.jit JAX traces anew, and compiles every operation of every shape.
 MARKS = {
     ("cpu", True): pytest.mark.xdist_group("inductor"),
     ("tinygrad", True): pytest.mark.xdist_group("tinygrad"),
     ("tinygrad", False): pytest.mark.slow,
+    ("jax", False): pytest.mark.slow,
 }
 EACH_VARIANT = [pytest.param(*v, marks=MARKS[v]) if v in MARKS else v for v in VARIANTS]
 EACH_VARIANT += [pytest.param(name, False, marks=mark) for name, mark in _absent()]

@@ -5,6 +5,7 @@ Without an NVIDIA GPU Triton's interpreter runs them on the CPU, program by prog
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -206,6 +207,64 @@ def test_dropout_is_the_same_where_activations_are_computed_anew():
     for one, other in zip(*(gradients(m, fused.logits, idx) for m in (model, again)), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(fused.logits(model, idx), fused.logits(model, idx))  # the next masks are others
+
+
+@pytest.mark.parametrize("change", [{}, {"bias": False}, {"gelu": "tanh"}])
+def test_a_model_finds_its_kernels_prepared(change, monkeypatch):
+    calls = []
+    if not GPU:  # the interpreter runs one program at a time
+        monkeypatch.setattr(fused, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+
+    class Kernel:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def run(*given, **named):
+                kinds = [given_.dtype if isinstance(given_, torch.Tensor) else type(given_) for given_ in given]
+                calls.append((self.kernel.__name__, *kinds, *sorted((k, v) for k, v in named.items() if k.isupper())))
+                self.kernel[grid](*given, **named)
+
+            return run
+
+    for name in [name for name in vars(fused.kernels) if name.endswith(("forward", "backward", "sums"))]:
+        monkeypatch.setattr(fused.kernels, name, Kernel(getattr(fused.kernels, name)))
+    model = made(dropout=0.25, **change)
+    idx = torch.arange(SPEC.block_size, device=DEVICE)[None]
+    model.train()
+    gradients(model, fused.logits, idx)
+    fused.logits(model.eval(), idx)
+    used = set(calls)
+    calls.clear()
+    fused.prepare(model.spec, torch.float32, idx.device)
+    assert set(calls) == used
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo only hides it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_blocks_share_what_is_compiled_of_one(dtype):
+    """And compute what is written: forward and gradients, in training with the same masks and in evaluation."""
+    frames = []
+
+    def seen(graph, inputs):
+        frames.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    pieces = fused.Pieces(*(torch.compile(piece, backend=seen, dynamic=False) for piece in fused.Pieces()))
+    model = made(dropout=0.25, n_layer=4)
+    idx = torch.arange(18, device=DEVICE).view(2, 9) * 7 % 64
+    for training in (True, False):
+        model.train(training)
+        results = []
+        for some in (fused.Pieces(), pieces):
+            torch.manual_seed(4)
+            with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+                loss = fused.loss(model, some, idx, idx)
+            results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+    assert len(frames) == 5  # embedding and block, in training and in evaluation, and the loss of both
 
 
 def made(**change):

@@ -78,8 +78,8 @@ def test_the_hand_list_follows_the_kernels(tables):
 
 def test_the_evidence_says_how_far_the_hand_list_was_checked(tables):
     made = replace(tables[0], binary=False)
-    assert "NOT checked for this version (only 2.9.1 to 2.15.0)" in made.evidence()
-    for version in ("2.9.1", "2.13.0+cpu", "2.15.0"):
+    assert "NOT checked for this version (only 2.5.0 to 2.15.0)" in made.evidence()
+    for version in ("2.5.0", "2.13.0+cpu", "2.15.0"):
         assert "last checked against 2.15.0" in replace(made, version=version).evidence()
     assert "NOT checked" in replace(made, version="2.16.0.dev20261101").evidence()
     assert tables[0].evidence().endswith("checked against libtorch_cpu.dylib")

@@ -12,8 +12,6 @@ from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.gpt.torch_gpt import GPT
 
 variants = pytest.mark.parametrize(("name", "compiled"), EACH_VARIANT)
-# Without jax.jit JAX traces and launches every operation anew: 0.2 s for each of these small batches.
-in_seconds = [pytest.param(*v, marks=pytest.mark.slow) if v == ("jax", False) else v for v in EACH_VARIANT]
 
 
 def float64(spec):
@@ -69,7 +67,7 @@ def test_no_token_sees_a_later_one(make, batch, name, compiled):
         assert (np.abs(after[:, t:] - before[:, t:]).max(axis=(0, 2)) > 1e-6).all()
 
 
-@pytest.mark.parametrize(("name", "compiled"), in_seconds)
+@variants
 def test_a_hundred_iterations_end_at_the_same_loss(make, starts, name, compiled):
     """Clip, decay groups, bias correction, schedule and accumulation, against torch's own eager AdamW."""
     losses = {}

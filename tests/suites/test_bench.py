@@ -52,12 +52,12 @@ def registered(tmp_path):
         (["ways=[]"], "ways=[]: use a list such as [cpu,mlx]"),
         (["backend=cpu", "ways=[mlx]"], "backend=cpu compile=auto: leaves none of mlx"),
         (["rows=nonsense"], "rows=nonsense: no row is called so; use a part of a name such as Argmax, BCE"),
-        (["scale=2"], "scale=2.0: must be more than 0 and at most 1"),
+        (["scale=2"], "scale=2: use a number above 0, and at most 1"),
         (["rounds=0"], "rounds=0: must be at least 1"),
-        (["budget_minutes=0"], "budget_minutes=0.0: must be more than 0"),
+        (["budget_minutes=0"], "budget_minutes=0: use a number above 0"),
         (["cache=hot"], "cache=hot: use cold or warm"),
         (["max_iters=3"], "max_iters=3: bench.py trains nothing by this key; leave it out"),
-        (["suite=gemm", "scale=0.1"], "scale=0.1: only read with suite=ops (here suite=gemm)"),
+        (["suite=gemm", "scale=0.1"], "scale=0.1: only read with suite=ops; leave it out (here suite=gemm)"),
         (["dtype=bfloat16"], "dtype=bfloat16: suite=ops times float32"),
         (["data=text", "data.path=x.txt"], "model.vocab_size=null: this corpus has its own"),
     ],
@@ -133,6 +133,7 @@ def carried_out(tmp_path, monkeypatch, ask_lines, budget_s=100.0):
     now = [0.0]
     monkeypatch.setattr(running.child, "ask_lines", lambda question: ask_lines(question.task, now))
     one = running.Running(Suite(), BenchConfig(), PLAN, tmp_path, budget_s, clock=lambda: now[0])
+    tmp_path.mkdir(exist_ok=True)
     one.carry_out()
     return one
 
@@ -183,6 +184,23 @@ def test_what_the_budget_leaves_out_is_skipped_and_named(tmp_path, monkeypatch):
     assert {r.reason for r in left} == {"budget_minutes=30 was spent"}
     assert len(found.readings) == 27
     assert not found.complete
+
+
+def test_what_is_left_is_shared_fairly_and_every_row_gets_its_least_first(tmp_path, monkeypatch):
+    given = []
+
+    def ask(task, now):
+        given.append((task["round"], task["row_s"]))
+        now[0] += 5 * len(task["rows"])  # beside what rows are timed for
+        yield from answered(task, now)
+
+    slow = carried_out(tmp_path / "slow", monkeypatch, ask, budget_s=100.0)
+    assert all(row_s == pytest.approx(0.02) for _, row_s in given[1:])
+    assert {r.row for r in slow.readings if r.state is State.OK} == {"x", "y", "z"}
+    given.clear()
+    rich = carried_out(tmp_path / "rich", monkeypatch, ask, budget_s=10_000.0)
+    assert {row_s for _, row_s in given} == {PLAN.row_s}
+    assert rich.spent()["starting processes"] == pytest.approx(5 * 27)
 
 
 def test_a_rows_time_is_half_of_the_budget_over_all_of_them():

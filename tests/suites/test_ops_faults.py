@@ -1,6 +1,8 @@
 """Whatever is wrong with a result or its time is refused by name, in small rows and in large ones."""
 
 import re
+from contextlib import nullcontext
+from tempfile import TemporaryDirectory
 
 import pytest
 from fakes.faulty_arrays import FAULTS, FaultyArrays
@@ -17,15 +19,20 @@ PLAIN = ("ReLU 64x128x1024", "Concat 64x1000000 64x1000000 axis=0", "MatMul 1000
 SIZES = {"small": 0.0005, "large": 0.04}
 
 
-def measure(fault, row, size, monkeypatch, cache="cold", row_s=0.05):
+def measure(fault, row, size, monkeypatch, cache="cold", row_s=0.05, folder=None):
     """What is read of `row` where `fault` is planted; large: beyond the last cache, which is made small for it."""
+    with TemporaryDirectory() if folder is None else nullcontext(folder) as shared:
+        return _measure(fault, row, size, monkeypatch, cache, row_s, shared)
+
+
+def _measure(fault, row, size, monkeypatch, cache, row_s, folder):
     monkeypatch.setattr(measured, "FEW_COPIES", 64)
     if size == "large":
         monkeypatch.setattr(measured, "LAST_CACHE", 1 << 17)
         monkeypatch.setattr(measured, "NEW_BYTES", 0)  # the floor alone
     work = Work(sizes={}, batch=1, scale=SIZES[size], seed=1, cache=cache, bandwidth=0, backend={})
     way = Way(name="faulty", label="Faulty")
-    task = Task(suite="ops", way=way, rows=(row,), round=0, row_s=row_s, folder="", work={})
+    task = Task(suite="ops", way=way, rows=(row,), round=0, row_s=row_s, folder=str(folder), work={})
     rows = all_rows(SPEC, 1, work.scale)
     return Measuring(task, FaultyArrays(fault=fault), rows, work, 20e9 if size == "large" else 1e15, 0.4)(row)
 
@@ -77,3 +84,19 @@ def test_a_row_that_does_not_fit_is_skipped_with_the_reason(monkeypatch):
     found = measure("", PLAIN[0], "small", monkeypatch)
     assert found.state is State.SKIPPED
     assert "more than half of the 1000 B that are free" in found.reason
+
+
+def test_a_result_with_the_bits_of_one_that_was_right_is_not_computed_again(monkeypatch, tmp_path):
+    asked = []
+    expected = measured.reference.expected
+    monkeypatch.setattr(measured.reference, "expected", lambda *given: asked.append(1) or expected(*given))
+    first = measure("", PLAIN[0], "small", monkeypatch, cache="warm", folder=tmp_path)
+    assert len(asked) == 2  # of the first call and of the last
+    again = measure("", PLAIN[0], "small", monkeypatch, cache="warm", folder=tmp_path)
+    assert len(asked) == 2
+    assert (again.state, again.error) == (State.OK, first.error)
+    assert set(again.spent) == {"inputs", "first calls", "checks", "measuring"}
+    found = measure("a wrong result", PLAIN[0], "small", monkeypatch, cache="warm", folder=tmp_path)
+    assert found.state is State.WRONG
+    found = measure("a cached result", PLAIN[0], "small", monkeypatch, cache="warm", folder=tmp_path)
+    assert found.state is State.WRONG

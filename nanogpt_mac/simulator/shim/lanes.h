@@ -226,7 +226,7 @@ static int launch(Group::Kernel kernel, void** buffers, const unsigned* grid, co
         if (!run_group())
           return 1;
       }
-  return 0;
+  return error[0] != 0; // of a lane's own
 }
 
 // What the lanes of the SIMD group published at this operation; `active` says whose values are there.

@@ -6,7 +6,7 @@
 
 namespace metal {
 
-enum sim_operation { kSum = 1, kProduct, kMax, kMin, kAnd, kOr, kXor, kBallot, kBroadcast, kFirst, kShuffle, kFill, kPrefix, kSync };
+enum sim_operation { kSum = 1, kProduct, kMax, kMin, kAnd, kOr, kXor, kBallot, kBroadcast, kFirst, kShuffle, kFill, kPrefix, kSync, kMatrix };
 
 struct simd_vote {
   ulong mask;

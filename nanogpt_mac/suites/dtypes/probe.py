@@ -160,8 +160,8 @@ def values(expected: Expected) -> np.ndarray:
         return np.asarray(expected.a.astype(np.float64) @ expected.b.astype(np.float64) + expected.plus)
     assert isinstance(expected, Pieces)
     whole = np.zeros(expected.shape)
-    for where, value, _ in expected.pieces():
-        whole[where] = value
+    for where, terms in expected.pieces:
+        whole[where] = terms()[0]
     return whole
 
 

@@ -19,6 +19,7 @@ from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, percent, ratio
 from nanogpt_mac.suites import contents
 from nanogpt_mac.suites.contents import BAD
+from nanogpt_mac.suites.nets import by_hand
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,6 +119,8 @@ def _times(found: Results, lm: bool) -> Section:
         "The median over runs, each a fresh process; in brackets its 95 % interval, which needs five runs. The first "
         "epoch is not among them: it was held against float64."
     ]
+    if any(by_hand.parsed(way.name) for way in ways):
+        notes.append("Kernels of ours decide themselves where rows are and when the host waits: docs/metal.md.")
     table = Table(caption, ["row", *(way.label for way in ways), "fastest"], rows)
     return Section("times", "Times", notes=notes, tables=[table])
 

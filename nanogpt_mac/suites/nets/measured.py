@@ -142,6 +142,7 @@ class _One:
             if len(epochs) >= FEWEST_EPOCHS and time.perf_counter() - began + epochs[-1] > self.task.row_s:
                 break
             order, before, cpu_before = self.order(1 + len(epochs)), self.net.weights(), time.process_time()
+            self.arrays.gpu_seconds()
             last: list[Any] = []
 
             def call(order: np.ndarray = order, last: list[Any] = last) -> list[Any]:
@@ -151,7 +152,9 @@ class _One:
             epochs.append(calls.once(call, self.arrays))
             self._require_waited(last, epochs[-1])
             cpu += time.process_time() - cpu_before
-            use = probe.gpu_utilisation() if self.task.way.accelerator else None
+            known = self.arrays.gpu_seconds()
+            share = probe.gpu_utilisation() if self.task.way.accelerator else None
+            use = share if known is None else known / epochs[-1]
             busy += [] if use is None else [use]
         run_s = time.perf_counter() - began
         accuracy, distance = self._check_last(before, self.order(len(epochs)))

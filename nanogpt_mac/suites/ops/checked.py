@@ -1,4 +1,4 @@
-"""A result held against what it must be, in float64 and piece by piece: a large one needs no second of its size.
+"""A result held against what it must be in float64, piece by piece: a large one needs no second of its size.
 
 A tolerance is relative to the sum of |terms| that a number is made of, and grows with the root of how many there are:
 what float32 loses where they are summed with care, or with either sign. One after the other, terms of one sign may lose
@@ -7,21 +7,57 @@ as much as there are terms: up to LOST that is no fault, but it is said. Copies,
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable, Iterator
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 EPSILON = 2.0**-23
-PIECE = 1 << 22  # elements that are held in float64 at once
+PIECE = 1 << 17  # elements of a piece: in float64 some of them fit into a core's cache
 ROWS = 64  # of a large product that are computed in full
 LOST = 0.05  # of a sum of terms of one sign
 FULL = 5e8  # multiplications of a product that is
 
 Array = np.ndarray
-Piece = tuple[Any, Array, Array | float]  # where in the output, what must stand there, the sum of its |terms|
+Terms = tuple[Array, Array | float]  # what must stand somewhere, and the sum of its |terms|
+Piece = tuple[Any, Callable[[], Terms]]  # where in the output, and what must stand there
+T = TypeVar("T")
+R = TypeVar("R")
+_worker = threading.local()
+
+
+def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map` on all cores, for numpy's loops, which let other threads run; a worker's own is done by itself."""
+    known = list(items)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if len(known) < 2 or cores < 2 or getattr(_worker, "busy", False):
+        yield from map(function, known)
+        return
+    with _blas_alone(), ThreadPoolExecutor(cores, initializer=partial(setattr, _worker, "busy", True)) as pool:
+        yield from pool.map(function, known)
+
+
+@contextmanager
+def _blas_alone() -> Iterator[None]:
+    """Where numpy brings OpenBLAS: one thread a product; those of several callers would wait for each other."""
+    libraries = [ctypes.CDLL(str(p)) for p in Path(np.__file__).parents[1].glob("numpy.libs/libscipy_openblas64*")]
+    before = [library.scipy_openblas_get_num_threads64_() for library in libraries]
+    for library in libraries:
+        library.scipy_openblas_set_num_threads64_(1)
+    try:
+        yield
+    finally:
+        for library, threads in zip(libraries, before, strict=True):
+            library.scipy_openblas_set_num_threads64_(threads)
 
 
 def tolerance(depth: float) -> float:
@@ -47,7 +83,7 @@ class Pieces:
     """An output that is computed piece by piece; `depth` terms are summed in each number. A scale of 0 is exact."""
 
     shape: tuple[int, ...]
-    pieces: Callable[[], Iterator[Piece]]
+    pieces: Sequence[Piece]
     depth: float = 1
     one_sign: bool = False  # the terms of each number
 
@@ -56,8 +92,14 @@ class Pieces:
             return _another_shape(got, self.shape)
         careful = tolerance(self.depth)
         allowed = max(careful, min(LOST, EPSILON / 2 * self.depth)) if self.one_sign else careful
-        worst = max((_off(got[at], value, allowed * scale) for at, value, scale in self.pieces()), default=Off(0.0))
-        return worst._replace(careless=careful < worst.share * allowed <= allowed)
+
+        def one(piece: Piece) -> Off:
+            at, terms = piece
+            value, scale = terms()
+            return _off(got[at], value, allowed * scale)
+
+        worst = max(side_by_side(one, self.pieces), default=Off(0.0))
+        return worst._replace(careless=bool(careful < worst.share * allowed <= allowed))
 
 
 @dataclass(frozen=True)
@@ -78,39 +120,46 @@ class Product:
             self.b.reshape(-1, *self.b.shape[-2:]),
             got.reshape(-1, m, n),
         )
-        k = a.shape[-1]
         rng = np.random.default_rng(0)
         signs = rng.choice([-1.0, 1.0], n)
-        few = ROWS if len(a) * m * k * n > FULL else len(a) * m
+        few = ROWS if len(a) * m * a.shape[-1] * n > FULL else len(a) * m
         chosen = np.sort(rng.choice(len(a) * m, min(few, len(a) * m), replace=False))
         plus = np.broadcast_to(np.asarray(self.plus, np.float64), n)
-        worst, allowed = Off(0.0), tolerance(k)
-        for batch, (one, other) in enumerate(zip(a, b, strict=True)):
-            norms = np.sqrt(np.einsum("kn,kn->n", other, other, dtype=np.float64))
-            signed = _product(other, signs)
-            for rows in blocks(m, max(k, n)):
-                left = one[rows].astype(np.float64)
-                sizes = np.sqrt((left**2).sum(-1))
-                scale = sizes * math.sqrt(float((norms**2).sum())) + np.abs(plus).sum()
-                worst = max(worst, _off(got[batch, rows] @ signs, left @ signed + plus @ signs, allowed * scale))
+
+        def one(batch: int) -> Off:
             here = chosen[(chosen >= batch * m) & (chosen < (batch + 1) * m)] - batch * m
-            for some in np.array_split(here, max(1, len(here) * max(k, n) // PIECE)):
-                left = one[some].astype(np.float64)
-                scale = np.sqrt((left**2).sum(-1))[:, None] * norms + np.abs(plus)
-                worst = max(worst, _off(got[batch, some], _product(left, other) + plus, allowed * scale))
-        return worst
+            return _product_off(a[batch], b[batch], got[batch], here, signs, plus)
+
+        return max(side_by_side(one, range(len(a))))
 
 
-def _product(a: Array, b: Array) -> Array:
-    """In float64, without a copy of more than a piece of what is not."""
-    if a.dtype == b.dtype == np.float64 or a.size + b.size <= PIECE:
-        return a.astype(np.float64, copy=False) @ b.astype(np.float64, copy=False)
-    if a.size >= b.size:
-        return np.concatenate([a[rows].astype(np.float64) @ b for rows in blocks(len(a), a.shape[1])])
-    total = np.zeros((*a.shape[:-1], b.shape[1]))
-    for k in blocks(len(b), b.shape[1]):
-        total += a[..., k].astype(np.float64) @ b[k].astype(np.float64)
-    return total
+def _product_off(a: Array, b: Array, got: Array, some: Array, signs: Array, plus: Array) -> Off:
+    """Of one matrix from `a @ b + plus`: of all by `signs`, and of the rows `some`."""
+    (m, k), n = a.shape, b.shape[1]
+    left = a[some].astype(np.float64)
+
+    def deep(at: slice) -> tuple[Array, Array, Array]:
+        right = b[at].astype(np.float64)
+        return (right**2).sum(0), right @ signs, left[:, at] @ right
+
+    squares, rows_of = np.zeros(n), np.tile(plus, (len(some), 1))
+    signed = np.empty(k)
+    deeps = list(blocks(k, n))
+    for at, (square, signs_of, part) in zip(deeps, side_by_side(deep, deeps), strict=True):
+        squares += square
+        signed[at] = signs_of
+        rows_of += part
+    norms, whole_norm = np.sqrt(squares), math.sqrt(squares.sum())
+    allowed = tolerance(k)
+
+    def by_signs(rows: slice) -> Off:
+        these = a[rows].astype(np.float64)
+        scale = np.sqrt((these**2).sum(-1)) * whole_norm + np.abs(plus).sum()
+        return _off(got[rows] @ signs, these @ signed + plus @ signs, allowed * scale)
+
+    scale = np.sqrt((left**2).sum(-1))[:, None] * norms + np.abs(plus)
+    worst = _off(got[some], rows_of, allowed * scale)
+    return max(worst, *side_by_side(by_signs, blocks(m, max(k, n))))
 
 
 def _off(got: Array, value: Array, allowed: Array | float) -> Off:
@@ -136,32 +185,38 @@ def blocks(length: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
+def added(function: Callable[[slice], Array], length: int, width: int) -> Array:
+    """The sum of what `function` gives for all blocks."""
+    return np.asarray(sum(side_by_side(function, blocks(length, width))))
+
+
 # -- the pieces -------------------------------------------------------------------------------------------------------
 
 
-def whole(value: Array, scale: Array | float = 0.0, depth: float = 1) -> Pieces:
+def _first(shape: tuple[int, ...], function: Callable[[slice], Terms]) -> list[Piece]:
+    return [(rows, partial(function, rows)) for rows in blocks(shape[0], math.prod(shape[1:]))]
+
+
+def whole(value: Array, scale: Array | float = 0.0, depth: float = 1, one_sign: bool = False) -> Pieces:
     value = np.asarray(value)
-    return Pieces(value.shape, lambda: iter([(..., value, scale)]), depth)
+    if not value.ndim:
+        return Pieces((), [(..., lambda: (value, scale))], depth, one_sign)
+    given = scale if isinstance(scale, np.ndarray) else None
+    pieces = _first(value.shape, lambda rows: (value[rows], scale if given is None else given[rows]))
+    return Pieces(value.shape, pieces, depth, one_sign)
 
 
 def total(value: Array, depth: float) -> Pieces:
     """Sums of so many terms of one sign."""
     value = np.asarray(value)
-    return Pieces(value.shape, lambda: iter([(..., value, np.abs(value))]), depth, one_sign=True)
+    return whole(value, np.abs(value), depth, one_sign=True)
 
 
-def by_first(
-    shape: tuple[int, ...], function: Callable[..., tuple[Array, Array | float]], *arrays: Array, depth: float = 1
-) -> Pieces:
+def by_first(shape: tuple[int, ...], function: Callable[..., Terms], *arrays: Array, depth: float = 1) -> Pieces:
     """`function` of the same stretch of the first axis of every array, in float64: value and scale."""
-
-    def pieces() -> Iterator[Piece]:
-        for rows in blocks(shape[0], math.prod(shape[1:])):
-            yield rows, *function(*(a[rows].astype(np.float64) for a in arrays))
-
-    return Pieces(shape, pieces, depth)
+    return Pieces(shape, _first(shape, lambda rows: function(*(a[rows].astype(np.float64) for a in arrays))), depth)
 
 
 def exactly(shape: tuple[int, ...], function: Callable[[slice], Array]) -> Pieces:
     """A stretch of the first axis at a time, which must be there bit for bit."""
-    return Pieces(shape, lambda: ((r, function(r), 0.0) for r in blocks(shape[0], math.prod(shape[1:]))))
+    return Pieces(shape, _first(shape, lambda rows: (function(rows), 0.0)))

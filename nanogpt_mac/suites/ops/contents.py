@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from nanogpt_mac.records.bench import OpsBench, State, Way
-from nanogpt_mac.records.run import Times
 from nanogpt_mac.report import charts as kit
 from nanogpt_mac.report.charts import BAR, Chart, RowsChart
 from nanogpt_mac.report.svg import COLOURS
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, plural, ratio
 from nanogpt_mac.suites import contents
-from nanogpt_mac.suites.contents import BAD, some
+from nanogpt_mac.suites.contents import BAD, Found, found_of, some
 from nanogpt_mac.suites.ops.rows import PUBLISHED_WAYS, WITH_GRADIENT, published, source
 
 if TYPE_CHECKING:
@@ -26,28 +24,13 @@ if TYPE_CHECKING:
 FIGURES = ("throughput", "latency")
 
 
-@dataclass(frozen=True)
-class Found:
-    """A time over all rounds, ms: the median of the rounds' medians, and from the lowest to the highest that a round's
-    interval allows."""
-
-    value: float
-    bounds: tuple[float, float] | None
-
-
 class Results(contents.Results):
     bench: OpsBench
 
     def time(self, row: str, way: str, figure: str) -> Found | None:
         if self.state(row, way) is not State.OK:
             return None
-        times: list[Times] = [t for r in self.readings[row, way] if (t := getattr(r, figure)) and t.median]
-        if not times:
-            return None
-        bounds = [b for t in times for b in (t.ci95 or ())] + [t.median for t in times if t.median]
-        several = len(bounds) > 1
-        value = statistics.median(t.median for t in times if t.median)
-        return Found(value, (min(bounds), max(bounds)) if several else None)
+        return found_of([times for r in self.readings[row, way] if (times := getattr(r, figure))])
 
     def common(self, a: str, b: str, figure: str, rows: Iterable[str]) -> list[tuple[float, float]]:
         """The times of both ways where both have one."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import deque
 from functools import cached_property
 
 import numpy as np
 
+from nanogpt_mac.suites.ops.checked import blocks, side_by_side
 from nanogpt_mac.suites.ops.rows import WITH_GRADIENT, Row
 
 GROWN = (1.75, 1.25, 1.5)  # how much larger a copy is than the first: other than its neighbours, and never as large
@@ -64,9 +66,17 @@ class Drawn:
             return array
         if kind.endswith("index") and kind != "by index":
             return ((array + k) % below).astype(np.int32)
-        factor = GROWN[k % len(GROWN)]
-        rolled = np.roll(array, 17 * k, axis=-1) if array.ndim else array
-        return rolled * np.float32(1 / factor if kind == "probability" else factor)
+        grown = GROWN[k % len(GROWN)]
+        factor = np.float32(1 / grown if kind == "probability" else grown)
+        changed, cut = np.empty_like(array), -17 * k % array.shape[-1]
+        lines, rolled = (a.reshape(-1, a.shape[-1]) for a in (array, changed))
+
+        def roll(rows: slice) -> None:
+            np.multiply(lines[rows, cut:], factor, out=rolled[rows, : lines.shape[1] - cut])
+            np.multiply(lines[rows, :cut], factor, out=rolled[rows, lines.shape[1] - cut :])
+
+        deque(side_by_side(roll, blocks(*lines.shape)), maxlen=0)
+        return changed
 
     @cached_property
     def cotangent(self) -> np.ndarray:

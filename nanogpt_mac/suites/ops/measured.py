@@ -1,15 +1,20 @@
 """The child's side of suite=ops: one row on one way, computed, checked, timed, and checked again.
 
-A row is refused, by name, whose result is wrong before or after it was timed, or whose time cannot be: see `_refused`.
+A row is refused, by name, whose result is wrong before or after it was timed, or whose time cannot be. What a result
+must be is computed once in a run: where another round or another way has given the same bits, their verdict stands.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +23,14 @@ import psutil
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.arrays import Arrays, Op
 from nanogpt_mac.errors import reason
+from nanogpt_mac.files import write_json
 from nanogpt_mac.machine import bandwidth
 from nanogpt_mac.measure import calls
 from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.bench import OpReading, State, Task
 from nanogpt_mac.report.words import ms, size
 from nanogpt_mac.suites.ops import reference
-from nanogpt_mac.suites.ops.checked import Expected, Off
+from nanogpt_mac.suites.ops.checked import Expected, Off, blocks, side_by_side
 from nanogpt_mac.suites.ops.inputs import Drawn
 from nanogpt_mac.suites.ops.reference import ADAMW
 from nanogpt_mac.suites.ops.rows import Row
@@ -35,7 +41,7 @@ SHARE = 0.5  # of the free memory that a row may take
 TOLD_APART = 64 << 20  # bytes of results whose bits are compared
 CITED, MEASURED = 0.9, 1 / 3  # of a floor that a time may lie at, by where the bandwidth comes from
 NEW, NEW_MS = 3.0, 0.05  # how much longer a call with new inputs may take, and what it may take in any case, ms
-TRIES = 4  # of such calls
+TRIES, LONG_S = 4, 0.05  # of such calls, unless they are long
 WARM_UP_S = 0.5
 NEW_BYTES = 8 << 20  # of inputs: above, the floor shows what was not computed
 
@@ -71,6 +77,7 @@ class Measuring:
         self.task, self.arrays, self.rows, self.work = task, arrays, rows, work
         self.bandwidth, self.trust = of_memory, trust
         self.drawn: Drawn | None = None  # of the row before, whose numbers may be this one's
+        self.spent: defaultdict[str, float] = defaultdict(float)  # seconds of a row, by what for
         if task.way.accelerator:
             self._warm_up()
 
@@ -84,9 +91,10 @@ class Measuring:
     def __call__(self, name: str) -> OpReading:
         known: dict[str, Any] = {"row": name, "way": self.task.way.name, "round": self.task.round}
         try:
-            return OpReading(**known, state=State.OK, **self._figures(self.rows[name]))
+            figures = self._figures(self.rows[name])
+            return OpReading(**known, state=State.OK, spent=dict(self.spent), **figures)
         except RefusedError as refused:
-            return OpReading(**known, state=refused.state, reason=str(refused))
+            return OpReading(**known, state=refused.state, reason=str(refused), spent=dict(self.spent))
         except Exception as error:
             words = f"{type(error).__name__}: {error}"
             states = {"oom": State.SKIPPED, "missing_op": State.ABSENT}
@@ -94,7 +102,16 @@ class Measuring:
             why = f"{type(error).__name__}: {reason(error)}"
             return OpReading(**known, state=state, reason=why)
         finally:
+            self.spent.clear()
             self.arrays.release()
+
+    @contextmanager
+    def _for(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[what] += time.monotonic() - began
 
     def _figures(self, row: Row) -> dict[str, Any]:
         op = self.arrays.op(row.op)
@@ -102,21 +119,28 @@ class Measuring:
             raise RefusedError(State.ABSENT, f"not written for {self.task.way.label}")
         copies, cold = self._copies(row)
         self.drawn = Drawn(row, self.work.seed, self.drawn)
-        one = _One(self.arrays, row, op, self.drawn)
-        self._check(one, one.outputs(0), 0)
-        deterministic = one.same_bits() if row.output_bytes + row.gradient_bytes <= TOLD_APART else None
+        with self._for("inputs"):
+            one = _One(self.arrays, row, op, self.drawn)
+        with self._for("first calls"):
+            outputs = one.outputs(0)
+        self._check(one, outputs, 0)
+        with self._for("checks"):
+            deterministic = one.same_bits() if row.output_bytes + row.gradient_bytes <= TOLD_APART else None
+        del outputs
         one.forget(0)
         if self.task.way.simulated:
             return {"deterministic": deterministic, "counts": one.counted(1), "copies": 1}
-        known = [one.natives(1 + k) for k in range(copies)]
+        with self._for("inputs"):
+            known = [one.natives(1 + k) for k in range(copies)]
         made = row.output_bytes + row.gradient_bytes
-        measured = calls.measure(
-            lambda number: one.call(known[number % copies]),
-            self.arrays,
-            self.task.row_s,
-            keep=copies,
-            most=max(1, min(calls.MOST_QUEUED, int(self.arrays.free_memory() / 4 / max(made, 1)))),
-        )
+        with self._for("measuring"):
+            measured = calls.measure(
+                lambda number: one.call(known[number % copies]),
+                self.arrays,
+                self.task.row_s,
+                keep=copies,
+                most=max(1, min(calls.MOST_QUEUED, int(self.arrays.free_memory() / 4 / max(made, 1)))),
+            )
         if measured.fault:
             raise RefusedError(State.WRONG, measured.fault)
         worst = self._check(one, measured.last, 1 + measured.number % copies, " of the last timed call")
@@ -133,7 +157,8 @@ class Measuring:
             moved = f"{ms(fastest)} ms, where moving its {size(row.least_bytes)} takes {ms(floor)}"
             raise RefusedError(State.WRONG, f"faster than the memory: {moved}")
         if row.input_bytes <= NEW_BYTES:
-            self._hold_against_new(one, known)
+            with self._for("checks"):
+                self._hold_against_new(one, known)
         return {
             "throughput": measured.throughput,
             "latency": measured.latency,
@@ -169,8 +194,9 @@ class Measuring:
 
     def _check(self, one: _One, outputs: Natives, k: int, when: str = "") -> float:
         """The worst deviation of the results for copy `k`. Refused: wrong, named as well as can be told."""
-        got = one.got(outputs)
-        found = [e.off(g) for e, g in zip(one.expected(k), got, strict=True)]
+        with self._for("checks"):
+            got = one.got(outputs)
+            found = self._offs(one, got, k)
         worst = max(found)
         if worst.share <= 1:
             one.careless = next((off.words for off in found if off.careless), one.careless)
@@ -181,17 +207,39 @@ class Measuring:
         why = _diagnosis(one, got, which, k, worst)
         raise RefusedError(State.WRONG, f"wrong result{when}{names[which]}: {why}")
 
+    def _offs(self, one: _One, got: Sequence[np.ndarray], k: int) -> list[Off]:
+        """Of each of these results for copy `k`, from the run's folder where they are known there."""
+        places = [Path(self.task.folder) / _name(one.row, k, number, g) for number, g in enumerate(got)]
+        if all(place.exists() for place in places):
+            return [Off(*json.loads(place.read_text())) for place in places]
+        found = [e.off(g) for e, g in zip(one.expected(k), got, strict=True)]
+        for place, off in zip(places, found, strict=True):
+            if off.share <= 1:
+                write_json(place, list(off))
+        return found
+
     def _hold_against_new(self, one: _One, known: Sequence[Natives]) -> None:
         """Refused: calls with inputs that have not been seen take far longer than those that were timed."""
-        new = [one.natives(len(known) + 1 + k) for k in range(TRIES)]
-        took = [
-            [calls.once(partial(one.call, inputs), self.arrays) for inputs in pair]
-            for pair in zip([known[0]] * TRIES, new, strict=True)
-        ]
+        took: list[tuple[float, float]] = []
+        for k in range(TRIES):
+            new = one.natives(len(known) + 1 + k)
+            before, after = (calls.once(lambda i=i: one.call(i), self.arrays) for i in (known[0], new))  # type: ignore[misc]
+            took.append((before, after))
+            if before > LONG_S and after < NEW * before:  # long enough for one to tell
+                return
         before, after = statistics.median(pair[0] for pair in took), min(pair[1] for pair in took)
         if 1e3 * after > max(NEW * 1e3 * before, NEW_MS):
             words = f"a call takes {ms(1e3 * after)} ms with new inputs, {ms(1e3 * before)} with known ones"
             raise RefusedError(State.WRONG, f"a cached result: {words}")
+
+
+def _name(row: Row, k: int, number: int, got: np.ndarray) -> str:
+    """Of a result's verdict: by the bits of the result, and by what it is a result of."""
+    lines = np.ascontiguousarray(got).reshape(-1).view(np.uint8)
+    whole = hashlib.blake2b(f"{row} {k} {number} {got.dtype} {got.shape}".encode(), digest_size=20)
+    for part in side_by_side(lambda at: hashlib.sha256(lines[at].data).digest(), blocks(len(lines), 1)):
+        whole.update(part)
+    return f"{whole.hexdigest()}.json"
 
 
 class _One:

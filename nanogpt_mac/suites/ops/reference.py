@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from nanogpt_mac.suites.ops.checked import (
     Piece,
     Pieces,
     Product,
+    Terms,
+    added,
     blocks,
     by_first,
     exactly,
+    side_by_side,
     total,
     whole,
 )
@@ -80,8 +84,8 @@ def _prelu(row: Row, x: Array, a: Array, g: Array | None = None) -> Both:
     if g is None:
         return [out], {}
     dx = by_first(x.shape, lambda x, g: (g * np.where(x > 0, 1, slope), np.abs(g) * max(1, abs(slope))), x, g)
-    terms = np.minimum(x, 0).astype(np.float64) * g
-    return [out], {0: dx, 1: total(terms.sum(keepdims=True).reshape(1), terms.size)}
+    terms = added(lambda rows: (np.minimum(x[rows], 0).astype(np.float64) * g[rows]).sum(), len(x), x[0].size)
+    return [out], {0: dx, 1: total(terms.reshape(1), x.size)}
 
 
 def _softmax(row: Row, x: Array, g: Array | None = None) -> Both:
@@ -105,7 +109,10 @@ def _softmax(row: Row, x: Array, g: Array | None = None) -> Both:
 
 def _sum(row: Row, x: Array, g: Array | None = None) -> Both:
     axis = row.settings["axis"]
-    sums = x.sum(axis, dtype=np.float64)
+    if axis in (None, 0):
+        sums = added(lambda rows: x[rows].sum(axis, dtype=np.float64), len(x), x[0].size)
+    else:
+        sums = _along(lambda part: part.sum(axis, dtype=np.float64), axis, x, joined=0)
     out = total(sums, x.size / sums.size)
     if g is None:
         return [out], {}
@@ -113,30 +120,44 @@ def _sum(row: Row, x: Array, g: Array | None = None) -> Both:
     return [out], {0: exactly(x.shape, lambda rows: spread[rows])}
 
 
+def _along(function: Callable[..., Array], axis: int, *arrays: Array, joined: int | None = None) -> Array:
+    """`function` of stretches of another axis than `axis`, put together again along `joined`, by default that one."""
+    other = int(axis in (0, -arrays[0].ndim))
+    size = arrays[0].shape[other]
+    cuts = [(slice(None),) * other + (rows,) for rows in blocks(size, arrays[0].size // size)]
+    parts = list(side_by_side(lambda cut: function(*(array[cut] for array in arrays)), cuts))
+    return np.concatenate(parts, other if joined is None else joined)
+
+
 def _argmax(row: Row, x: Array) -> Both:
-    return [whole(x.argmax(row.settings["axis"]))], {}
+    axis = row.settings["axis"]
+    return [whole(_along(lambda part: part.argmax(axis), axis, x, joined=0))], {}
 
 
 def _sort(row: Row, x: Array, g: Array | None = None) -> Both:
     axis = row.settings["axis"]
     if g is None and row.op == "sort":
-        return [whole(np.sort(x, axis))], {}
-    order = x.argsort(axis)
-    values = whole(np.take_along_axis(x, order, axis))
+        return [whole(_along(lambda part: np.sort(part, axis), axis, x))], {}
+    order = _along(lambda part: part.argsort(axis), axis, x)
+    values = whole(_along(lambda part, by: np.take_along_axis(part, by, axis), axis, x, order))
     if g is None:
         return [values, whole(order)], {}
-    dx = np.zeros_like(g)
-    np.put_along_axis(dx, order, g, axis)
-    return [values], {0: whole(dx)}
+
+    def back(order: Array, g: Array) -> Array:
+        dx = np.zeros_like(g)
+        np.put_along_axis(dx, order, g, axis)
+        return dx
+
+    return [values], {0: whole(_along(back, axis, order, g))}
 
 
 def _bce(row: Row, p: Array, t: Array, g: Array | None = None) -> Both:
-    lost = -sum(
-        float(np.where(b > 0, np.log(a), np.log1p(-a)).sum())
-        for rows in blocks(len(p), p.size // len(p))
-        for a, b in [(p[rows].astype(np.float64), t[rows])]
-    )
-    out = total(np.asarray(lost / p.size), p.size)
+
+    def lost(rows: slice) -> Array:
+        a = p[rows].astype(np.float64)
+        return np.where(t[rows] > 0, np.log(a), np.log1p(-a)).sum()
+
+    out = total(-added(lost, len(p), p.size // len(p)) / p.size, p.size)
     if g is None:
         return [out], {}
     each = float(g) / p.size
@@ -166,9 +187,15 @@ def _cross_entropy(row: Row, x: Array, targets: Array, g: Array | None = None) -
 def _concat(row: Row, a: Array, b: Array, g: Array | None = None) -> Both:
     axis = row.settings["axis"]
     cut = a.shape[axis]
-    left, right = ((slice(None),) * axis + (s,) for s in (slice(None, cut), slice(cut, None)))
-    both = Pieces(row.output, lambda: iter([(left, a, 0.0), (right, b, 0.0)]))
-    return [both], {} if g is None else {0: whole(g[left]), 1: whole(g[right])}
+    left, right = ((slice(None),) * axis + (part,) for part in (slice(None, cut), slice(cut, None)))
+    pieces: list[Piece] = []
+    for x, start in ((a, 0), (b, cut)):
+        for rows in blocks(len(x), x[0].size):
+            at = (rows, *(slice(None),) * (axis - 1), slice(start, start + x.shape[axis]))
+            at = at if axis else (slice(start + rows.start, start + rows.stop),)
+            pieces.append((at, partial(lambda x, rows: (x[rows], 0.0), x, rows)))
+    out = Pieces(row.output, pieces)
+    return [out], {} if g is None else {0: whole(g[left]), 1: whole(g[right])}
 
 
 # -- by index ---------------------------------------------------------------------------------------------------------
@@ -178,9 +205,12 @@ def _added(index: Array, rows: int, values: Array) -> Array:
     """float64 (rows, columns): the sums of the rows of `values` that have the same index."""
     from scipy.sparse import csr_array
 
-    ones = csr_array((np.ones(len(index)), (index, np.arange(len(index)))), (rows, len(index)))
-    columns = blocks(values.shape[1], len(values))
-    return np.concatenate([ones @ values[:, c].astype(np.float64) for c in columns], axis=1)
+    def sums(at: slice) -> Array:
+        some, count = index[at], at.stop - at.start
+        ones = csr_array((np.ones(count), (some, np.arange(count))), (rows, count))
+        return np.asarray(ones @ values[at].astype(np.float64))
+
+    return added(sums, len(index), values.shape[1])
 
 
 def _gather(row: Row, table: Array, index: Array, g: Array | None = None) -> Both:
@@ -259,13 +289,13 @@ def _conv(row: Row, x: Array, w: Array, g: Array | None = None) -> Both:
         flat = w.reshape(len(w), -1).astype(np.float64)
         norms = np.sqrt((flat**2).sum(-1))
 
-        def pieces() -> Iterator[Piece]:
-            for rows in blocks(len(x), math.prod(shape[1:-1]) * flat.shape[1]):
-                seen = _windows(x[rows].astype(np.float64), w.shape[1:-1])
-                seen = seen.reshape(*seen.shape[: x.ndim - 1], -1)
-                yield rows, seen @ flat.T, np.sqrt((seen**2).sum(-1))[..., None] * norms
+        def terms(rows: slice) -> Terms:
+            seen = _windows(x[rows].astype(np.float64), w.shape[1:-1])
+            seen = seen.reshape(*seen.shape[: x.ndim - 1], -1)
+            return seen @ flat.T, np.sqrt((seen**2).sum(-1))[..., None] * norms
 
-        return Pieces(shape, pieces, flat.shape[1])
+        rows = blocks(len(x), math.prod(shape[1:-1]) * flat.shape[1])
+        return Pieces(shape, [(at, partial(terms, at)) for at in rows], flat.shape[1])
 
     out = through(x, w, row.output)
     if g is None:
@@ -273,14 +303,18 @@ def _conv(row: Row, x: Array, w: Array, g: Array | None = None) -> Both:
     around = np.pad(g, [(0, 0), *((k - 1, k - 1) for k in lengths), (0, 0)])
     turned = np.moveaxis(np.flip(w, tuple(range(1, w.ndim - 1))), 0, -1)  # (length..., channels, outputs)
     dx = through(around, np.moveaxis(turned, -2, 0), x.shape)
-    dw, of_g, of_x = np.zeros((len(w), depth)), np.zeros(len(w)), np.zeros(depth)
-    for rows in blocks(len(x), math.prod(row.output[1:-1]) * depth):
+
+    def kernels(rows: slice) -> Array:
+        """The kernels' gradients, and the squares of what they are products of."""
         seen = _windows(x[rows].astype(np.float64), lengths).reshape(-1, depth)
         g2 = g[rows].reshape(-1, len(w)).astype(np.float64)
-        dw += g2.T @ seen
-        of_g += (g2**2).sum(0)
-        of_x += (seen**2).sum(0)
-    scale = np.sqrt(of_g)[:, None] * np.sqrt(of_x)
+        found = np.empty((len(w) + 1, depth + 1))
+        found[:-1, :-1] = g2.T @ seen
+        found[:-1, -1], found[-1, :-1], found[-1, -1] = (g2**2).sum(0), (seen**2).sum(0), 0
+        return found
+
+    found = added(kernels, len(x), math.prod(row.output[1:-1]) * depth)
+    dw, scale = found[:-1, :-1], np.sqrt(found[:-1, -1:]) * np.sqrt(found[-1:, :-1])
     summed = g.size / len(w)
     return [out], {0: dx, 1: whole(dw.reshape(w.shape), scale.reshape(w.shape), summed)}
 
@@ -311,11 +345,13 @@ def _layer_norm(row: Row, x: Array, w: Array, *rest: Array) -> Both:
     out = by_first(x.shape, forward, x, depth=depth)
     if g is None:
         return [out], {}
-    dw, of_w, db = np.zeros(depth), np.zeros(depth), np.zeros(depth)
     columns, g2 = x.reshape(-1, depth), g.reshape(-1, depth)
-    for rows in blocks(len(columns), depth):
+
+    def sums(rows: slice) -> Array:
         terms = g2[rows] * z_of(columns[rows].astype(np.float64))[0]
-        dw, of_w, db = dw + terms.sum(0), of_w + np.abs(terms).sum(0), db + g2[rows].sum(0, dtype=np.float64)
+        return np.stack([terms.sum(0), np.abs(terms).sum(0), g2[rows].sum(0, dtype=np.float64)])
+
+    dw, of_w, db = added(sums, len(columns), depth)
     count = len(columns)
     return [out], {
         0: by_first(x.shape, backward, x, g, depth=depth),
@@ -356,10 +392,16 @@ def _sdpa(row: Row, q: Array, k: Array, v: Array, g: Array | None = None) -> Bot
 
         return of
 
-    out = by_first(q.shape, forward, q, k, v, depth=depth)
+    def by_head(shape: tuple[int, ...], function: Callable[..., Terms], *arrays: Array) -> Pieces:
+        def terms(at: tuple[int, int]) -> Terms:
+            return function(*(a[at].astype(np.float64) for a in arrays))
+
+        return Pieces(shape, [(at, partial(terms, at)) for at in np.ndindex(*shape[:2])], depth)
+
+    out = by_head(q.shape, forward, q, k, v)
     if g is None:
         return [out], {}
-    return [out], {i: by_first((q, k, v)[i].shape, backward(i), q, k, v, g, depth=depth) for i in range(3)}
+    return [out], {i: by_head((q, k, v)[i].shape, backward(i), q, k, v, g) for i in range(3)}
 
 
 ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "decay": 0.1, "epsilon": 1e-8, "step": 10}

@@ -237,7 +237,7 @@ def test_limits_and_wrong_calls() -> None:
     ("body", "error"),
     [
         ("out[i] = no_such_function(1.0);", "no_such_function"),
-        ("simdgroup_float8x8 tile; out[i] = 0;", "simdgroup_float8x8"),  # Metal has it, the shim does not
+        ("out[i] = quad_sum(1.0f);", "quad_sum"),  # Metal has it, the shim does not
         ("out[i] = 1", "expected"),
     ],
 )
@@ -255,6 +255,15 @@ def test_unknown_parameters_are_refused() -> None:
     source = "kernel void odd(device float* out, uint i [[amplification_id]]) { out[i] = 1; }"
     with pytest.raises(SyntaxError, match=r"kernel odd: parameter 'uint i \[\[amplification_id\]\]'"):
         torch.mps.compile_shader(source)
+
+
+def test_what_torch_has_no_values_for_is_refused() -> None:
+    source = "constant bool FAST [[function_constant(0)]];\nkernel void k(device float* out) { out[0] = FAST; }"
+    with pytest.raises(SyntaxError, match="function constants without values: FAST"):
+        torch.mps.compile_shader(source)
+    shared = torch.mps.compile_shader("kernel void k(device float* o, threadgroup float* s [[threadgroup(0)]]) {}")
+    with pytest.raises(ValueError, match="kernel k: torch cannot say how large its threadgroup arguments are"):
+        shared.k(torch.empty(1, device="mps"))
 
 
 def test_launches_take_planned_time() -> None:
