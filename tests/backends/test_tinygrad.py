@@ -268,3 +268,26 @@ def test_records_name_what_its_kernels_are_written_in(make):
     assert make("tinygrad").details["renderer"] in {"ClangRenderer", "MetalRenderer", "CUDARenderer", "PTXRenderer"}
     assert kinds.resolve_compile("auto", "tinygrad") is True
     assert KINDS["tinygrad"].variants == {True: "tinygrad", False: "tinygrad-eager"}
+
+
+@here
+def test_nothing_read_only_is_handed_over(make, small, starts, tokens, monkeypatch):
+    """For CUDA tinygrad reads writable memory alone; on a CPU it would not say so."""
+    from tinygrad import Tensor
+
+    init, read_only = Tensor.__init__, []
+
+    def seen(self, data=None, *given, **named):
+        read_only.extend([data] if isinstance(data, np.ndarray) and not data.flags.writeable else [])
+        init(self, data, *given, **named)
+
+    for split in tokens.splits.values():
+        split.setflags(write=False)  # as a memory map is
+    backend = make("tinygrad", spec=small)
+    state = backend.state()
+    for tree in (state.weights, state.exp_avg, state.exp_avg_sq):
+        for array in tree.values():
+            array.setflags(write=False)
+    monkeypatch.setattr(Tensor, "__init__", seen)
+    make("tinygrad", spec=small).restore(state)
+    assert not read_only
