@@ -184,7 +184,7 @@ def key_of(override: str) -> str:
 
 
 def merged(*groups: Sequence[str]) -> list[str]:
-    """Overrides one after the other; of those with the same key the last alone: `refuse` takes no two."""
+    """Overrides one after the other; of those with the same key the last alone, which Hydra would have refused."""
     last: dict[str, str] = {}
     for override in (override for group in groups for override in group):
         last.pop(key_of(override), None)
@@ -193,14 +193,9 @@ def merged(*groups: Sequence[str]) -> list[str]:
 
 
 def refuse(overrides: Sequence[str], flags: Collection[str]) -> None:
-    """InputError for a key with two values, and for a number, which OmegaConf would take, in place of true or false."""
-    seen: dict[str, str] = {}
+    """InputError for a number in place of true or false, which OmegaConf would take."""
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if override.startswith("-") or not value:
-            continue
-        if (first := seen.setdefault(key, override)).partition("=")[2] != value:
-            raise InputError(f"{override}: {first} is given too; use one of them")
         if key in flags and re.fullmatch(r"[+-]?[0-9]+", value) and value not in ("0", "1"):
             raise InputError(f"{override}: use true or false")
 

@@ -92,8 +92,6 @@ MISTAKES = [
     (["model.bias=2"], r"model\.bias=2: use true or false$"),
     (["model.bias=null"], r"model\.bias=null: use a value other than null$"),
     (["backend.own_kernels=-1"], r"backend\.own_kernels=-1: use true or false$"),
-    (["batch_size=2", "seed=1", "batch_size=3"], r"batch_size=3: batch_size=2 is given too; use one of them$"),
-    (["data=text", "++data=shakespeare"], r"\+\+data=shakespeare: data=text is given too; use one of them$"),
     (["learning_rate=fast"], r"learning_rate=fast: use a number$"),
     (["max_iters"], r"max_iters"),
     (["model=[1"], r"model=\[1"),

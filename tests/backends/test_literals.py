@@ -10,7 +10,7 @@ from nanogpt_mac.backends.kinds import KINDS
 PACKAGE = ROOT / "nanogpt_mac"
 NAMES = KINDS.keys() | {here.device for kind in KINDS.values() for here in kind.devices}
 FRAMEWORKS = sorted({kind.framework for kind in KINDS.values()})
-OF_ONE = ("backend", "arrays", "nets", "parts")  # NAME_backend.py and what lies beside it
+OF_ONE = ("backend", "arrays", "nets", "parts", "world")  # NAME_backend.py and what lies beside it
 TWINS_AND_BACK_ENDS = {place for n in FRAMEWORKS for place in (f"gpt/{n}_gpt.py", f"backends/{n}_backend.py")}
 ITS_OWN = TWINS_AND_BACK_ENDS | {f"backends/{n}_{of}.py" for n in FRAMEWORKS for of in OF_ONE}
 
@@ -23,11 +23,15 @@ ABOUT_MPS = {
     "coverage": "the report on MPS, and its sweeps against the CPU",
 }
 ELSEWHERE = {  # file -> names, and why
+    "backends/by_hand/metal.py": ({"metal"}, "the name of Apple's framework, which PyObjC brings"),
+    "backends/by_hand/torch_devices.py": ({"cuda"}, "where the kernels in Triton run"),
+    "fallbacks/cuda_map.py": ({"cuda", "mps"}, "the device that a stranger's program asks for"),
     "gpt/pretrained.py": ({"cpu"}, "where torch.load puts a checkpoint: into the host's memory"),
     "compare/published.py": ({"cpu", "mps"}, "results that others published, in their words"),
     "suites/ops/rows.py": ({"cpu", "mps"}, "the columns of a published table"),
     "suites/nets/contents.py": ({"cpu", "mps"}, "the columns of a published table, and the field of CPU time"),
     "suites/nets/measured.py": ({"cpu"}, "the field of CPU time, of whichever back end"),
+    "suites/nets/by_hand.py": ({"metal", "mps", "mlx", "cuda"}, "who submits kernels written by hand, in a way's name"),
     "suites/gemm/contents.py": ({"cpu"}, "the unit whose peak is cited, beside the GPU"),
 }
 

@@ -68,7 +68,7 @@ class Drawn:
             return ((array + k) % below).astype(np.int32)
         grown = GROWN[k % len(GROWN)]
         factor = np.float32(1 / grown if kind == "probability" else grown)
-        changed, cut = np.empty_like(array), -17 * k % array.shape[-1]
+        changed, cut = np.empty(array.shape, array.dtype), -17 * k % array.shape[-1]
         lines, rolled = (a.reshape(-1, a.shape[-1]) for a in (array, changed))
 
         def roll(rows: slice) -> None:
