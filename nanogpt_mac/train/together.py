@@ -17,8 +17,7 @@ import psutil
 
 from nanogpt_mac import files, signals
 from nanogpt_mac.backends.base import BackendOptions
-from nanogpt_mac.backends.kinds import KINDS
-from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.kinds import KINDS, frameworks
 from nanogpt_mac.backends.world import World
 from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError, reason
@@ -93,7 +92,7 @@ class Together:
         if self.world.size == 1:
             return
         facts = {f"{key}=": value for key, value in _flat(asdict(config)).items() if key not in OF_ONE_MACHINE}
-        facts |= {f"{name} ": (environment.get("versions") or {}).get(name) for name in (*kinds.frameworks(), "numpy")}
+        facts |= {f"{name} ": (environment.get("versions") or {}).get(name) for name in (*frameworks(), "numpy")}
         facts["nanogpt-mac at commit "] = (environment.get("git") or {}).get("commit")
         facts["a corpus with sha256 "] = corpus[:12]
         facts["iteration "] = state.iteration
