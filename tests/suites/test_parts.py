@@ -250,7 +250,9 @@ def bench(way, readings):
                       rows=parts.ROWS, readings=readings)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WITH_PARTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "tinygrad" else n for n in WITH_PARTS]
+)
 def test_the_suite_says_where_an_iteration_goes(name):
     here = kinds.KINDS[name]
     way = Way(name=name, label="This", backend=name, device=here.load().device_of(here))

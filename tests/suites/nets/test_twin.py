@@ -62,7 +62,12 @@ def test_against_torch_in_float64(spec: Spec) -> None:
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize(
     ("placement", "sync"),
-    [("resident", "batch"), ("resident", "epoch"), ("per_batch", "batch"), ("per_batch", "epoch")],
+    [
+        ("resident", "epoch"),
+        pytest.param("resident", "batch", marks=pytest.mark.slow),
+        pytest.param("per_batch", "batch", marks=pytest.mark.slow),
+        ("per_batch", "epoch"),
+    ],
 )
 def test_every_framework_reaches_its_weights(backend: str, spec: Spec, placement: str, sync: str) -> None:
     kind = kinds.KINDS[backend]
