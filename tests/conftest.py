@@ -30,6 +30,22 @@ if kinds.gpu_left_out():  # as in every process that computes with MLX
 
     mx.set_default_device(mx.Device(mx.cpu))
 
+# Tests that run over all frameworks, and are slow in these: both compile for each of them, tinygrad in Python. What is
+# left to them in every run: their own files, parity, and whole runs.
+LONG = {
+    "tinygrad": ("backends/test_backends", "backends/test_devices", "parity/test_sizes", "gpt/test_huggingface"),
+    "jax": ("suites/test_ops_rows", "suites/nets", "machine/test_gemm"),
+}
+LONG["tinygrad"] += LONG["jax"]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.id
+        for framework, files in LONG.items():
+            if name and framework in name.split("-") and any(f"tests/{file}" in item.nodeid for file in files):
+                item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture
 def spec():

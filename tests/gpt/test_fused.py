@@ -241,7 +241,8 @@ def test_a_model_finds_its_kernels_prepared(change, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo only hides it
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_blocks_share_what_is_compiled_of_one(dtype):
     """And compute what is written: forward and gradients, in training with the same masks and in evaluation."""
     frames = []
