@@ -110,12 +110,12 @@ class Watch(TorchFunctionMode):
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", name)
         masked = name in _INDEXING and _has_mask(args[1:])
-        with self.annotation(frame, name), _RecordFunctionFast(MASK) if masked else nullcontext():
-            try:
+        try:
+            with self.annotation(frame, name), _RecordFunctionFast(MASK) if masked else nullcontext():
                 return func(*args, **kwargs)
-            except Exception as error:
-                self._refusal(frame, name, func, args, kwargs, error)
-                raise
+        except Exception as error:  # outside: a range that is open when a profile ends is written to after it is freed
+            self._refusal(frame, name, func, args, kwargs, error)
+            raise
 
     def frame(self, frame: types.FrameType | None) -> tuple[str, int]:
         """The innermost line of the program; ("", 0) where it has none."""

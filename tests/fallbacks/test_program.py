@@ -101,7 +101,7 @@ def stranger(tmp_path):
         environment = simulator.environment(fallback=True) | {"PYTHONPATH": str(ROOT), "KINETO_LOG_LEVEL": "99"}
         argv = [sys.executable, "-c", PLANTED, str(tmp_path / "task.json")]
         done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert (tmp_path / "answer.json").exists(), done.stderr
+        assert (tmp_path / "answer.json").exists(), f"{done.returncode}: {done.stderr}"
         seen = json.loads((tmp_path / "answer.json").read_text())
         return program.document(seen, given["argv"], folder, done.returncode), done
 
