@@ -62,7 +62,7 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 	  UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" uv pip install --python $(BIN)/python $(CONSTRAINTS) -e '.[test,sweep]'; \
 	elif [ -n "$$python" ]; then \
 	  "$$python" -m venv $(VENV) && \
-	  $(BIN)/python -m pip install --disable-pip-version-check $(CONSTRAINTS) -e '.[test,sweep]'; \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(CONSTRAINTS) -e '.[test,sweep]'; \
 	else \
 	  echo "$(PYTHON) is not Python 3.11 or later. curl -LsSf https://astral.sh/uv/install.sh | sh installs uv, which brings" \
 	    "one (then run make again in a new terminal); or set PYTHON=/path/to/python3.11" >&2; exit 2; \

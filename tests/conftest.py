@@ -36,7 +36,7 @@ LONG = {
     "tinygrad": ("backends/test_backends", "backends/test_devices", "parity/test_sizes", "gpt/test_huggingface"),
     "jax": ("suites/test_ops_rows", "suites/nets", "machine/test_gemm"),
 }
-LONG["tinygrad"] += LONG["jax"]
+LONG["tinygrad"] += *LONG["jax"], "train/test_session"
 
 
 def pytest_collection_modifyitems(items):

@@ -32,7 +32,14 @@ def drawn_from(seed, loss):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("change", [{}, {"bias": True}, {"gelu": "tanh"}, {"vocab_size": 128}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bias": True},
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ({}, {"gelu": "tanh"}, {"vocab_size": 128})),
+    ],
+    ids=str,
+)
 def test_the_chain_of_all_parts_is_the_models_loss(make, spec, starts, checkpointing, change):
     spec = dataclasses.replace(spec, dropout=0.2, **change)
     backend = make("cpu", spec=spec, checkpointing=checkpointing)

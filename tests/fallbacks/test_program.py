@@ -324,6 +324,6 @@ def test_the_command(tmp_path):
     assert "its own words" in done.stdout
     assert "missing, CPU kernel" in done.stdout
     (tmp_path / "slow.py").write_text("import time, torch\ntorch.ones(1, device='mps').item()\ntime.sleep(600)\n")
-    done = command("script=slow.py", "limit_s=15", "format=markdown", cwd=tmp_path)
+    done = command("script=slow.py", "limit_s=8", "format=markdown", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "stopped by the time limit" in done.stdout

@@ -164,6 +164,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(command, text, name)
     assert rows(text / "rest", "evaluation")[-1]["val_loss"] == rows(text / "whole", "evaluation")[-1]["val_loss"]
 
 
+@pytest.mark.slow  # by commands; tests/backends has it within a process
 def test_a_run_goes_through_all_frameworks_and_back(command, text):
     ring = [*FRAMEWORKS, FRAMEWORKS[0]]
     last = 20 * len(ring)

@@ -92,6 +92,7 @@ def carried(folder, way):
     assert max(losses(folder / before)) == ITERATIONS - 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_from_one_world_to_another(folder):
     carried(folder, [("cpu", 2), ("mlx", 1)])
 
