@@ -81,6 +81,9 @@ def _head(qkv: Tensor, n_head: int, dropout: float, backward: bool = False) -> t
     precision = _precision(qkv.dtype)
     small = padded * qkv.element_size() > 256 or (backward and precision == "tf32x3")  # else registers do not hold it
     block = 32 if small else 64
+    sixteen = qkv.element_size() == 2
+    short = sixteen and backward and dropout > 0  # masks take the registers of a longer step
+    ahead = sixteen and (not backward or (padded <= 64 and not short))
     given = {
         "T": T,
         "n_head": n_head,
@@ -90,12 +93,12 @@ def _head(qkv: Tensor, n_head: int, dropout: float, backward: bool = False) -> t
         "HS": hs,
         "D": padded,
         "BLOCK": block,
-        "STEP": block,
+        "STEP": 32 if short else block,
         "DROP": dropout > 0,
         "PRECISION": precision,
         "EVEN": hs == padded and T % block == 0,
         "num_warps": 4,
-        "num_stages": 3 if qkv.element_size() == 2 and not backward else 1,
+        "num_stages": 3 if ahead else 1,
     }
     return (triton.cdiv(T, block), B * n_head), given
 

@@ -15,11 +15,11 @@ CLOSE = {"float32": 2e-5, "bfloat16": 5e-3, "float16": 5e-3}  # atomic additions
 
 @pytest.fixture
 def pair(make, spec):
-    """The same back end with a graph and without."""
+    """The same back end with a graph and without, both with our kernels: they draw other masks than torch's."""
 
     def pair(dropout=0.2, **options):
         own = dataclasses.replace(spec, dropout=dropout)
-        return [make("cuda", spec=own, cuda_graph=graph, **options) for graph in (True, False)]
+        return [make("cuda", spec=own, cuda_graph=graph, own_kernels=True, **options) for graph in (True, False)]
 
     return pair
 
