@@ -31,12 +31,13 @@ if kinds.gpu_left_out():  # as in every process that computes with MLX
     mx.set_default_device(mx.Device(mx.cpu))
 
 # Tests that run over all frameworks, and are slow in these: both compile for each of them, tinygrad in Python. What is
-# left to them in every run: their own files, parity, and whole runs.
+# left to them in every run: their own files, parity, and the sample that all of them draw.
 LONG = {
     "tinygrad": ("backends/test_backends", "backends/test_devices", "parity/test_sizes", "gpt/test_huggingface"),
-    "jax": ("suites/test_ops_rows", "suites/nets", "machine/test_gemm"),
+    "jax": ("suites/test_ops_rows", "suites/nets", "machine/test_gemm", "backends/test_devices", "train/test_session"),
 }
-LONG["tinygrad"] += *LONG["jax"], "train/test_session"
+PARITY = "parity/test_backends.py::test_"
+LONG["tinygrad"] += *LONG["jax"], f"{PARITY}a_hundred_iterations", f"{PARITY}first_update"
 
 
 def pytest_collection_modifyitems(items):

@@ -112,6 +112,7 @@ def right(found: dict[str, Any]) -> None:
     assert found["loss"] == pytest.approx(1, abs=1e-5), found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
     "given",
@@ -174,6 +175,7 @@ def test_v3_is_a_graph_a_batch_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         )  # of full batches from the second on, of the last one a whole epoch later
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the simulated MPS device runs on Linux only")
 def test_through_torchs_shaders_on_the_simulated_device() -> None:
     found = asked("mps", DEEP, [1, 31, 33, 96], IMAGES, BATCH)

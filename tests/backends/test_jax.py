@@ -61,6 +61,7 @@ def test_a_step_overwrites_the_state_that_it_is_given_and_nothing_of_the_callers
     assert all((weights[name] == w).all() for name, w in kept.items())
 
 
+@pytest.mark.slow
 @here
 def test_compiled_and_op_by_op_are_the_same_but_for_rounding(make, spec, starts):
     dropping = dataclasses.replace(spec, dropout=0.2)
@@ -223,6 +224,7 @@ def test_auto_never_takes_it_by_itself(monkeypatch):
     assert KINDS["jax"].rank == {}
 
 
+@pytest.mark.slow
 def test_a_run_of_another_back_end_does_not_import_it(tmp_path):
     code = """
 import sys

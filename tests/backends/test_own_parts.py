@@ -31,7 +31,7 @@ def drawn_from(seed, loss):
     return float(loss())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "change",
     [
@@ -59,7 +59,7 @@ def test_the_chain_of_all_parts_is_the_models_loss(make, spec, starts, checkpoin
     assert evaluated == pytest.approx(float(model.loss(tokens, targets).detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_every_parameter_is_of_one_part(make, spec, starts, dropout, bias):
     spec = dataclasses.replace(spec, dropout=dropout, bias=bias, n_layer=3)
@@ -92,7 +92,7 @@ def test_parts_give_gradients_of_what_they_own_and_leave_the_weights(make, spec,
     assert all((backend.state().weights[n] == w).all() for n, w in before.items())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_profiler_finds_the_parts_of_the_step(make, spec, starts, checkpointing):
     backend = make("cpu", spec=dataclasses.replace(spec, dropout=0.2, n_layer=1), checkpointing=checkpointing)
     at = starts(0)[:, :1]  # the interpreter takes its time

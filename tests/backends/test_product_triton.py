@@ -23,6 +23,7 @@ for dtype in ("float32", "float16"):  # the interpreter's bfloat16 is no number
 """
 
 
+@pytest.mark.slow
 def test_the_product_is_right_in_tritons_interpreter():
     env = os.environ | {"TRITON_INTERPRET": "1"}  # read when a kernel is made, so in a process of its own
     done = subprocess.run(

@@ -64,6 +64,7 @@ def test_every_run_is_read(folder):
         assert outcome.heat is None if outcome.round == "pilot" else outcome.heat.load > 0
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_interrupted_goes_on_and_reports(old, command):
     rounds = old / "compare" / "rounds"
     shutil.rmtree(rounds / "1-cpu")

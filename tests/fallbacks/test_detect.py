@@ -130,6 +130,7 @@ print(json.dumps(detect.check(config).document()))
 """
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_renaming_what_is_private_to_the_back_end_changes_nothing(tmp_path):
     """A copy of the package in which no private name of torch_backend.py is what it was: the same fault is found."""

@@ -87,6 +87,7 @@ torch.nn.functional.gelu(torch.ones(1, device="mps"))
     assert "NotImplementedError: The operator 'aten::gelu.out' is not currently implemented" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("supported")
 def test_the_whole_product_on_it(tmp_path: Path) -> None:
     """train.py under the variable, eager and compiled: the same losses, and records that are marked."""

@@ -71,6 +71,7 @@ def test_bad_input_is_one_line(overrides, words, monkeypatch):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_row_that_ends_its_process_is_lost_alone_and_named(tmp_path, registered):
     code, out, _, found = bench(
         tmp_path, "ways=[faulty]", "rows=64x1", "scale=0.0005", "budget_minutes=2",
@@ -87,6 +88,7 @@ def test_a_row_that_ends_its_process_is_lost_alone_and_named(tmp_path, registere
     assert "failed: Softmax" in out
 
 
+@pytest.mark.slow
 def test_a_wrong_back_end_of_another_package_is_refused(tmp_path, registered):
     code, out, _, found = bench(
         tmp_path, "ways=[faulty]", "rows=ReLU 64x128x1024", "scale=0.0005", "cache=warm",

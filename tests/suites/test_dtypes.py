@@ -199,6 +199,7 @@ def test_the_report_answers_the_complaint():
     assert sections["refusals"].tables[0].rows[0].cells == ["MPS", "linear", ", ".join(probe.DTYPES), "only floats"]
 
 
+@pytest.mark.slow
 def test_a_crash_costs_one_cell(tmp_path):
     place = tmp_path / "site" / "faulty-1.0.dist-info"
     place.mkdir(parents=True)

@@ -55,6 +55,7 @@ def test_every_launcher_runs_every_member_in_its_own_folder(tmp_path, launcher):
     assert "**Member 2 has the lowest" in (tmp_path / "sweep/sweep.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_the_smoke_model_trains_under_every_launcher(tmp_path, launcher):
     done, sweep = swept(tmp_path, ROOT / "train.py", *LAUNCHERS[launcher], *SHORT, "dtype=float32,float64")
@@ -66,6 +67,7 @@ def test_the_smoke_model_trains_under_every_launcher(tmp_path, launcher):
     assert (bad.state, bad.code, bad.folder) == ("bad input", 2, None)
 
 
+@pytest.mark.slow
 def test_the_smoke_model_trains_under_optuna(tmp_path):
     done, sweep = swept(
         tmp_path, ROOT / "train.py", *OPTUNA, "hydra.sweeper.n_trials=2", *SHORT,
@@ -95,6 +97,7 @@ def test_optuna_goes_on_after_a_member_that_failed_and_is_told_the_objective(tmp
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_optuna_ends_at_a_rate_of_failures_that_is_given_and_the_sweep_is_summed_up(tmp_path):
     done, sweep = swept(
         tmp_path, FAKE, *OPTUNA, "hydra.sweeper.n_trials=9", "hydra.sweeper.max_failure_rate=0", "backend=cpu",

@@ -266,6 +266,7 @@ def test_two_hundred_kills(text):
     assert len(iterations) > 5  # the kills came at different moments
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_member_and_reports_the_failed_one(command, text):
     done = command("train.py", "-m", *QUIET, "backend=cpu,mps,mlx", "dtype=float32,float64", timeout=180)
     (sweep,) = (text / "runs").glob("*/*-sweep")

@@ -124,6 +124,7 @@ def until(path, process, log):
 ENDLESS = ["max_iters=100000", "lr_decay_iters=100000", "eval_interval=5", "eval_iters=1", "run_dir=run"]
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_by_itself_when_a_rank_is_killed(folder):
     log = folder / "log"
     with start(folder, "cpu", 2, *ENDLESS, restarts=1) as process:
