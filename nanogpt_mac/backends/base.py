@@ -113,6 +113,7 @@ class Kind:
     rank: Mapping[str, int] = field(default_factory=dict)  # sys.platform -> place in backend=auto; absent: never taken
     settings: type | None = None  # a dataclass of its own keys, backend.KEY; see `setting`
     caches: Mapping[str, str] = field(default_factory=dict)  # variable that says where compiled code is kept -> folder
+    compiles_side_by_side: bool = False  # whether two processes may: what is kept is written whole, or locked
     nvidia: bool = False  # it computes in the memory of an NVIDIA card, not in the machine's
     keeps_attention: bool = False  # with dropout its backward pass reads whole attention weights
     arrays: str = (

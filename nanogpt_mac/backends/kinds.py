@@ -107,6 +107,7 @@ TORCH: dict[str, Any] = {
     "compiler": "torch.compile",
     "settings": TorchSettings,
     "caches": {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"},
+    "compiles_side_by_side": True,
     "out_of_memory": r"(?i:can't allocate memory|not enough memory)",
     "missing_operator": r"not currently (implemented|supported) (for|on) the MPS|not implemented for ['\"]"
     r"|NotImplementedError|not supported on MPS",

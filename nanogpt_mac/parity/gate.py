@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.child import Answer, Question, ask_side_by_side, require_room
 from nanogpt_mac.config import Config
 from nanogpt_mac.files import plain, write_json
@@ -62,11 +63,8 @@ def check(
                 results[name] = ParityResult(state=ParityState.ERROR, reason=f"no reference: {answer.error}")
                 continue
             task = plain({"role": "variant", "config": document, "folder": str(place)})
-            # Nothing is timed here and much of it is compiling, so back ends are checked side by side: three take as
-            # much memory as the reference did. Not variants of one back end, which may write the same compiled kernel.
-            queue = config.backend.name if (os.cpu_count() or 1) >= MANY_CORES else ""
             question = Question(child, task, timeout_s=timeout_s, log=folder / f"parity-{name}.log")
-            queues.setdefault(queue, {})[name] = question
+            queues.setdefault(_queue(config, len(results) + sum(map(len, queues.values()))), {})[name] = question
         answers = ask_side_by_side(list(questions.values()) for questions in queues.values())
         for questions, answered in zip(queues.values(), answers, strict=True):
             results |= {name: _result(answer) for name, answer in zip(questions, answered, strict=True)}
@@ -84,6 +82,19 @@ def check(
     )
     write_json(folder / "parity.json", parity.document())
     return parity
+
+
+def _queue(config: Config, number: int) -> str:
+    """Whom the variant of this `number` waits for.
+
+    Nothing is timed here and much of it is compiling, so variants are checked side by side: three take as much memory
+    as the reference did. Not those of one back end where both may write the same compiled kernel.
+    """
+    together = (os.cpu_count() or 1) // MANY_CORES
+    if not together:
+        return ""
+    name = config.backend.name
+    return f"{name} {number % together}" if KINDS[name].compiles_side_by_side else name
 
 
 def read(folder: Path, variants: Iterable[str]) -> Parity | None:
