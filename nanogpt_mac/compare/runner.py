@@ -28,6 +28,7 @@ from nanogpt_mac.records.run import IterationRow, RunSummary, read_rows
 from nanogpt_mac.train import display
 
 GEMM_S = 1.0  # spent on the measured peak, in the pilot run alone
+GATE_S, GATE_SHARE = 300.0, 1 / 3  # that one variant's check may take, of the budget: a lever must not eat the others'
 EVAL_ITERS = 5  # batches of each evaluation in round 0, the same for every variant, so that their losses compare
 EVALUATIONS = 2 * 2  # in round 0: before the first iteration and after the last, of both splits
 FORWARD = 1 / 3  # of an iteration's time, roughly
@@ -160,7 +161,8 @@ class ComparisonRunner(Runner):
         parity = gate.read(self.folder, alone)
         if parity is None:
             self.say(f"parity: {len(alone)} variants against float64 torch on the CPU")
-            parity = gate.check({name: job.config for name, job in alone.items()}, self.folder)
+            limit = max(GATE_S, self.plan.budget_minutes * 60 * GATE_SHARE)
+            parity = gate.check({name: job.config for name, job in alone.items()}, self.folder, limit)
         of = {name: parity.variants[job.variant.alone or name] for name, job in self.jobs.items()}
         wrong = {name: result for name, result in of.items() if result.state != ParityState.PASS}
         for name, result in wrong.items():

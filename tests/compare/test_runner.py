@@ -11,7 +11,7 @@ from fakes.comparisons import outcomes, started
 from nanogpt_mac import supervise
 from nanogpt_mac.measure.rounds import Cost, drawn_order, fewest
 from nanogpt_mac.measure.runner import Runner
-from nanogpt_mac.records.plan import Asked, Cut
+from nanogpt_mac.records.plan import Asked, Cut, Parity, ParityResult, ParityState
 from nanogpt_mac.records.run import Outcome
 
 
@@ -174,6 +174,17 @@ def test_variants_that_failed_the_gate_are_timed_on_request_alone(plan, time_wro
         assert found["pilot-broken"] == ("skipped", "parity could not be checked: it crashed")
         assert "0-wrong" not in found
     assert any("WRONG: FAIL" in line for line in runner.said)
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(1.0, 300.0), (60.0, 1200.0)])
+def test_a_variant_that_is_checked_without_end_leaves_time_for_the_others(plan, monkeypatch, minutes, seconds):
+    asked, late = [], ParityResult(state=ParityState.ERROR, reason="no answer within 300 s")
+    found = Parity(seconds=1.0, variants={"works": ParityResult(state=ParityState.PASS), "late": late})
+    monkeypatch.setattr("nanogpt_mac.parity.gate.check", lambda *given: asked.append(given[2]) or found)
+    runner = plan(rounds=1, parity=True, works="works", late="works")
+    runner._replan(budget_minutes=minutes)
+    assert runner._gate() == {"late": "parity could not be checked: no answer within 300 s"}
+    assert asked == [seconds]
 
 
 def test_a_pilot_in_which_nothing_could_be_counted_is_run_twice_and_then_a_row(plan, tmp_path):
