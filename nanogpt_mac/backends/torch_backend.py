@@ -98,12 +98,6 @@ class TorchBackend(Backend):
         Lever(
             "backend.compile_mode", "reduce-overhead", "the loss as CUDA graphs", lambda here, _: here.device == "cuda"
         ),
-        Lever(
-            "backend.compile_mode",
-            "max-autotune-no-cudagraphs",
-            "kernels chosen by timing them",
-            lambda here, _: here.device == "cuda",
-        ),
     )
 
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
