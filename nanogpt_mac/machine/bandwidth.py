@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
+from nanogpt_mac.machine.cores import usable
+
 BYTES = 256 << 20  # beyond every cache
 TRIES = 4
 
@@ -15,9 +17,7 @@ def of_cpu() -> float:
     """Bytes/s: the best of a few copies and of a few readings, each by all cores at once."""
     import numpy as np
 
-    threads = max(
-        len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1, 1
-    )
+    threads = usable()
     source = np.ones(min(BYTES, psutil.virtual_memory().available // 8) // 4, np.float32)
     target = np.empty_like(source)
     parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.child import Answer, Question, ask_side_by_side, require_room
 from nanogpt_mac.config import Config
 from nanogpt_mac.files import plain, write_json
+from nanogpt_mac.machine.cores import usable
 from nanogpt_mac.parity import tolerances
 from nanogpt_mac.parity.check import Checked, Made
 from nanogpt_mac.records.base import DamagedError
@@ -90,7 +90,7 @@ def _queue(config: Config, number: int) -> str:
     Nothing is timed here and much of it is compiling, so variants are checked side by side: three take as much memory
     as the reference did. Not those of one back end where both may write the same compiled kernel.
     """
-    together = (os.cpu_count() or 1) // MANY_CORES
+    together = usable() // MANY_CORES
     if not together:
         return ""
     name = config.backend.name

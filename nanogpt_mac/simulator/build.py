@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nanogpt_mac import files
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.machine.cores import usable
 
 NATIVE = Path(__file__).with_name("native")
 SOURCES = ("MPSFallback.cpp", "kernels.cpp", "redirect.cpp", "device.cpp", "timeline.cpp")
@@ -76,7 +77,7 @@ def build_device() -> Path:
         def compile_one(name: str) -> subprocess.CompletedProcess[str]:
             return run_compiler([*flags, "-c", NATIVE / name, "-o", folder / f"{name}.o"])
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable()) as pool:
             results = list(pool.map(compile_one, SOURCES))
         if all(r.returncode == 0 for r in results):
             objects = [folder / f"{name}.o" for name in SOURCES]

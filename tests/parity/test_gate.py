@@ -148,7 +148,7 @@ def test_variants_pass_fail_or_end_each_as_a_row(variant, tmp_path):
 
 @pytest.mark.parametrize("cores", [2, 8])
 def test_back_ends_are_checked_side_by_side_where_there_are_cores(variant, tmp_path, monkeypatch, cores):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("nanogpt_mac.parity.gate.usable", lambda: cores)
     program = "import json, time; begun = time.time(); time.sleep(0.3); span = f'{begun} {time.time()}'"
     program += "; print(json.dumps({'shape': {}, 'device': span, 'checks': []}))"
     configs = {name: variant(f"backend={name.split('-')[0]}") for name in ("mlx", "mlx-eager", "cpu", "cpu-compile")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +12,7 @@ from nanogpt_mac.backends import kinds
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine import chips, gemm, peaks, probe
+from nanogpt_mac.machine.cores import usable
 from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.bench import Bench, GemmBench, GemmReading, State, Task, Way
 from nanogpt_mac.suites import ways
@@ -162,8 +162,7 @@ def _ladder(config: BenchConfig, found: ways.Ways, steps: dict[str, Step], absen
 
 def _fewer(by_threads: bool) -> list[int]:
     """1, 2, 4, ...: below the number of cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [2**i for i in range(10) if 2**i < cores] if by_threads else []
+    return [2**i for i in range(10) if 2**i < usable()] if by_threads else []
 
 
 def _gpu_peaks() -> dict[str, Peak]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+
+from nanogpt_mac.machine.cores import usable
 
 EPSILON = 2.0**-23
 PIECE = 1 << 17  # elements of a piece: in float64 some of them fit into a core's cache
@@ -38,11 +39,10 @@ _worker = threading.local()
 def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map` on all cores, for numpy's loops, which let other threads run; a worker's own is done by itself."""
     known = list(items)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if len(known) < 2 or cores < 2 or getattr(_worker, "busy", False):
+    if len(known) < 2 or usable() < 2 or getattr(_worker, "busy", False):
         yield from map(function, known)
         return
-    with _blas_alone(), ThreadPoolExecutor(cores, initializer=partial(setattr, _worker, "busy", True)) as pool:
+    with _blas_alone(), ThreadPoolExecutor(usable(), initializer=partial(setattr, _worker, "busy", True)) as pool:
         yield from pool.map(function, known)
 
 
