@@ -468,6 +468,7 @@ class TorchBackend(Backend):
         return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else super().free_memory()
 
     def close(self) -> None:
+        self.synchronize()
         self.train_windows = self._train  # NCCL waits for the end of graphs that have recorded it
 
     def release_memory(self) -> None:

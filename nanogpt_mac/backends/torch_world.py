@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from datetime import timedelta
@@ -43,6 +44,8 @@ class TorchWorld(World):
         found = cls(launched.rank, launched.size, "nccl" if gpu else "gloo", survives=not gpu)
         if device == "mps":
             found.bucket = math.inf  # gloo does not know it: each part would wait for the device and stop its queue
+        if gpu and find_spec("triton") is None:
+            found.unmeasured = "the package triton, whose kernel reads the GPU's clock, is not installed"
         return found
 
     def gather(self, text: str) -> list[str]:
@@ -91,6 +94,7 @@ class TorchWorld(World):
         return times[1:]
 
     def close(self) -> None:
+        gc.collect()  # NCCL waits for the end of every CUDA graph that has recorded a sum
         dist.destroy_process_group()
 
 

@@ -39,6 +39,7 @@ class World:
     begun: int = 0  # iterations
     busy: int = 0  # with what may take long
     bucket: float = BUCKET
+    unmeasured: str = ""  # why `finish` cannot say how long it took
     under_way: list[Any] = field(default_factory=list)  # sums that have begun
     waited_ms: list[float] = field(default_factory=list)  # of an iteration each: nothing but waiting for the others
 
