@@ -207,8 +207,8 @@ def deadline(args: argparse.Namespace) -> float:
     return time.monotonic() + args.limit
 
 
-def finish(what: str, args: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    """Print the document, and write it where `--out` says."""
+def finish(what: str, args: argparse.Namespace, found: Mapping[str, Any], done: bool = True) -> None:
+    """Write the document where `--out` says, and print it once all is `done`."""
     document = {
         "what": what,
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folder, sys.argv[1:])]),
@@ -219,7 +219,8 @@ def finish(what: str, args: argparse.Namespace, found: Mapping[str, Any]) -> Non
     }
     text = json.dumps(_rounded(document), indent=1, default=str) + "\n"
     text = re.sub(r"\[[-\d.e,\s+]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # a list of numbers: a line
-    sys.stdout.write(text)
+    if done:
+        sys.stdout.write(text)
     if args.out:
         args.out.write_text(text)
 

@@ -8,8 +8,9 @@ The corpus is RANDOM token numbers, made here, more than a back end keeps on its
 the memory map of a train.bin. Losses say nothing; times, tokens a second and memory do.
 
 Programs of one process run side by side, a GPU each, where there are as many GPUs; with several processes one program
-runs at a time. Every step has its own --timeout, and one that fails or is late is an `error` in the document, which is
-printed whatever happens. `efficiency`: tokens a second of n processes over n times those of one.
+runs at a time. Every step has its own --timeout, and one that fails or is late is an `error` in the document. A step's
+figures are a line of JSON on standard error, and in --out, as soon as it is over; the document is printed at the end,
+or when a signal asks for it. `efficiency`: tokens a second of n processes over n times those of one.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import _side_by_side as beside
 import numpy as np
+import psutil
 
 from nanogpt_mac.corpus.encoders import GPT2Encoder
 from nanogpt_mac.corpus.openwebtext import DATASET, SPLIT_SEED
@@ -40,6 +43,7 @@ from nanogpt_mac.overrides import merged
 
 PEER_LINE = re.compile(r"iter (\d+): loss ([\d.a-z]+), time ([\d.]+)ms")
 PEER_PEAK = re.compile(r"peak of rank (\d+): (\d+)")
+WORDY = ("command", "details", "log")  # what a result's line leaves out
 SETTLED = 5  # iterations after which nothing compiles or is recorded any more, of both programs
 RECIPES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 12, "accumulation": 40},
@@ -82,17 +86,33 @@ class Step:
             )
 
     def wait(self, until: float) -> None:
-        """Until a value of time.monotonic(); what is late is killed with all of its processes."""
+        """Until a value of time.monotonic(); what is late, or not wanted any more, is killed with all its processes."""
         try:
             self.process.wait(max(1.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+            self.end(5.0)
+        except BaseException:
+            self.end(0.0)
+            raise
         self.ended = time.monotonic()
+
+    def end(self, grace: float) -> None:
+        """SIGTERM, and what is left after so many seconds is killed: torchrun's ranks are in sessions of their own."""
+        if self.process is None:
+            return
+        try:
+            ranks = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace)
+        self.process.kill()
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)  # what is in the driver's hands outlives even this
 
     @property
     def log(self) -> str:
@@ -115,37 +135,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     recipe, gpus = RECIPES[args.recipe], torch.cuda.device_count()
     tokens = 150_000_000 if args.recipe == "gpt2" else 1_000_000
+    peers = beside.checksum(args.peer, "*.py") if args.peer else None
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        corpus(scratch, tokens)
-        for size in args.sizes:
-            steps = [ours(args, recipe, scratch, size, "torch")]
-            steps += [ours(args, recipe, scratch, size, "mlx")] if args.mlx else []
-            steps += [peer(args, recipe, scratch, size)] if args.peer and (args.device == "cuda" or size == 1) else []
-            if args.device == "cuda" and size > gpus:
-                results += [{"name": s.name, "size": size, "error": f"this machine has {gpus} GPUs"} for s in steps]
+    found = {"corpus": f"{tokens} random tokens", "recipe": recipe, "peer": peers, "gpus": gpus, "steps": results}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            corpus(Path(name), tokens)
+            with closing(measured(args, recipe, Path(name), gpus, deadline)) as every:
+                for result in every:
+                    results.append(result)
+                    compare(results)
+                    beside.say(json.dumps({key: value for key, value in result.items() if key not in WORDY}))
+                    beside.finish("ranks", args, found, done=False)
+    finally:
+        beside.finish("ranks", args, found)
+    return 0 if all("error" not in result for result in results) else 1
+
+
+def measured(args: Any, recipe: dict[str, Any], scratch: Path, gpus: int, deadline: float) -> Iterator[dict[str, Any]]:
+    """What every program comes to with every number of processes, each as soon as it is known."""
+    for size in args.sizes:
+        steps = [ours(args, recipe, scratch, size, "torch")]
+        steps += [ours(args, recipe, scratch, size, "mlx")] if args.mlx else []
+        steps += [peer(args, recipe, scratch, size)] if args.peer and (args.device == "cuda" or size == 1) else []
+        if args.device == "cuda" and size > gpus:
+            yield from ({"name": s.name, "size": size, "error": f"this machine has {gpus} GPUs"} for s in steps)
+            continue
+        together = size == 1 and args.device == "cuda" and gpus >= len(steps)
+        for number, step in enumerate(steps):
+            if together:
+                step.environment["CUDA_VISIBLE_DEVICES"] = str(number)
+        for turn in [steps] if together else [[step] for step in steps]:
+            if time.monotonic() > deadline - 20:
+                yield from ({"name": s.name, "size": size, "error": "no time was left"} for s in turn)
                 continue
-            together = size == 1 and args.device == "cuda" and gpus >= len(steps)
-            for number, step in enumerate(steps):
-                if together:
-                    step.environment["CUDA_VISIBLE_DEVICES"] = str(number)
-            for turn in [steps] if together else [[step] for step in steps]:
-                if time.monotonic() > deadline - 20:
-                    results += [{"name": s.name, "size": size, "error": "no time was left"} for s in turn]
-                    continue
+            until = min(time.monotonic() + args.timeout, deadline - 10)  # which is what killing may take
+            try:
                 for step in turn:
                     step.start()
-                until = min(time.monotonic() + args.timeout, deadline)
                 for step in turn:
                     step.wait(until)
-                    results.append(read(step, recipe, name) | {"side_by_side": len(turn) > 1})
-                    beside.say(f"{step.name} on {size}: {results[-1].get('tokens_per_s') or results[-1]['error']}")
-    compare(results)
-    peers = beside.checksum(args.peer, "*.py") if args.peer else None
-    found = {"corpus": f"{tokens} random tokens", "recipe": recipe, "peer": peers, "gpus": gpus, "steps": results}
-    beside.finish("ranks", args, found)
-    return 0 if all("error" not in result for result in results) else 1
+                    yield read(step, recipe, str(scratch)) | {"side_by_side": len(turn) > 1}
+            finally:
+                for step in turn:
+                    step.end(0.0)
 
 
 def corpus(scratch: Path, tokens: int) -> None:
@@ -212,9 +246,11 @@ def read(step: Step, recipe: dict[str, Any], scratch: str) -> dict[str, Any]:
     found: dict[str, Any] = {"name": step.name, "size": step.size, "command": command}
     found["seconds"] = step.ended - step.begun
     times, losses, extra = _peers(step) if step.name == "nanoGPT" else _ours(step)
-    if step.process.returncode or len(times) < 2:
+    if step.process.returncode != 0 or len(times) < 2:  # None: it could not even be killed
         tail = [line for line in step.log.replace(scratch, "").splitlines() if line.strip()][-25:]
-        return found | {"error": f"exit code {step.process.returncode}, {len(times)} iterations", "log": tail}
+        found |= {"error": f"exit code {step.process.returncode}, {len(times)} iterations", "log": tail}
+    if len(times) < 2:
+        return found
     tokens = recipe["accumulation"] * recipe["batch_size"] * recipe["block_size"]
     middle = statistics.median(times)
     figures = {"iteration_ms": vars(beside.figures(times)), "tokens_per_s": tokens / middle * 1e3}
@@ -230,17 +266,24 @@ def _peers(step: Step) -> tuple[list[float], list[float], dict[str, Any]]:
 
 def _ours(step: Step) -> tuple[list[float], list[float], dict[str, Any]]:
     run = step.folder / f"run-{step.size}"
-    if not (run / "summary.json").is_file():
+    if not (run / "metrics.jsonl").is_file():
         return [], [], {}
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     rows = [row for row in rows if row["kind"] == "iteration"]
+    times, losses = [row["iter_ms"] for row in rows if _counts(row)], [row["loss"] for row in rows]
+    if not (run / "summary.json").is_file():
+        return times, losses, {}
     summary = json.loads((run / "summary.json").read_text())
     world = summary.get("world") or {"ranks": [{"peak_memory": summary["peak_memory"]}]}
-    extra = {key: world.get(key) for key in ("by", "bytes_per_iter", "alone_ms", "exposed_ms", "exposed_share")}
+    extra = {key: world.get(key) for key in ("by", "bytes_per_iter", "alone_ms")}
+    extra |= {key: world.get(key) for key in ("exposed_ms", "exposed_share", "exposed_missing")}
     extra |= {"peak_memory": [rank["peak_memory"] for rank in world["ranks"]], "details": summary["details"]}
     extra |= {key: summary[key] for key in ("first_iter_s", "dispatch_ms", "mfu", "warnings")}
-    times = [row["iter_ms"] for row in rows if row["iter"] >= SETTLED and row.get("left_out") != "drain"]
-    return times, [row["loss"] for row in rows], extra
+    return times, losses, extra
+
+
+def _counts(row: dict[str, Any]) -> bool:
+    return row["iter"] >= SETTLED and row.get("left_out") != "drain"
 
 
 def compare(results: list[dict[str, Any]]) -> None:

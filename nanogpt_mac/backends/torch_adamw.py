@@ -7,6 +7,7 @@ An iteration then clips and updates with a handful of kernels, where one a tenso
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,12 +52,13 @@ class AdamW:
             p = parameters[name]
             view, *moments = (b[start : start + p.numel()].view_as(p) for b in (self.weights, moment, square))
             p.data, self.moments[name] = view.copy_(p.data), (moments[0], moments[1])
-        self.ordered = [parameters[name] for name in ordered]
+        self.ordered, self._ends = [parameters[name] for name in ordered], ends
         self._gaps = [
             torch.zeros(end - start - p.numel(), device=device)
             for p, start, end in zip(self.ordered, ends, ends[1:], strict=False)
         ]
-        split = ends[sum(p.dim() >= 2 for p in self.ordered)]
+        self._matrices = sum(p.dim() >= 2 for p in self.ordered)
+        split = ends[self._matrices]
         decay, no_decay = ([part[:split] for part in flat], [part[split:] for part in flat])
         self._groups = ((decay, weight_decay), (no_decay, 0.0))
         first, second = (torch.zeros((), device=device if fused or capturable else None) for _ in range(2))
@@ -65,13 +67,28 @@ class AdamW:
         for (weights, gradients, *_), _ in self._groups:
             weights.grad = gradients
 
-    def take(self, gradients: Sequence[Tensor], add: bool = False) -> None:
-        """Take, or add to those taken, the gradients of `ordered`."""
-        parts = [t for g, gap in zip(gradients, self._gaps, strict=True) for t in (g.reshape(-1), gap) if t.numel()]
+    def parts(self, most: float) -> list[range]:
+        """Numbers in `ordered`, at most so many bytes of gradients each unless of one tensor, as a backward pass ends
+        with them: the last layer first. Vectors, which are small and of all layers, come before the embeddings."""
+        cuts = [self._matrices]
+        for number in reversed(range(self._matrices)):
+            if 4 * (self._ends[cuts[-1]] - self._ends[number]) > most and number + 1 < cuts[-1]:
+                cuts.append(number + 1)
+        found = [range(start, end) for end, start in pairwise([*cuts, 0])]
+        vectors = range(self._matrices, len(self.ordered))
+        return [*found[:-1], vectors, found[-1]] if len(found) > 1 else [range(len(self.ordered))]
+
+    def take(self, gradients: Sequence[Tensor], add: bool = False, part: range | None = None) -> Tensor:
+        """Take, or add to those taken, the gradients of `ordered`, or of a `part` of them; where they lie in `shared`,
+        with what goes behind the last."""
+        first, last = (part.start, part.stop) if part else (0, len(self.ordered))
+        into, gaps = self.gradients[self._ends[first] : self._ends[last]], self._gaps[first:last]
+        pieces = [t for g, gap in zip(gradients, gaps, strict=True) for t in (g.reshape(-1), gap) if t.numel()]
         if add:
-            self.gradients.add_(torch.cat(parts))
+            into.add_(torch.cat(pieces))
         else:
-            torch.cat(parts, out=self.gradients)
+            torch.cat(pieces, out=into)
+        return self.shared[self._ends[first] : self._ends[last] if last < len(self.ordered) else None]
 
     def clip(self, limit: float) -> Tensor:
         """Scale the gradients to a global norm of at most `limit` (0: leave them); the norm before, ()."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt_mac import simulator
-from nanogpt_mac.backends import base, torch_vml
+from nanogpt_mac.backends import base, torch_buckets, torch_vml
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Meant, Tokens
 from nanogpt_mac.backends.cuda_graph import Graphed
 from nanogpt_mac.backends.kinds import KINDS, TorchSettings
@@ -40,7 +40,7 @@ MEANT = (
 class Handle:
     """An iteration under way: its loss and gradient norm on their way to the host, and the event behind them."""
 
-    result: Tensor  # float32 (2,), of several ranks (3,), on the host, valid once `event` has passed
+    result: Tensor  # float32 (2,), of several ranks (4,), on the host, valid once `event` has passed
     event: Any  # None on a CPU, where the result is already there
     sources: list[Tensor]  # what the iteration copies from, kept alive until it has
 
@@ -257,8 +257,11 @@ class TorchBackend(Backend):
             return self._handle(result)
 
     def _train(self, windows: Tensor) -> Tensor:
-        """One iteration on `windows`, int64 (accumulation, B, T + 1): its mean loss and its gradient norm, (2,)."""
-        total = torch.zeros(())
+        """One iteration on `windows`, int64 (accumulation, B, T + 1): its mean loss and its gradient norm, (2,).
+
+        Of several ranks, (4,): then the mean of `World.asked`, and how long this one has waited for the others, ms.
+        """
+        total, shared, of_ranks = torch.zeros(()), self.optimizer.shared, tuple[Tensor, ...]()
         for number, window in enumerate(windows):
             with self.phase("forward"), self.autocast():
                 loss = self.loss(window[:, :-1], window[:, 1:])
@@ -266,15 +269,16 @@ class TorchBackend(Backend):
                     loss = loss / len(windows)
                 scaled = self.scaler.scale(loss)
             with self.phase("backward"):
-                gradients = torch.autograd.grad(scaled, self.optimizer.ordered, materialize_grads=True)
-                self.optimizer.take(gradients, add=number > 0)
                 total = total + loss.detach() if number else loss.detach()
+                if self.world.size > 1 and number == len(windows) - 1:
+                    shared[-2] = total
+                    torch_buckets.backward(scaled, self.optimizer, self.world, add=number > 0)
+                else:
+                    gradients = torch.autograd.grad(scaled, self.optimizer.ordered, materialize_grads=True)
+                    self.optimizer.take(gradients, add=number > 0)
         if self.world.size > 1:
             with self.phase("backward"):
-                shared = self.optimizer.shared
-                shared[-2] = total
-                self.world.average(shared)
-                total = shared[-2]
+                total, of_ranks = shared[-2], (shared[-1], self.world.finish())
         with self.phase("clip"):
             self.scaler.unscale_(self.optimizer)
             norm = self.optimizer.clip(self.options.grad_clip)
@@ -282,7 +286,7 @@ class TorchBackend(Backend):
             self.scaler.step(self.optimizer, self.lr)
             self.scaler.update()
         with self.phase("result"):
-            return torch.stack((total, norm) if self.world.size == 1 else (total, norm, shared[-1]))
+            return torch.stack((total, norm, *of_ranks))
 
     def _handle(self, result: Tensor) -> Handle:
         """Send the result to the host behind the iteration's work, so that reading it later drains nothing."""
@@ -300,9 +304,9 @@ class TorchBackend(Backend):
         with self.phase("result"):
             if handle.event is not None:
                 handle.event.synchronize()
-            loss, norm, *asked = handle.result.tolist()
-            if asked:
-                self.world.heard(asked[0])
+            loss, norm, *of_ranks = handle.result.tolist()
+            if of_ranks:
+                self.world.heard(*of_ranks)
             return loss, norm
 
     @torch.no_grad()
@@ -458,6 +462,7 @@ class TorchBackend(Backend):
         return int(torch.cuda.mem_get_info()[0]) if self.device.type == "cuda" else super().free_memory()
 
     def close(self) -> None:
+        self.synchronize()
         self.train_windows = self._train  # NCCL waits for the end of graphs that have recorded it
 
     def release_memory(self) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,7 @@ PATIENCE = timedelta(minutes=20)  # guard.py ends a run long before
 
 
 class TorchWorld(World):
-    """What crosses is one flat tensor. Numbers of the host go by gloo, so that they wait for no device."""
+    """What crosses are parts of a flat tensor. Numbers of the host go by gloo, so that they wait for no device."""
 
     @classmethod
     def join(cls, launched: Launched, device: str) -> TorchWorld:
@@ -38,7 +41,12 @@ class TorchWorld(World):
             dist.init_process_group(by, timeout=PATIENCE, store=store, rank=rank, world_size=size)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"rank {launched.rank} cannot reach the others: {reason(error)}") from error
-        return cls(launched.rank, launched.size, "nccl" if gpu else "gloo", survives=not gpu)
+        found = cls(launched.rank, launched.size, "nccl" if gpu else "gloo", survives=not gpu)
+        if device == "mps":
+            found.bucket = math.inf  # gloo does not know it: each part would wait for the device and stop its queue
+        if gpu and find_spec("triton") is None:
+            found.unmeasured = "the package triton, whose kernel reads the GPU's clock, is not installed"
+        return found
 
     def gather(self, text: str) -> list[str]:
         found: list[str] = [""] * self.size
@@ -51,18 +59,24 @@ class TorchWorld(World):
         self.heard(float(sums[1]))
         return float(sums[0]) / self.size
 
-    def average(self, flat: Tensor) -> Tensor:
-        if flat.device.type == "cuda":  # part of a CUDA graph, where one is being recorded
-            dist.all_reduce(flat, dist.ReduceOp.AVG)
-            return flat
-        begin = time.perf_counter()
-        here = flat.cpu()  # itself, but for MPS, which gloo does not know
-        dist.all_reduce(here)
-        torch.mul(here, 1 / self.size, out=here)
-        if here is not flat:
-            flat.copy_(here)
-        self.waited_ms.append((time.perf_counter() - begin) * 1e3)
-        return flat
+    def begin(self, flat: Tensor) -> None:
+        gpu = flat.device.type == "cuda"  # then NCCL's own stream, part of a CUDA graph where one is being recorded
+        here = flat if gpu else flat.cpu()  # itself, but for MPS
+        work = dist.all_reduce(here, dist.ReduceOp.AVG if gpu else dist.ReduceOp.SUM, async_op=True)
+        self.under_way.append((work, here, flat))
+
+    def finish(self) -> Tensor:
+        sums, self.under_way = self.under_way, []
+        flat, begin = sums[0][2], time.perf_counter()
+        if self.by == "gloo":
+            for work, here, there in sums:
+                work.wait()
+                there.copy_(here.mul_(1 / self.size))
+            return flat.new_tensor((time.perf_counter() - begin) * 1e3)
+        before = _now(flat)
+        for work, *_ in sums:
+            work.wait()  # the device does, not the host
+        return (_now(flat) - before)[0] / 1e6
 
     def device(self) -> str:
         return str(torch.cuda.get_device_properties().uuid) if self.by == "nccl" else ""
@@ -80,4 +94,16 @@ class TorchWorld(World):
         return times[1:]
 
     def close(self) -> None:
+        gc.collect()  # NCCL waits for the end of every CUDA graph that has recorded a sum
         dist.destroy_process_group()
+
+
+def _now(like: Tensor) -> Tensor:
+    """When a GPU comes to this, in ns of its own clock, (1,), in every replay of a CUDA graph; NaN without Triton."""
+    if find_spec("triton") is None:
+        return like.new_full((1,), math.nan)
+    from nanogpt_mac.gpt.triton_kernels import now
+
+    time = like.new_empty(1, dtype=torch.int64)
+    now[(1,)](time)
+    return time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ if TYPE_CHECKING:  # `--help` has no time for it
 
 SETTLING = 5  # iterations in which something may still be compiled or recorded
 TIMED = 5  # sums over all ranks, of which the median counts
+# Bytes of gradients that are summed together while a backward pass goes on, as DDP has it: each sum costs a constant,
+# so many small ones take longer, and of a few large ones the last begins late.
+BUCKET = 25 << 20
 
 
 @dataclass
@@ -34,6 +38,9 @@ class World:
     turns: int = 0  # begun and ended
     begun: int = 0  # iterations
     busy: int = 0  # with what may take long
+    bucket: float = BUCKET
+    unmeasured: str = ""  # why `finish` cannot say how long it took
+    under_way: list[Any] = field(default_factory=list)  # sums that have begun
     waited_ms: list[float] = field(default_factory=list)  # of an iteration each: nothing but waiting for the others
 
     @classmethod
@@ -56,13 +63,23 @@ class World:
         return value
 
     def average(self, values: Any) -> Any:
-        """The mean over ranks of what the framework computes with: a flat tensor, in its place, or a list of arrays."""
+        """The mean over ranks of a list of the framework's arrays."""
         return values
 
-    def heard(self, asked: float) -> None:
-        """What has come round with an iteration or an evaluation: how many were asked to end."""
+    def begin(self, flat: Any) -> None:
+        """Begin to make a flat tensor the mean over ranks, in its place."""
+        raise NotImplementedError
+
+    def finish(self) -> Any:
+        """Wait for all that has begun; how long that took, in ms, a tensor of the device (); NaN where none can say."""
+        raise NotImplementedError
+
+    def heard(self, asked: float, waited_ms: float = math.nan) -> None:
+        """What has come round with an iteration or an evaluation: how many were asked to end; `finish`'s time."""
         self.agreed = self.agreed or asked > 0
         self.turns += 1
+        if not math.isnan(waited_ms):
+            self.waited_ms.append(waited_ms)
 
     @contextmanager
     def patience(self) -> Iterator[None]:

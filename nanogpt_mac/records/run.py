@@ -247,6 +247,7 @@ class WorldFacts(Record):
     alone_ms: Amount | None = None  # that sum with nothing beside it, the median
     exposed_ms: Amount | None = None  # of an iteration, on the rank that waits least: of the others some is idleness
     exposed_share: Share | None = None  # of an iteration's median
+    exposed_missing: str | None = None  # why it is not known
     ranks: list[Rank] = []
 
 

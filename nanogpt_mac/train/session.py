@@ -67,7 +67,8 @@ def run(config: Config) -> int:
     if choice.why and launched.speaks:
         display.say(choice.why)
     with joined(launched, config, options) as together:
-        return _run(config, options, together, asked)
+        together.code = _run(config, options, together, asked)
+    return together.code
 
 
 def _run(config: Config, options: BackendOptions, together: Together, asked: Future[dict[str, object]]) -> int:

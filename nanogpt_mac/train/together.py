@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from nanogpt_mac.records.run import Rank, Times, WorldFacts
 from nanogpt_mac.train import checkpoint
 
 OF_ONE_MACHINE = ("data.dir", "data.path", "data.symbols", "data_dir", "path", "run", "run_dir", "given")
+CLOSE_S = 20.0
 OF_THIS_ONE = (InputError, OSError, MemoryError)  # errors that no other rank is behind
 
 
@@ -43,6 +45,7 @@ class Together:
     world: World = field(default_factory=World)
     guard: Guard | None = None
     hosts: list[str] = field(default_factory=list)  # by rank
+    code: int = 0  # of the run, once it is over
 
     @property
     def first(self) -> bool:
@@ -81,6 +84,15 @@ class Together:
         """From now on `hint` says what to do should another rank end the run."""
         if self.guard is not None:
             self.guard.hint = hint
+
+    def close(self) -> None:
+        """Hang up. All is written by now, so a library that waits for ever then costs the run nothing."""
+        line = f"train.py: rank {self.world.rank} ends without hanging up, after {CLOSE_S:.0f} s; the run is complete"
+        late = threading.Timer(CLOSE_S, signals.end_now, (self.code, line))
+        late.daemon = True
+        late.start()
+        self.world.close()
+        late.cancel()
 
     def leave(self, reason: str) -> None:
         """This rank ends, and with it all others."""
@@ -129,7 +141,7 @@ class Together:
             rank=world.rank,
             machine=list(dict.fromkeys(self.hosts)).index(self.hosts[world.rank]),
             times=times,
-            waited_ms=waited[len(waited) // 2] if waited else alone,
+            waited_ms=waited[len(waited) // 2] if waited else None if world.unmeasured else alone,
             peak_memory=peak_memory,
         )
         every = [Rank.model_validate_json(text) for text in world.gather(mine.model_dump_json())]
@@ -142,6 +154,7 @@ class Together:
             alone_ms=alone,
             exposed_ms=waits,
             exposed_share=waits / middle if waits is not None and middle else None,
+            exposed_missing=world.unmeasured or None,
             ranks=every,
         )
 
@@ -186,7 +199,7 @@ def joined(launched: Launched, config: Config, options: BackendOptions) -> Itera
     else:
         world.gather("")  # no rank hangs up on the others' last word
         guard.leave()
-        world.close()
+        together.close()
 
 
 # -- torchrun --max-restarts ------------------------------------------------------------------------------------------

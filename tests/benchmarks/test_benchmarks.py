@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nanogpt_mac.errors import InputError
@@ -298,15 +299,29 @@ def test_efficiency_is_against_one_process_of_the_same_program(load):
     assert [result["times_nanogpt"] for result in results] == [2.0, None, None, None]
 
 
-def test_a_step_that_is_late_is_ended_with_its_processes(load, tmp_path):
-    step = load("ranks").Step(
-        "nanoGPT", 1, [sys.executable, "-c", "import time; print('hello'); time.sleep(60)"], tmp_path
-    )
+LATE = """import subprocess, sys, time
+rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", rank], start_new_session=True, stdout=subprocess.PIPE)
+child.stdout.readline()
+print(f"rank {child.pid}", flush=True)
+for i in range(8):
+    print(f"iter {i}: loss {11 - i:.4f}, time 100.00ms", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_step_that_is_late_is_ended_with_its_processes_and_keeps_its_figures(load, tmp_path):
+    step = load("ranks").Step("nanoGPT", 1, [sys.executable, "-c", LATE], tmp_path)
     step.start()
-    step.wait(time.monotonic() + 1)
-    found = load("ranks").read(step, {}, str(tmp_path))
-    assert found["error"].startswith("exit code -15, 0 iterations")
-    assert found["seconds"] < 20
+    while "iter 7" not in step.log:
+        assert step.process.poll() is None, step.log
+        time.sleep(0.05)
+    step.wait(time.monotonic())
+    found = load("ranks").read(step, {"accumulation": 1, "batch_size": 2, "block_size": 5}, str(tmp_path))
+    assert found["error"].startswith("exit code -15, 3 iterations")
+    assert found["tokens_per_s"] == pytest.approx(100.0)
+    rank = int(found["log"][0].removeprefix("rank "))  # in a session of its own, as torchrun's are
+    assert not psutil.pid_exists(rank) or psutil.Process(rank).status() == psutil.STATUS_ZOMBIE
 
 
 def test_nanogpts_lines_are_read_after_the_first(load, tmp_path):

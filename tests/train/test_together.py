@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import psutil
@@ -254,6 +255,26 @@ def test_ranks_stop_together_or_not_at_all():
     one.world.heard(0.5)
     assert one.stop([signal.SIGINT]) == signal.SIGINT
     assert one.stop([]) == signal.SIGTERM  # on a rank that got no signal itself
+
+
+def test_a_library_that_never_hangs_up_ends_in_a_line(monkeypatch):
+    hung, ended = threading.Event(), []
+
+    class World(together.World):
+        def close(self):
+            assert hung.wait(10)
+
+    def end_now(code, line):
+        ended.append((code, line))
+        hung.set()
+
+    monkeypatch.setattr(together, "CLOSE_S", 0.05)
+    monkeypatch.setattr(together.signals, "end_now", end_now)
+    Together(TWO, World(1, 2), code=1).close()
+    assert ended == [(1, "train.py: rank 1 ends without hanging up, after 0 s; the run is complete")]
+    Together(TWO, together.World(1, 2)).close()
+    time.sleep(0.1)
+    assert len(ended) == 1
 
 
 def test_a_run_that_is_started_anew_goes_on(folder, monkeypatch):
