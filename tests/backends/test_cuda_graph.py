@@ -7,6 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+
+from nanogpt_mac.backends.torch_world import TorchWorld
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -85,6 +88,24 @@ def test_evaluation_and_decoding_are_the_same(pair, starts, tokens):
     for part in (text[:5], *text[5:].reshape(-1, 1)):
         one, other = (decode(part) for decode in decoders)
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sums_over_ranks_are_part_of_the_graph(make, starts, compiled):
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    world = TorchWorld(0, 2, "nccl", bucket=20_000)  # the mean over NCCL's one rank is what that rank has
+    try:
+        ranked, alone = (make("cuda", compile=compiled, cuda_graph=True) for _ in range(2))
+        ranked.world = world
+        one, other = (losses(backend, starts, 0, 10, 2) for backend in (ranked, alone))
+        assert ranked.train_windows.recorded.graph is not None
+        np.testing.assert_allclose(one, other, rtol=CLOSE["float32"])
+        assert len(world.waited_ms) == 10  # by the GPU's clock, in every replay
+        assert all(0 < ms < 1e4 for ms in world.waited_ms)
+        assert len(set(world.waited_ms[-5:])) > 1
+        ranked.close()
+    finally:
+        world.close()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo only hides it

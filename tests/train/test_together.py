@@ -33,11 +33,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(folder, backend, size, *overrides, restarts=0):
+def start(folder, backend, size, *overrides, restarts=0, script=ROOT / "train.py"):
     argv = ranks.command(LAUNCHERS[backend], size) if size > 1 else ranks.command(ranks.MLX, 1)[-1:]
     argv += ["--max-restarts=1"] if restarts else []
     recipe = [] if "init_from=resume" in overrides else RECIPE
-    argv += [str(ROOT / "train.py"), *merged(recipe, [f"backend={backend}", "compile=false", *overrides])]
+    argv += [str(script), *merged(recipe, [f"backend={backend}", "compile=false", *overrides])]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("ab") as log:  # stdin is a pipe, because mlx.launch spins at its end
         return subprocess.Popen(argv, cwd=folder, env=env, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
@@ -141,6 +141,41 @@ def test_torchrun_goes_on_by_itself_when_a_rank_is_killed(folder):
     first = min(losses(folder / "run-2"))
     assert first == state.iteration > 0  # rank 0 has saved what it knew
     assert json.loads((folder / "run-2" / "summary.json").read_text())["exit_state"] == "stopped"
+
+
+# train.py whose rank 1 is killed in iteration 35, with the first of its sums under way.
+DYING = f"""import os, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from nanogpt_mac.backends.torch_adamw import AdamW
+from nanogpt_mac.backends.torch_world import TorchWorld
+
+parts, begin = AdamW.parts, TorchWorld.begin
+AdamW.parts = lambda self, most: parts(self, 5_000)
+
+
+def dies(world, flat):
+    if (world.rank, world.begun, len(world.under_way)) == (1, 36, 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin(world, flat)
+
+
+TorchWorld.begin = dies
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_between_the_sums_of_an_iteration_ends_the_run(folder):
+    (folder / "train.py").write_text(DYING)
+    begun = time.monotonic()
+    with start(folder, "cpu", 2, *ENDLESS, script=folder / "train.py") as process:
+        assert process.wait(120) != 0
+    words = (folder / "log").read_text()
+    assert words.count("is gone: it was killed, or has crashed; go on with init_from=resume run=run") == 1
+    assert time.monotonic() - begun < 60
+    assert losses(folder / "run")
+    _, (_, state, _) = checkpoint.open_run("run")
+    assert state.iteration == 35
 
 
 def test_mlx_ends_on_both_ranks(folder):
