@@ -24,6 +24,9 @@ class MLXArrays(Arrays):
     def put(self, array: np.ndarray, dtype: str | None = None) -> mx.array:
         wanted = None if dtype is None else mx.bool_ if dtype == "bool" else getattr(mx, dtype)
         made = mx.array(array, wanted)  # which alone keeps float64: without a dtype it would become float32
+        if self.device == "cuda":  # a kernel writes a copy: what the host has written crosses when it is first used
+            self.wait((made,))
+            made = mx.where(True, made, made)
         self.wait((made,))
         return made
 
@@ -41,7 +44,10 @@ class MLXArrays(Arrays):
         mx.synchronize()
 
     def peek(self, array: mx.array) -> float:
-        return float(array[(0,) * array.ndim].item() if array.ndim else array.item())  # type: ignore[arg-type]
+        one = array[(0,) * array.ndim] if array.ndim else array
+        if self.device == "cuda":  # of its own: reading a part of an array there moves the whole to the host
+            one = mx.stack([one, one])[0]
+        return float(one.item())  # type: ignore[arg-type]
 
     def op(self, name: str) -> Op | None:
         return OPS.get(name)

@@ -6,8 +6,11 @@ import importlib
 import random
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +141,25 @@ class Running:
                     )
 
     def carry_out(self) -> None:
-        tasks, began = list(self.tasks()), self.clock()
+        rounds = [list(tasks) for _, tasks in groupby(self.tasks(), attrgetter("round"))]
+        begun, began, total = 0, self.clock(), sum(map(len, rounds))
         shared = self.folder / "shared"
         shared.mkdir()
         try:
             with Bar() as bar:
-                for done, task in enumerate(tasks):
-                    each = (self.clock() - began) / done if done else 0.0
-                    task = self._fair(task)
-                    bar.run(f"{task.way.label}: {task.rows[0]}", done, len(tasks), each, each * (len(tasks) - done - 1))
-                    self._one(task)
+                for tasks in rounds:
+                    left = deque(tasks)
+                    while left and (now := self.clock()) < self.deadline:
+                        # A share of the time each, so that a slow way leaves the others theirs; it goes on in the rest.
+                        task, until = left.popleft(), now + (self.deadline - now) / (len(left) + 1)
+                        each = (now - began) / begun if begun else 0.0
+                        bar.run(f"{task.way.label}: {task.rows[0]}", begun, total, each, each * (total - begun - 1))
+                        begun += 1
+                        if rows := self._one(self._fair(task), until):
+                            left.append(task.model_copy(update={"rows": rows}))
+                            total += 1
+                    for task in left:
+                        self._lost(task, task.rows, State.SKIPPED, self._spent)
         finally:
             shutil.rmtree(shared, ignore_errors=True)
 
@@ -191,12 +203,12 @@ class Running:
                 found[what] = found.get(what, 0.0) + took
         return found | {"other": max(self.all_s - sum(found.values()), 0.0)}
 
-    def _one(self, task: Task) -> None:
-        """One process, or as many as it takes to get past rows that end theirs."""
+    def _one(self, task: Task, until: float) -> tuple[str, ...]:
+        """One process, or as many as it takes to get past rows that end theirs; the rows that are left at `until`."""
         left = list(task.rows)
         while left:
-            if self.clock() >= self.deadline:
-                return self._lost(task, left, State.SKIPPED, self._spent)
+            if self.clock() >= until:
+                break
             question = child.Question(
                 "nanogpt_mac.suites.child",
                 task.model_copy(update={"rows": tuple(left)}).model_dump(mode="json"),
@@ -212,14 +224,14 @@ class Running:
                         self.timed_s += task.row_s
                         self.readings.append(self._read(line))
                         left.remove(line["row"])
-                    if self.clock() >= self.deadline:
+                    if self.clock() >= (until if len(left) < before else self.deadline):  # one row is measured at least
                         break
                 else:
                     if left:
                         raise child.ChildError("it ended without a word")
             except child.ChildError as error:
                 if self.clock() >= self.deadline:
-                    continue
+                    break
                 lost = [begun] if begun in left else []
                 if not lost and len(left) == before:  # it never came to a row, and would not the next time
                     lost = left
@@ -227,6 +239,7 @@ class Running:
                 left = [row for row in left if row not in lost]
             finally:
                 self.all_s += self.clock() - began
+        return tuple(left)
 
     def _read(self, line: dict[str, object]) -> Reading:
         return self.suite.reading.model_validate(line)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from fakes.faulty_arrays import VARIABLE
@@ -186,6 +187,19 @@ def test_what_the_budget_leaves_out_is_skipped_and_named(tmp_path, monkeypatch):
     assert {r.reason for r in left} == {"budget_minutes=30 was spent"}
     assert len(found.readings) == 27
     assert not found.complete
+
+
+def test_a_slow_way_leaves_the_others_their_share_and_takes_what_they_leave(tmp_path, monkeypatch):
+    def ask(task, now):
+        for line in answered(task, now):
+            now[0] += 20 * (task["way"]["name"] == "a" and "row" in line)
+            yield line
+
+    found = carried_out(tmp_path, monkeypatch, ask, budget_s=180.0)
+    right = Counter(r.way for r in found.readings if r.state is State.OK)
+    assert right["b"] == right["c"] == 9
+    assert 7 <= right["a"] < 9
+    assert len({(r.row, r.way, r.round) for r in found.readings}) == len(found.readings) == 27
 
 
 def test_what_is_left_is_shared_fairly_and_every_row_gets_its_least_first(tmp_path, monkeypatch):
