@@ -15,6 +15,7 @@ SQUARES = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 BATCHES = 4  # timings of one shape; the first also warms up
 BATCH_S = 0.02  # matmuls are queued until a timing takes about this long, so that launching them does not count
 MAX_QUEUED = 200
+COMPILING = 10  # budgets that compiling all shapes may take beside: JAX and tinygrad compile each
 
 Shape = tuple[int, int, int]
 
@@ -43,8 +44,8 @@ def measure(device: Device, dtype: str, shapes: Sequence[Shape], budget_s: float
     """Tries squares of growing size and the given shapes (M, K, N), as far as `budget_s` seconds allow.
 
     Completion is timed; each shape's rate is the best of a few timings, each of several matmuls in a row. Shapes too
-    large for the budget or for a quarter of the free memory are not tried. The clock starts once the device has done
-    its first matmul. Memory is given back, but the framework's marks of peak memory have moved: the caller resets them.
+    large for the budget or for a quarter of the free memory are not tried. What a shape's first matmul takes beyond
+    what was expected is compiling, and no part of the budget up to COMPILING times as much. Memory is given back, but the framework's marks of peak memory have moved: the caller resets them.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype}: no matmul peak is measured for it; use {', '.join(DTYPES)}")
@@ -64,16 +65,21 @@ def _flops(shape: Shape) -> int:
 def _search(device: Device, dtype: str, shapes: Sequence[Shape], budget_s: float) -> GemmPeak:
     first, *squares = [(n, n, n) for n in SQUARES]
     device.matmul(first, dtype)(1)
-    deadline = time.perf_counter() + budget_s
+    deadline, grace = time.perf_counter() + budget_s, COMPILING * budget_s
     trials: dict[Shape, float] = {first: _best_rate(device.matmul(first, dtype), _flops(first), deadline)}
     for shape in sorted({*squares, *shapes} - {first}, key=_flops):
         m, k, n = shape
-        # From the best rate so far one matmul's time follows. Two must fit, and drawing the numbers; a shape that turns
-        # out three times slower still ends soon after the deadline.
+        # From the best rate so far one matmul's time follows. Three must fit, and drawing the numbers; a shape that
+        # turns out three times slower still ends soon after the deadline.
+        began = time.perf_counter()
         expected = _flops(shape) / max(trials.values())
-        affordable = expected < 0.4 * (deadline - time.perf_counter())
+        affordable = expected < 0.3 * (deadline - began)
         if affordable and (m * k + k * n + m * n) * DTYPES[dtype] <= device.free_memory() / 4:
-            trials[shape] = _best_rate(device.matmul(shape, dtype), _flops(shape), deadline)
+            matmuls = device.matmul(shape, dtype)
+            matmuls(1)
+            compiling = min(max(time.perf_counter() - began - 2 * expected, 0.0), grace)
+            deadline, grace = deadline + compiling, grace - compiling
+            trials[shape] = _best_rate(matmuls, _flops(shape), deadline)
     best = max(trials, key=trials.__getitem__)
     return GemmPeak(trials[best], best, dtype, tuple(trials.items()))
 

@@ -61,6 +61,23 @@ def test_waiting_for_the_queue_does_not_count():
     assert soon(lambda: search(Device(1e11, launch=0.001), 0.5)[0].flops_per_s == pytest.approx(1e11, rel=0.1))
 
 
+def test_what_compiles_each_shape_is_tried_at_large_ones_too():
+    class Compiling(Device):
+        def matmul(self, shape, dtype):
+            known, run = shape in self.tried, super().matmul(shape, dtype)
+
+            def matmuls(queued):
+                nonlocal known
+                time.sleep(0 if known else 0.15)
+                known = True
+                run(queued)
+
+            return matmuls
+
+    assert soon(lambda: search(Compiling(5e13), 0.2)[0].trials[-1][0] >= (4096, 4096, 4096))
+    assert search(Compiling(5e13), 0.01)[1] < 1.5  # and has its end
+
+
 def test_a_fast_device_gets_large_matmuls_and_a_slow_one_is_spared_them():
     fast, slow = Device(5e14), Device(5e9)
     assert search(fast, 0.5)[0].trials[-1][0] == (16384, 16384, 16384)
