@@ -232,6 +232,8 @@ class TorchBackend(Backend):
         """
         resident = split in self.resident
         source = torch.from_numpy(starts if resident else self.tokens.windows(split, starts))
+        if self.device.type == "cuda":  # else the copy, and with it the host, waits for the iteration before
+            source = source.pin_memory()
         self.sources.append(source)
         moved = source.to(self.device, non_blocking=True)
         return self.resident[split][moved.unsqueeze(-1) + self.offsets] if resident else moved.long()
