@@ -45,7 +45,8 @@ def measure(device: Device, dtype: str, shapes: Sequence[Shape], budget_s: float
 
     Completion is timed; each shape's rate is the best of a few timings, each of several matmuls in a row. Shapes too
     large for the budget or for a quarter of the free memory are not tried. What a shape's first matmul takes beyond
-    what was expected is compiling, and no part of the budget up to COMPILING times as much. Memory is given back, but the framework's marks of peak memory have moved: the caller resets them.
+    what was expected is compiling, and no part of the budget up to COMPILING times as much. Memory is given back, but
+    the framework's marks of peak memory have moved: the caller resets them.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype}: no matmul peak is measured for it; use {', '.join(DTYPES)}")
