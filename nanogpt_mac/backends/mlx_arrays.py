@@ -16,6 +16,12 @@ from nanogpt_mac.backends.arrays import Arrays, Function, Op
 from nanogpt_mac.backends.base import Kind
 
 
+def first_number(array: mx.array) -> float:
+    """The first number of `array`, as an array of its own: on CUDA reading a part of one moves it whole to the host."""
+    one = array[(0,) * array.ndim] if array.ndim else array
+    return float(mx.stack([one, one])[0].item())  # type: ignore[arg-type]
+
+
 class MLXArrays(Arrays):
     def __init__(self, kind: Kind, device: str, compiled: bool) -> None:
         self.device, self.compiled = device, compiled
@@ -44,10 +50,7 @@ class MLXArrays(Arrays):
         mx.synchronize()
 
     def peek(self, array: mx.array) -> float:
-        one = array[(0,) * array.ndim] if array.ndim else array
-        if self.device == "cuda":  # of its own: reading a part of an array there moves the whole to the host
-            one = mx.stack([one, one])[0]
-        return float(one.item())  # type: ignore[arg-type]
+        return first_number(array)
 
     def op(self, name: str) -> Op | None:
         return OPS.get(name)

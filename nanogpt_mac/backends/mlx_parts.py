@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from nanogpt_mac.backends.mlx_arrays import first_number
 from nanogpt_mac.backends.parts import Call, Part, Parts, Stage
 from nanogpt_mac.gpt.mlx_gpt import mean_nats
 
@@ -179,8 +180,7 @@ class MLXParts(Parts):
         mx.synchronize()
 
     def peek(self, array: Any) -> float:
-        first: Any = array if isinstance(array, mx.array) else array[0]
-        return float(first[(0,) * first.ndim].item() if first.ndim else first.item())
+        return first_number(array if isinstance(array, mx.array) else array[0])
 
     def counted(self, call: Call) -> dict[str, int]:
         outputs = call(0)
