@@ -16,7 +16,7 @@ import pytest
 from fakes.support import CACHE, ROOT, options
 from fakes.warm import Warm
 
-from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends import entry, kinds
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 
@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))  # one gr
 # In the way of the file of that name: what one test's comparison finds must not decide in another what auto means.
 (CACHE / "nanogpt-mac" / "comparisons.json").mkdir(parents=True, exist_ok=True)
 
-if kinds.gpu_left_out():  # as in every process that computes with MLX
+if entry.gpu_left_out():  # as in every process that computes with MLX
     import mlx.core as mx
 
     mx.set_default_device(mx.Device(mx.cpu))

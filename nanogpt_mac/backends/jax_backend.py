@@ -17,7 +17,8 @@ import numpy as np
 
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Tokens
-from nanogpt_mac.backends.kinds import JAX_PLUGINS, KINDS, jax_plugins
+from nanogpt_mac.backends.jax_entry import JAX_PLUGINS, jax_plugins
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.jax_gpt import GPT, KVCache, Weights, dropout_masks
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState

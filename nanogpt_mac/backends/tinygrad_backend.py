@@ -17,8 +17,9 @@ from tinygrad.helpers import GlobalCounters
 
 from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Tokens
-from nanogpt_mac.backends.kinds import KINDS, TinygradSettings
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.backends.parts import Parts
+from nanogpt_mac.backends.tinygrad_entry import TinygradSettings
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 from nanogpt_mac.gpt.tinygrad_gpt import GPT, KVCache, dropout_masks, sizes, tensor

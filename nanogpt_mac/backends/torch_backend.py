@@ -19,9 +19,10 @@ from nanogpt_mac import simulator
 from nanogpt_mac.backends import base, torch_buckets, torch_vml
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Meant, Tokens
 from nanogpt_mac.backends.cuda_graph import Graphed
-from nanogpt_mac.backends.kinds import KINDS, TorchSettings
+from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.backends.parts import Parts
 from nanogpt_mac.backends.torch_adamw import AdamW
+from nanogpt_mac.backends.torch_entry import TorchSettings
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 from nanogpt_mac.gpt.torch_gpt import GPT, FewKernels, KVCache

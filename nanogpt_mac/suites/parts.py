@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from nanogpt_mac import memory
-from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends import entry, kinds
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.backends.parts import NAMES, Call, Inside, Parts
 from nanogpt_mac.config import Config, backend_options
@@ -94,7 +94,7 @@ class _Measured:
         options = backend_options(self.config, way.backend, way.compiled)
         kind.prepare(options)
         if way.device not in ("", kind.load().device_of(kind)):  # the other one that it can take
-            os.environ[kinds.NO_GPU] = "1"
+            os.environ[entry.NO_GPU] = "1"
         corpus = prepare(self.config.data)
         source = open_source(self.config, corpus)
         tokens = Tokens({"train": corpus.train, "val": corpus.val}, source.spec.block_size)

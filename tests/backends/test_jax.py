@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fakes.support import options
 
-from nanogpt_mac.backends import base, kinds
+from nanogpt_mac.backends import base, jax_entry, kinds
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.errors import InputError
 
@@ -29,7 +29,7 @@ def plugins(monkeypatch):
         found = [
             SimpleNamespace(dist=SimpleNamespace(name=n.replace("_", "-"), version=v)) for n, v in versions.items()
         ]
-        monkeypatch.setattr(kinds, "entry_points", lambda group: found if group == "jax_plugins" else [])
+        monkeypatch.setattr(jax_entry, "entry_points", lambda group: found if group == "jax_plugins" else [])
 
     return install
 
@@ -204,7 +204,7 @@ def test_what_cannot_be_had_is_one_line(plugins, monkeypatch):
 
 
 def test_plugins_are_named_with_their_versions_in_the_records(plugins, monkeypatch):
-    monkeypatch.setattr(kinds, "find_spec", lambda name: object())
+    monkeypatch.setattr(jax_entry, "find_spec", lambda name: object())
     plugins(jax_mps="0.11.1")
     assert {"jax", "jaxlib", "jax-mps"} <= set(kinds.frameworks())
 

@@ -1,4 +1,4 @@
-"""A back end is named by its twin, its own file and the registry: everything else asks what it can do."""
+"""A back end is named by its twin and its own files: everything else, the registry included, asks what it can do."""
 
 import ast
 
@@ -10,8 +10,9 @@ from nanogpt_mac.backends.kinds import KINDS
 PACKAGE = ROOT / "nanogpt_mac"
 NAMES = KINDS.keys() | {here.device for kind in KINDS.values() for here in kind.devices}
 FRAMEWORKS = sorted({kind.framework for kind in KINDS.values()})
-OF_ONE = ("backend", "arrays", "nets", "parts", "world")  # NAME_backend.py and what lies beside it
-TWINS_AND_BACK_ENDS = {place for n in FRAMEWORKS for place in (f"gpt/{n}_gpt.py", f"backends/{n}_backend.py")}
+OF_ONE = ("entry", "backend", "arrays", "nets", "parts", "world")  # NAME_backend.py and what lies beside it
+OF_EACH = ("backends/{}_entry.py", "backends/{}_backend.py", "gpt/{}_gpt.py")
+TWINS_AND_BACK_ENDS = {place.format(n) for n in FRAMEWORKS for place in OF_EACH}
 ITS_OWN = TWINS_AND_BACK_ENDS | {f"backends/{n}_{of}.py" for n in FRAMEWORKS for of in OF_ONE}
 
 # Rooms whose subject is one device: MPS, seen through torch, with the CPU beside it. No other back end is named there.
@@ -47,7 +48,7 @@ def test_nothing_else_names_a_back_end():
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
-        if name in ITS_OWN | {"backends/kinds.py"}:
+        if name in ITS_OWN:
             continue
         about_mps = {"mps", "simulated-mps", "cpu", "metal"} if name.split("/")[0] in ABOUT_MPS else set()
         allowed = about_mps | ELSEWHERE.get(name, (set(), ""))[0]
@@ -57,7 +58,7 @@ def test_nothing_else_names_a_back_end():
 
 def test_the_registry_and_the_back_ends_are_found(tmp_path):
     """The test can fail: it sees the names where they are."""
-    assert {literal for _, literal in named(PACKAGE / "backends/kinds.py")} >= {"mps", "cuda", "mlx", "cpu"}
+    assert {literal for _, literal in named(PACKAGE / "backends/torch_entry.py")} >= {"mps", "cuda", "cpu"}
     assert {literal for _, literal in named(PACKAGE / "backends/mlx_backend.py")} == {"metal", "cuda", "cpu"}
     (tmp_path / "x.py").write_text('"""About mlx."""\nif backend == "MLX": print(f"{backend} mps")\n')
     assert list(named(tmp_path / "x.py")) == [(2, "MLX")]

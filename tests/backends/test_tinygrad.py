@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fakes.support import ROOT, options
 
-from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends import kinds, tinygrad_entry
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
@@ -256,7 +256,7 @@ def test_a_tinygrad_that_is_loaded_already_is_told_its_device(monkeypatch):
     assert Device.DEFAULT == "PYTHON"
     monkeypatch.setenv("DEV", before)
     KINDS["tinygrad"].prepare(options("tinygrad"))
-    assert kinds._tinygrad_device() == Device.DEFAULT
+    assert tinygrad_entry._tinygrad_device() == Device.DEFAULT
     assert ("bfloat16" in helpers.EMULATED_DTYPES.value) is (Device.DEFAULT == "CPU")
 
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends import blas, kinds, torch_entry
 from nanogpt_mac.machine import chips, peaks, probe
 from nanogpt_mac.records.bench import GemmBench, GemmReading, State, Task, Way
 from nanogpt_mac.records.run import Environment, Times
@@ -187,20 +187,20 @@ def test_the_ladder_of_a_mac(ladder):
 
 
 def test_mlxs_own_blas_is_a_rung_where_another_is_lent(ladder, monkeypatch):
-    monkeypatch.setattr(kinds.blas, "wanted", lambda: True)
+    monkeypatch.setattr(blas, "wanted", lambda: True)
     names, steps, _ = ladder([MLX_CPU], cores=1)
     assert names[3:] == ["mlx-cpu-own", "mlx-cpu-eager"]
     assert (steps["mlx-cpu-own"].settings, steps["mlx-cpu-eager"].settings) == ({"blas": "own"}, {"blas": "auto"})
-    monkeypatch.setattr(kinds.blas, "wanted", lambda: False)
+    monkeypatch.setattr(blas, "wanted", lambda: False)
     assert "mlx-cpu-own" in ladder([MLX_CPU])[2]
 
 
 def test_without_triton_its_rung_is_missing_with_the_reason(ladder, monkeypatch):
-    monkeypatch.setattr(kinds, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch_entry, "find_spec", lambda name: None)
     names, _, absent = ladder([CUDA])
     assert names[3:] == ["cuda"]
     assert absent == {"cuda-tiled": "the package triton is not installed"}
-    monkeypatch.setattr(kinds, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch_entry, "find_spec", lambda name: True)
     assert ladder([CUDA])[0][3:] == ["cuda-tiled", "cuda"]
 
 
