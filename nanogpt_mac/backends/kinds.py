@@ -375,6 +375,7 @@ KINDS: dict[str, Kind] = {
             also_on=("cpu",),
             label="JAX",
             framework="jax",
+            extra="jax",
             devices=(
                 Capabilities(
                     "cuda", "jax", True, True, compiles_evaluation=True, dtypes=HALVES, tf32=True, memory=ALLOCATOR
@@ -399,6 +400,7 @@ KINDS: dict[str, Kind] = {
             nets="nanogpt_mac.backends.tinygrad_nets:TinygradNet",
             label="tinygrad",
             framework="tinygrad",
+            extra="tinygrad",
             devices=(
                 replace(_TINYGRAD, device="metal"),
                 replace(_TINYGRAD, device="cuda", tf32=True),
