@@ -107,6 +107,7 @@ class Kind:
     label: str  # "MLX"; its variants are "MLX eager" and "MLX compiled"
     framework: str  # the package that must be importable, and the distribution whose version is recorded
     devices: tuple[Capabilities, ...]  # what it may run on; its class says which one it does here
+    extra: str = ""  # of this package, which brings the framework; none: it is a dependency, or another's
     compiler: str = ""  # what compile=true calls: "torch.compile"; none: the back end has one variant, NAME
     compiled_by_default: bool = False  # what compile=auto means
     eager_by_name: bool = True  # NAME is the eager variant, NAME-compile the compiled; else NAME-eager and NAME
@@ -136,7 +137,8 @@ class Kind:
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None when it can. May import the framework only where nothing is set before."""
-        return None if find_spec(self.framework) else f"the package {self.framework} is not installed"
+        bring = f": pip install 'nanogpt-mac[{self.extra}]'" if self.extra else ""
+        return None if find_spec(self.framework) else f"the package {self.framework} is not installed{bring}"
 
     def programs(self) -> tuple[str, ...]:
         """The distributions whose versions are recorded."""

@@ -14,6 +14,20 @@ from nanogpt_mac.backends.base import Kind
 from nanogpt_mac.gpt.jax_gpt import layer_norm, mean_nats
 
 
+def complete(outputs: Any, device: str) -> None:
+    """Wait for all arrays in `outputs`."""
+    jax.block_until_ready(outputs)
+    if device not in ("cpu", "cuda"):  # on one of the plugins that returns at once, and only reading waits
+        for array in jax.tree.leaves(outputs):
+            first(array)
+
+
+def first(arrays: Any) -> float:
+    """One number, on the host."""
+    array = jax.tree.leaves(arrays)[0]
+    return float(array[(0,) * array.ndim])
+
+
 class JaxArrays(Arrays):
     def __init__(self, kind: Kind, device: str, compiled: bool) -> None:
         self.device, self.compiled = device, compiled
@@ -38,13 +52,10 @@ class JaxArrays(Arrays):
         """JAX has started them when it gives them."""
 
     def wait(self, outputs: Sequence[Any]) -> None:
-        jax.block_until_ready(outputs)
-        if self.device not in ("cpu", "cuda"):  # on one of the plugins that returns at once, and only reading waits
-            for array in jax.tree.leaves(outputs):
-                self.peek(array)
+        complete(outputs, self.device)
 
     def peek(self, array: jax.Array) -> float:
-        return float(array[(0,) * array.ndim])
+        return first(array)
 
     def op(self, name: str) -> Op | None:
         return OPS.get(name)

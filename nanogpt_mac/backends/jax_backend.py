@@ -19,6 +19,7 @@ from nanogpt_mac.backends import base
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Tokens
 from nanogpt_mac.backends.jax_entry import JAX_PLUGINS, jax_plugins
 from nanogpt_mac.backends.kinds import KINDS
+from nanogpt_mac.backends.parts import Parts
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.jax_gpt import GPT, KVCache, Weights, dropout_masks
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
@@ -43,6 +44,9 @@ def taken(settings: Mapping[str, Any]) -> str:
     """The device of this process; InputError where `settings`, a kind's own, name another: JAX takes one for good."""
     wanted, device = settings.get("jax_device", "auto"), _named(jax.default_backend())
     if wanted not in ("auto", device):
+        asked = _named((jax.config.read("jax_platforms") or "").partition(",")[0])  # before JAX started
+        if asked == wanted:
+            raise InputError(f"backend.jax_device={wanted}: JAX finds none here; use auto or {device}")
         raise InputError(f"backend.jax_device={wanted}: JAX has taken {device} in this process; start a new one")
     return device
 
@@ -76,7 +80,8 @@ class JaxBackend(Backend):
 
         # compile=true: an iteration is one executable, which overwrites the state that it is given. compile=false: JAX
         # compiles and runs every operation by itself, as it does where nothing asks for more.
-        jit = jax.jit if options.compile else _eager
+        jit: Callable[..., Any] = jax.jit if options.compile else _eager
+        self.ready = jit
         self._step = jit(self._iteration, donate_argnums=0)
         self._loss_and_grads = jit(self._gradients, static_argnames="drops")
         self._val_loss = jit(self._window_loss)
@@ -128,7 +133,7 @@ class JaxBackend(Backend):
         with self.phase("clip"):
             grads, norm = self._clipped(now, grads)
         with self.phase("optimizer"):
-            now = self._scaled_update(now, grads, lr, norm) if self.half else self._adamw(now, grads, lr)
+            now = self._updated(now, grads, lr, norm)
         return now, jnp.stack([total, norm])
 
     def _accumulated(self, now: State, windows: jax.Array, keys: jax.Array) -> tuple[jax.Array, Weights]:
@@ -171,6 +176,9 @@ class JaxBackend(Backend):
             clip = jnp.minimum(self.options.grad_clip / (norm + 1e-6), 1.0)
             grads = {name: g * clip for name, g in grads.items()}
         return grads, norm
+
+    def _updated(self, now: State, grads: Weights, lr: jax.Array, norm: jax.Array) -> State:
+        return self._scaled_update(now, grads, lr, norm) if self.half else self._adamw(now, grads, lr)
 
     def _adamw(self, now: State, grads: Weights, lr: jax.Array) -> State:
         """AdamW (Loshchilov and Hutter) as torch has it: decay on matrices alone, bias correction, eps 1e-8."""
@@ -313,6 +321,11 @@ class JaxBackend(Backend):
             np.asarray(product[0, 0])  # they run one after the other
 
         return matmuls
+
+    def parts(self, starts: np.ndarray) -> Parts:
+        from nanogpt_mac.backends.jax_parts import JaxParts
+
+        return JaxParts(self, starts)
 
 
 def _put(array: np.ndarray | np.generic) -> jax.Array:

@@ -74,6 +74,7 @@ JAX = JAXKind(
     also_on=("cpu",),
     label="JAX",
     framework="jax",
+    extra="jax",
     devices=(
         Capabilities("cuda", "jax", True, True, compiles_evaluation=True, dtypes=HALVES, tf32=True, memory=ALLOCATOR),
         replace(_JAX_ON_METAL, device="jax-mps", note="jax-mps"),  # which waits for each executable

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanogpt_mac.backends.jax_arrays import JaxArrays
-from nanogpt_mac.backends.nets import LMSpec, MLPSpec, Net, Spec, positions
+from nanogpt_mac.backends.nets import BETA1, BETA2, EPSILON, LMSpec, MLPSpec, Net, Spec, positions
 from nanogpt_mac.gpt.jax_gpt import layer_norm, mean_nats
 
 Weights = Mapping[str, jax.Array]
 Model = Callable[[Weights, jax.Array], jax.Array]
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's defaults, in torch and MLX alike
 
 
 def linear(w: Weights, name: str, x: jax.Array) -> jax.Array:

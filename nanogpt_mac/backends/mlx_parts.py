@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nanogpt_mac.backends.mlx_arrays import first_number
-from nanogpt_mac.backends.parts import Call, Part, Parts, Stage
+from nanogpt_mac.backends.parts import Call, Part, TwinParts
 from nanogpt_mac.gpt.mlx_gpt import mean_nats
 
 if TYPE_CHECKING:
@@ -23,118 +23,57 @@ if TYPE_CHECKING:
 VIEWS = re.compile("Broadcast(Axes)?|Depends|ExpandDims|(Unf|F)latten|Split|Squeeze|StopGradient|Transpose|View")
 
 
-def stages(backend: MLXBackend, batch: int, length: int) -> list[Stage]:
-    """A training forward pass as a chain; each stage's function takes its weights by name, then its inputs."""
-    spec, model = backend.spec, backend.model
-    t: Any = model.transformer
-    names = list(spec.shapes())
-    mask: Any = model._causal[:length, :length] if spec.dropout else "causal"
-
-    def own(prefix: str) -> tuple[str, ...]:
-        return tuple(name for name in names if name.startswith(f"{prefix}."))
-
-    def bound(weights: dict[str, mx.array]) -> None:
-        backend.bound = False  # a traced call leaves its tracers in the model
-        model.update(tree_unflatten(list(weights.items())))
-
-    def embed(weights: dict[str, mx.array], tokens: mx.array, keep: list[mx.array]) -> mx.array:
-        bound(weights)
-        return model.embed(tokens, t["wpe"].weight[:length], keep[0] if keep else None)
-
-    def head(weights: dict[str, mx.array], y: mx.array, targets: mx.array) -> mx.array:
-        bound(weights)
-        return mean_nats(model.head(y), targets)
-
-    def norm(name: str, module: Any) -> Stage:
-        def normed(weights: dict[str, mx.array], x: mx.array) -> Any:
-            bound(weights)
-            return module(x)
-
-        return Stage("layer norms", normed, ("x",), ("y",), own(name))
-
-    def attention(name: str, module: Any, place: int) -> Stage:
-        def attended(weights: dict[str, mx.array], y: mx.array, keep: list[mx.array]) -> Any:
-            bound(weights)
-            return module(y, mask, None, keep[place : place + 3] if keep else [None] * 3)
-
-        return Stage("attention", attended, ("y", "keep"), ("y",), own(name), note="has both projections and dropout")
-
-    def mlp(name: str, module: Any, place: int) -> Stage:
-        def fed(weights: dict[str, mx.array], y: mx.array, keep: list[mx.array]) -> Any:
-            bound(weights)
-            return module(y, keep[place + 2] if keep else None)
-
-        return Stage("MLP", fed, ("y", "keep"), ("y",), own(name), note="has dropout")
-
-    add = Stage("residual sums", lambda _, x, y: x + y, ("x", "y"), ("x",))
-    masks = Stage("dropout masks", lambda _, key: backend._masks(batch, key), ("key",), ("keep",))
-    embedding = own("transformer.wte") + own("transformer.wpe")
-    chain = [masks] if spec.dropout else []
-    chain.append(Stage("embedding", embed, ("tokens", "keep"), ("x",), embedding))
-    for i, block in enumerate(t["h"]):
-        name, place = f"transformer.h.{i}", 3 * i + 1
-        inside = [
-            *(norm(f"{name}.ln_1", block.ln_1), attention(f"{name}.attn", block.attn, place), add),
-            *(norm(f"{name}.ln_2", block.ln_2), mlp(f"{name}.mlp", block.mlp, place), add),
-        ]
-        chain += [stage.anew(mx.checkpoint) for stage in inside] if model.checkpointing else inside
-    last = Stage("head and loss", head, ("y", "targets"), ("loss",), tied=("transformer.wte.weight",))
-    return [*chain, norm("transformer.ln_f", t["ln_f"]), last]
-
-
-class MLXParts(Parts):
+class MLXParts(TwinParts):
     def __init__(self, backend: MLXBackend, starts: np.ndarray) -> None:
-        self.backend, self.starts = backend, starts
-        self.compile: Any = mx.compile if backend.options.compile else lambda function, **_: function
+        self.backend, self.starts, self.spec = backend, starts, backend.spec
+        self.ready = mx.compile if backend.options.compile else lambda function, **_: function
+        self.again = mx.checkpoint if backend.options.checkpointing else None
+        self.causal = backend.model._causal if self.spec.dropout else "causal"
         backend.model.train()
         window = backend._windows("train", backend._batch("train", starts))[0]
         self.values: dict[str, Any] = {
             "tokens": window[:, :-1],
             "targets": window[:, 1:],
-            "keep": [],
+            "keep": [None] * (1 + 3 * self.spec.n_layer),
             "key": mx.random.key(0),
         }
         self.weights = dict(backend.layout.split(backend.trained["weights"]))
         mx.eval(self.values, self.weights)
-        self.stages = stages(backend, len(window), backend.spec.block_size)
+        self.stages = self._stages()
         self.parts = {part.name: part for part in (self._batch(), *self._of_model(), *self._of_optimizer())}
         if backend.runs_ahead:
             one = mx.zeros(1)
             self.smallest = lambda number: (one + 1,)
 
-    def _named(self, stage: Stage) -> dict[str, mx.array]:
-        return {name: self.weights[name] for name in stage.parameters + stage.tied}
+    # -- the twin -------------------------------------------------------------------------------------------------
 
-    def _run(self, stage: Stage, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        made = stage.made(stage.function(self._named(stage), *given))
-        mx.eval(made)
-        return made
+    def _part(self, name: str, weights: Mapping[str, mx.array]) -> Any:
+        self.backend.bound = False  # a traced call leaves its tracers in the model
+        self.backend.model.update(tree_unflatten(list(weights.items())))
+        part: Any = self.backend.model
+        for step in name.split("."):
+            part = part[int(step) if step.isdigit() else step] if type(part) in (dict, list) else getattr(part, step)
+        return part
 
-    def _calls(self, stage: Stage, given: tuple[Any, ...], made: tuple[Any, ...]) -> tuple[Call, Call | None]:
-        weights, moving, count = self._named(stage), stage.moving, len(stage.moving)
+    def _masks(self, key: mx.array) -> Any:
+        return self.backend._masks(self.starts.shape[1], key)
 
-        def forward(weights: dict[str, mx.array], given: tuple[Any, ...]) -> tuple[Any, ...]:
-            return stage.made(stage.function(weights, *given))
+    def _mean_nats(self, logits: mx.array, targets: mx.array) -> mx.array:
+        return mean_nats(logits, targets)
 
-        def both(weights: dict[str, mx.array], given: tuple[Any, ...], cotangents: list[mx.array]) -> list[mx.array]:
-            def flat(*arrays: mx.array) -> list[mx.array]:
-                inputs = list(given)
-                for i, array in zip(moving, arrays, strict=False):
-                    inputs[i] = array
-                return list(forward(dict(zip(weights, arrays[count:], strict=True)), tuple(inputs)))
+    def _vjp(self, function: Callable[..., Any], of: list[mx.array], cotangents: list[mx.array]) -> list[mx.array]:
+        outputs, gradients = mx.vjp(function, of, cotangents)
+        return [*outputs, *gradients]
 
-            outputs, gradients = mx.vjp(flat, [*(given[i] for i in moving), *weights.values()], cotangents)
-            return [*outputs, *gradients]
+    def _cotangent(self, output: mx.array) -> mx.array:
+        drawn = mx.random.normal(output.shape, output.dtype, key=mx.random.key(1))
+        mx.eval(drawn)
+        return drawn
 
-        run, run_both = self.compile(forward), self.compile(both)
-        if not weights and not moving:
-            return lambda number: run(weights, given), None
-        of = [mx.random.normal(output.shape, output.dtype, key=mx.random.key(1)) for output in made]
-        mx.eval(of)
-        return lambda number: run(weights, given), lambda number: run_both(weights, given, of)
+    # -- beside it ------------------------------------------------------------------------------------------------
 
     def _batch(self) -> Part:
-        backend, gather = self.backend, self.compile(lambda batch: self.backend._windows("train", batch))
+        backend, gather = self.backend, self.ready(lambda batch: self.backend._windows("train", batch))
         note = "gathers its windows, of numbers that cross to the device"
         return Part("batch", 1, lambda number: (gather(backend._batch("train", self.starts)),), note=note)
 
@@ -155,8 +94,8 @@ class MLXParts(Parts):
             backend._updated(gradients, lr, norm)
             return norm
 
-        join, add, clip = (self.compile(function) for function in (layout.join, added, backend._clipped))
-        update, trained = self.compile(updated, inputs=backend.trained, outputs=backend.trained), backend.trained
+        join, add, clip = (self.ready(function) for function in (layout.join, added, backend._clipped))
+        update, trained = self.ready(updated, inputs=backend.trained, outputs=backend.trained), backend.trained
 
         def taken(number: int) -> Sequence[Any]:
             made: Sequence[Any] = add(named, joined) if number % count else join(named)

@@ -17,6 +17,7 @@ from nanogpt_mac.backends.arrays import Arrays
 
 PLACEMENTS = ("resident", "per_batch")  # where the rows are: on the device, or brought there batch by batch
 SYNCS = ("batch", "epoch")  # when the host waits
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's defaults, in every framework
 
 
 @dataclass(frozen=True)

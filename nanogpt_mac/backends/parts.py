@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from nanogpt_mac.gpt.spec import GPTSpec
+
 # In the order of an iteration.
 NAMES = (
     "batch",
@@ -145,3 +147,101 @@ class Parts(ABC):
     def inside(self, step: Callable[[], Any]) -> Inside:
         """What a profiler says of the parts within `step`, which enqueues an iteration and waits for it."""
         return Inside({}, 0.0, "its framework has no profiler that says so")
+
+
+class TwinParts(Parts):
+    """Of a twin that draws all masks of a pass at once. A stage takes its weights, by canonical name, then inputs."""
+
+    spec: GPTSpec
+    weights: Mapping[str, Any]  # of now
+    causal: Any  # the mask of attention
+    ready: Callable[..., Any]  # compiles a function, where the step is compiled as a whole
+    again: Callable[[Callable[..., Any]], Any] | None = None  # with checkpointing, as in Stage.anew
+
+    def _stages(self) -> list[Stage]:
+        """Of a training forward pass. Its value `keep` is 1 + 3 n_layer masks, or as often None."""
+        names = list(self.spec.shapes())
+
+        def stage(part: str, function: Any, inputs: tuple[str, ...], output: str, *owners: str, **more: Any) -> Stage:
+            own = tuple(name for name in names if name.startswith(tuple(f"{owner}." for owner in owners)))
+            return Stage(part, function, inputs, (output,), own, **more)
+
+        def norm(name: str) -> Stage:
+            return stage("layer norms", lambda weights, x: self._part(name, weights)(x), ("x",), "y", name)
+
+        def attention(name: str, place: int) -> Stage:
+            def attended(weights: Any, y: Any, keep: Any) -> Any:
+                return self._part(name, weights)(y, self.causal, None, keep[place : place + 3])
+
+            return stage("attention", attended, ("y", "keep"), "y", name, note="has both projections and dropout")
+
+        def mlp(name: str, place: int) -> Stage:
+            def fed(weights: Any, y: Any, keep: Any) -> Any:
+                return self._part(name, weights)(y, keep[place + 2])
+
+            return stage("MLP", fed, ("y", "keep"), "y", name, note="has dropout")
+
+        def embedded(weights: Any, tokens: Any, keep: Any) -> Any:
+            positions = weights["transformer.wpe.weight"][: tokens.shape[1]]
+            return self._part("embed", weights)(tokens, positions, keep[0])
+
+        def nats(weights: Any, y: Any, targets: Any) -> Any:
+            return self._mean_nats(self._part("head", weights)(y), targets)
+
+        add = stage("residual sums", lambda _, x, y: x + y, ("x", "y"), "x")
+        chain = [stage("dropout masks", lambda _, key: self._masks(key), ("key",), "keep")] if self.spec.dropout else []
+        chain.append(stage("embedding", embedded, ("tokens", "keep"), "x", "transformer.wte", "transformer.wpe"))
+        for i in range(self.spec.n_layer):
+            name, place = f"transformer.h.{i}", 3 * i + 1
+            inside = [norm(f"{name}.ln_1"), attention(f"{name}.attn", place), add]
+            inside += [norm(f"{name}.ln_2"), mlp(f"{name}.mlp", place), add]
+            chain += [each.anew(self.again) for each in inside] if self.again else inside
+        last = stage("head and loss", nats, ("y", "targets"), "loss", tied=("transformer.wte.weight",))
+        return [*chain, norm("transformer.ln_f"), last]
+
+    def _named(self, stage: Stage) -> dict[str, Any]:
+        return {name: self.weights[name] for name in stage.parameters + stage.tied}
+
+    def _run(self, stage: Stage, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        made = stage.made(stage.function(self._named(stage), *given))
+        self.start(made)
+        return made
+
+    def _calls(self, stage: Stage, given: tuple[Any, ...], made: tuple[Any, ...]) -> tuple[Call, Call | None]:
+        names, moving, count = stage.parameters + stage.tied, stage.moving, len(stage.moving)
+
+        def forward(weights: dict[str, Any], given: Sequence[Any]) -> list[Any]:
+            return list(stage.made(stage.function(weights, *given)))
+
+        def both(weights: dict[str, Any], given: Sequence[Any], cotangents: list[Any]) -> list[Any]:
+            def flat(*arrays: Any) -> list[Any]:
+                inputs = list(given)
+                for i, array in zip(moving, arrays, strict=False):
+                    inputs[i] = array
+                return forward(dict(zip(names, arrays[count:], strict=True)), inputs)
+
+            return self._vjp(flat, [*(given[i] for i in moving), *weights.values()], cotangents)
+
+        run, run_both = self.ready(forward), self.ready(both)
+        if not names and not moving:
+            return lambda number: run({}, given), None
+        of = [self._cotangent(output) for output in made]
+        return lambda number: run(self._named(stage), given), lambda number: run_both(self._named(stage), given, of)
+
+    def _vjp(self, function: Callable[..., list[Any]], of: list[Any], cotangents: list[Any]) -> list[Any]:
+        """The outputs of `function` and behind them its gradients by each of `of`."""
+        raise NotImplementedError
+
+    def _cotangent(self, output: Any) -> Any:
+        """Normal random, of its shape and dtype."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def _part(self, name: str, weights: Mapping[str, Any]) -> Callable[..., Any]:
+        """What the twin has by that name ("transformer.h.0.attn", or "embed", "head"), computing with `weights`."""
+
+    @abstractmethod
+    def _masks(self, key: Any) -> Any: ...
+
+    @abstractmethod
+    def _mean_nats(self, logits: Any, targets: Any) -> Any: ...

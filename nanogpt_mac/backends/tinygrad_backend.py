@@ -61,6 +61,7 @@ class TinygradBackend(Backend):
             "the fastest of several versions of each kernel; the search is part of compiling",
             lambda here, config: not config.backend.beam and here.accelerator,
         ),
+        Lever("checkpointing", True, "it has none", lambda here, config: False),  # everybody else's
     )
 
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:

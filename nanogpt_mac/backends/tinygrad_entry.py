@@ -90,6 +90,7 @@ TINYGRAD = Tinygrad(
     nets="nanogpt_mac.backends.tinygrad_nets:TinygradNet",
     label="tinygrad",
     framework="tinygrad",
+    extra="tinygrad",
     devices=(
         replace(_TINYGRAD, device="metal"),
         replace(_TINYGRAD, device="cuda", tf32=True),

@@ -8,12 +8,11 @@ from functools import partial
 import numpy as np
 from tinygrad import Tensor
 
-from nanogpt_mac.backends.nets import LMSpec, MLPSpec, Net, Spec, positions
+from nanogpt_mac.backends.nets import BETA1, BETA2, EPSILON, LMSpec, MLPSpec, Net, Spec, positions
 from nanogpt_mac.backends.tinygrad_arrays import TinygradArrays
 from nanogpt_mac.backends.tinygrad_backend import Replayed, correction
 from nanogpt_mac.gpt.tinygrad_gpt import mean_nats, tensor
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # tinygrad's own AdamW, and torch's
 Weights = Mapping[str, Tensor]
 
 

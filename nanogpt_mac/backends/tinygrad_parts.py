@@ -9,96 +9,64 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import GlobalCounters
 
-from nanogpt_mac.backends.parts import Call, Part, Parts, Stage
+from nanogpt_mac.backends.parts import Call, Part, Stage, TwinParts
 from nanogpt_mac.gpt.tinygrad_gpt import dropout_masks, mean_nats, tensor
 
 if TYPE_CHECKING:
     from nanogpt_mac.backends.tinygrad_backend import TinygradBackend
 
 
-def stages(backend: TinygradBackend, batch: int, length: int) -> list[Stage]:
-    """A training forward pass as a chain; the model's weights are the back end's own."""
-    spec, model = backend.spec, backend.model
-    t, names = model.transformer, list(spec.shapes())
-    mask = Tensor.ones(length, length, dtype=dtypes.bool).tril()
-
-    def own(prefix: str) -> tuple[str, ...]:
-        return tuple(name for name in names if name.startswith(f"{prefix}."))
-
-    def embed(tokens: Tensor, keep: list[Tensor]) -> Tensor:
-        return model.embed(tokens, t["wpe"].weight[:length], keep[0] if keep else None)
-
-    def norm(name: str, module: Any) -> Stage:
-        return Stage("layer norms", lambda x: module(x), ("x",), ("y",), own(name))
-
-    def attention(name: str, module: Any, place: int) -> Stage:
-        def attended(y: Tensor, keep: list[Tensor]) -> Tensor:
-            made: Tensor = module(y, mask, None, keep[place : place + 3] if keep else [None] * 3)
-            return made
-
-        return Stage("attention", attended, ("y", "keep"), ("y",), own(name), note="has both projections and dropout")
-
-    def mlp(name: str, module: Any, place: int) -> Stage:
-        def fed(y: Tensor, keep: list[Tensor]) -> Tensor:
-            made: Tensor = module(y, keep[place + 2] if keep else None)
-            return made
-
-        return Stage("MLP", fed, ("y", "keep"), ("y",), own(name), note="has dropout")
-
-    add = Stage("residual sums", lambda x, y: x + y, ("x", "y"), ("x",))
-    draw = Stage("dropout masks", lambda key: [dropout_masks(spec, batch, length, key)], ("key",), ("keep",))
-    chain = [draw] if spec.dropout else []
-    chain.append(Stage("embedding", embed, ("tokens", "keep"), ("x",), own("transformer.wte") + own("transformer.wpe")))
-    for i, block in enumerate(t["h"]):
-        name, place = f"transformer.h.{i}", 3 * i + 1
-        chain += [
-            *(norm(f"{name}.ln_1", block.ln_1), attention(f"{name}.attn", block.attn, place), add),
-            *(norm(f"{name}.ln_2", block.ln_2), mlp(f"{name}.mlp", block.mlp, place), add),
-        ]
-    last = Stage("head and loss", lambda y, targets: mean_nats(model.head(y), targets), ("y", "targets"), ("loss",),
-                 tied=("transformer.wte.weight",))  # fmt: skip
-    return [*chain, norm("transformer.ln_f", t["ln_f"]), last]
-
-
-def _realized(made: Any) -> tuple[Any, ...]:
-    """What a stage made, computed: tensors, or one list of them."""
-    outputs = tuple(made[0]) if isinstance(made, list) else (made,)
+def _realized(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Each of them computed."""
     computed = [output.contiguous() for output in outputs]
     Tensor.realize(*computed)
-    return (computed,) if isinstance(made, list) else tuple(computed)
+    return computed
 
 
-class TinygradParts(Parts):
+class TinygradParts(TwinParts):
+    """Its weights lie in buffers that stay, so they are read from there."""
+
     def __init__(self, backend: TinygradBackend, starts: np.ndarray) -> None:
-        self.backend, self.starts = backend, starts
-        tokens, targets = (
-            a.contiguous().realize() for a in backend._windows("train", backend._batch("train", starts[0]))
-        )
-        self.values: dict[str, Any] = {"tokens": tokens, "targets": targets, "keep": [], "key": backend._draw(0)}
-        self.stages = stages(backend, len(starts[0]), backend.spec.block_size)
+        self.backend, self.starts, self.spec, self.weights = backend, starts, backend.spec, backend.weights
+        tokens, targets = _realized(backend._windows("train", backend._batch("train", starts[0])))
+        keep = [None] * (1 + 3 * self.spec.n_layer)
+        self.values = {"tokens": tokens, "targets": targets, "keep": keep, "key": backend._draw(0)}
+        self.ready = backend.ready
+        self.causal = Tensor.ones(*2 * [self.spec.block_size], dtype=dtypes.bool).tril()
+        self.stages = self._stages()
         self.parts = {part.name: part for part in (self._batch(), *self._of_model(), *self._of_optimizer())}
+
+    # -- the twin -------------------------------------------------------------------------------------------------
+
+    def _part(self, name: str, weights: Any) -> Any:
+        return self.backend.model.part(name)
+
+    def _masks(self, key: Tensor) -> list[Tensor]:
+        return dropout_masks(self.spec, self.starts.shape[1], self.spec.block_size, key)
+
+    def _mean_nats(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return mean_nats(logits, targets)
 
     def _call(self, function: Callable[[], Sequence[Tensor]]) -> Call:
         """`function` as a part's call: what it reads lies in buffers that stay, so nothing goes in."""
-        ready = self.backend.ready(function)
+        ready = self.ready(function)
         return lambda number: ready()
 
     def _run(self, stage: Stage, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _realized(stage.function(*given))
+        (made,) = super()._run(stage, given)
+        return (_realized(made) if isinstance(made, list) else _realized([made])[0],)
 
     def _calls(self, stage: Stage, given: tuple[Any, ...], made: tuple[Any, ...]) -> tuple[Call, Call | None]:
-        weights = [self.backend.weights[name] for name in stage.parameters + stage.tied]
-        wanted = [*(given[i] for i in stage.moving), *weights]
+        weights = self._named(stage)
+        wanted = [*(given[i] for i in stage.moving), *weights.values()]
 
-        def forward() -> Sequence[Tensor]:
-            (output,) = _realized(stage.function(*given))
-            return output if isinstance(output, list) else [output]
+        def forward() -> list[Tensor]:
+            output = stage.function(weights, *given)
+            return _realized(output if isinstance(output, list) else [output])
 
         def both() -> list[Tensor]:
-            output = stage.function(*given)
-            outputs = [output.contiguous(), *(g.contiguous() for g in output.gradient(*wanted, gradient=cotangent))]
-            Tensor.realize(*outputs)
-            return outputs
+            output = stage.function(weights, *given)
+            return _realized([output, *output.gradient(*wanted, gradient=cotangent)])
 
         if not wanted:
             return self._call(forward), None
@@ -107,8 +75,11 @@ class TinygradParts(Parts):
         cotangent = tensor(drawn).cast(made[0].dtype).contiguous().realize().reshape(shape)
         return self._call(forward), self._call(both)
 
+    # -- beside it ------------------------------------------------------------------------------------------------
+
     def _batch(self) -> Part:
-        backend, gather = self.backend, self.backend.ready(lambda batch: _both(self.backend._windows("train", batch)))
+        backend = self.backend
+        gather = self.ready(lambda batch: _realized(backend._windows("train", batch)))
 
         def windows(number: int) -> list[Tensor]:
             return [array for row in self.starts for array in gather(backend._batch("train", row))]
@@ -134,9 +105,7 @@ class TinygradParts(Parts):
 
         def clipped() -> list[Tensor]:
             found, size = backend._clipped(grads)
-            outputs = [size, *(g.contiguous() for g in found)]
-            Tensor.realize(*outputs)
-            return outputs
+            return _realized([size, *found])
 
         def updated() -> list[Tensor]:
             changed = backend._adamw(grads, lr, norm)
@@ -167,9 +136,3 @@ class TinygradParts(Parts):
         before = GlobalCounters.kernel_count
         call(0)
         return {"kernels": GlobalCounters.kernel_count - before} if self.backend.capabilities.accelerator else {}
-
-
-def _both(pair: tuple[Tensor, Tensor]) -> list[Tensor]:
-    made = [array.contiguous() for array in pair]
-    Tensor.realize(*made)
-    return made

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 
-from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.gpt.spec import GPTSpec, keeping
 
 Weights = Mapping[str, jax.Array]
 Keep = Sequence[jax.Array | None]  # dropout's masks
@@ -53,29 +53,23 @@ def _write(past: jax.Array, new: jax.Array, start: int | jax.Array) -> jax.Array
     return jax.lax.dynamic_update_slice_in_dim(past, new, start, axis=2)
 
 
-def _kept(dropout: float) -> int:
-    """Of 65,536 equally likely draws, those that keep an activation."""
-    return max(1, round((1.0 - dropout) * 65536))
-
-
 def dropout_masks(spec: GPTSpec, batch: int, length: int, key: jax.Array) -> list[jax.Array]:
-    """What one forward pass keeps, bool, in its order: embedding; a layer: attention weights, its output, MLP's output.
+    """What one forward pass keeps, bool, of `spec.mask_shapes`.
 
     One draw for all, 16 bits an activation: jax.random.bits hashes once for each of them, which is four times the work.
     `key` is two uint32.
     """
-    rows, weights = (batch, length, spec.n_embd), (batch, spec.n_head, length, length)
-    shapes = [rows, *[weights, rows, rows] * spec.n_layer]
+    shapes = spec.mask_shapes(batch, length)
     ends = list(accumulate(math.prod(shape) for shape in shapes))
     words = threefry_2x32(key, jax.lax.iota(jnp.uint32, 2 * -(-ends[-1] // 4)))
     bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)
-    parts = jnp.split(bits <= jnp.uint16(_kept(spec.dropout) - 1), ends)
+    parts = jnp.split(bits <= jnp.uint16(keeping(spec.dropout) - 1), ends)
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
 
 
 def drop(x: jax.Array, keep: jax.Array | None, dropout: float) -> jax.Array:
     """`x` where `keep` says so, scaled so that its mean stays; all of it where there is no `keep`."""
-    return x if keep is None else jnp.where(keep, x * (65536 / _kept(dropout)), jnp.zeros((), x.dtype))
+    return x if keep is None else jnp.where(keep, x * (65536 / keeping(dropout)), jnp.zeros((), x.dtype))
 
 
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

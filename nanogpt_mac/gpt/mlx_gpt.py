@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.gpt.spec import GPTSpec, keeping
 
 Keep = Sequence[mx.array | None]  # dropout's masks
 
@@ -48,27 +48,21 @@ class KVCache:
         return mx.arange(size) <= (mx.arange(new) + self.length)[:, None]
 
 
-def _kept(dropout: float) -> int:
-    """Of 65,536 equally likely draws, those that keep an activation."""
-    return max(1, round((1.0 - dropout) * 65536))
-
-
 def dropout_masks(spec: GPTSpec, batch: int, length: int, key: mx.array) -> list[mx.array]:
-    """What one forward pass keeps, bool, in its order: embedding; a layer: attention weights, its output, MLP's output.
+    """What one forward pass keeps, bool, of `spec.mask_shapes`.
 
     One draw for all, 16 bits an activation: MLX has no narrower one than 32, which is cut in two.
     """
-    rows, weights = (batch, length, spec.n_embd), (batch, spec.n_head, length, length)
-    shapes = [rows, *[weights, rows, rows] * spec.n_layer]
+    shapes = spec.mask_shapes(batch, length)
     ends = list(accumulate(math.prod(shape) for shape in shapes))
     bits = mx.random.split(key, -(-ends[-1] // 4)).reshape(-1).view(mx.uint16)
-    parts = mx.split(bits <= mx.array(_kept(spec.dropout) - 1, mx.uint16), ends)
+    parts = mx.split(bits <= mx.array(keeping(spec.dropout) - 1, mx.uint16), ends)
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=False)]
 
 
 def drop(x: mx.array, keep: mx.array | None, dropout: float) -> mx.array:
     """`x` where `keep` says so, scaled so that its mean stays; all of it where there is no `keep`."""
-    return x if keep is None else mx.where(keep, x * (65536 / _kept(dropout)), mx.array(0, x.dtype))
+    return x if keep is None else mx.where(keep, x * (65536 / keeping(dropout)), mx.array(0, x.dtype))
 
 
 class LayerNorm(nn.Module):

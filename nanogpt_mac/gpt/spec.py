@@ -66,6 +66,11 @@ class GPTSpec:
         if self.gelu not in GELUS:
             raise InputError(f"model.gelu={self.gelu}: use {' or '.join(GELUS)}")
 
+    def mask_shapes(self, batch: int, length: int) -> list[tuple[int, ...]]:
+        """What dropout draws for one pass, in its order: embedding; a layer: attention weights, its output, MLP's."""
+        rows, weights = (batch, length, self.n_embd), (batch, self.n_head, length, length)
+        return [rows, *[weights, rows, rows] * self.n_layer]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's name and shape, in the order in which torch's twin registers them."""
         C = self.n_embd
@@ -160,3 +165,8 @@ class TrainState:
 
         zeros, more_zeros = ({n: np.zeros_like(w) for n, w in weights.items()} for _ in range(2))
         return cls(weights, zeros, more_zeros)
+
+
+def keeping(dropout: float) -> int:
+    """Of 65,536 equally likely draws, those that keep an activation."""
+    return max(1, round((1.0 - dropout) * 65536))

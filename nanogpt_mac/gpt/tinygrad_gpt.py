@@ -17,7 +17,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
-from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.gpt.spec import GPTSpec, keeping
 
 Keep = Sequence[Tensor | None]  # dropout's masks
 
@@ -48,30 +48,24 @@ class KVCache:
         return kept[0], kept[1]
 
 
-def _kept(dropout: float) -> int:
-    """Of 65,536 equally likely draws, those that keep an activation."""
-    return max(1, round((1.0 - dropout) * 65536))
-
-
 def dropout_masks(spec: GPTSpec, batch: int, length: int, draw: Tensor) -> list[Tensor]:
-    """What one forward pass keeps, bool, in its order: embedding; a layer: attention weights, its output, MLP's output.
+    """What one forward pass keeps, bool, of `spec.mask_shapes`.
 
     `draw`, uint32 (4,), is a key and a counter: the same bits come of the same numbers, captured or not, which those of
     `Tensor.manual_seed` do not. One draw for all, 16 bits an activation.
     """
-    rows, weights = (batch, length, spec.n_embd), (batch, spec.n_head, length, length)
-    shapes = [rows, *[weights, rows, rows] * spec.n_layer]
+    shapes = spec.mask_shapes(batch, length)
     ends = list(accumulate((math.prod(shape) for shape in shapes), initial=0))
     words = -(-ends[-1] // 2)
     bits = Tensor.random_bits(draw[:2], draw[2:], words).contiguous()
     halves = (bits.reshape(words, 1) >> (Tensor.arange(2, dtype=dtypes.uint32) * 16)) & 0xFFFF
-    keep = (halves.reshape(-1) < _kept(spec.dropout)).contiguous()
+    keep = (halves.reshape(-1) < keeping(spec.dropout)).contiguous()
     return [keep[a:b].reshape(shape) for (a, b), shape in zip(pairwise(ends), shapes, strict=True)]
 
 
 def drop(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
     """`x` where `keep` says so, scaled so that its mean stays; all of it where there is no `keep`."""
-    return x if keep is None else keep.where(x * (65536 / _kept(dropout)), 0)
+    return x if keep is None else keep.where(x * (65536 / keeping(dropout)), 0)
 
 
 class LayerNorm:
@@ -194,11 +188,15 @@ class GPT:
     def bind(self, weights: Mapping[str, Tensor]) -> None:
         """Compute with `weights`, by canonical name, from now on."""
         for name, weight in weights.items():
-            *path, last = name.split(".")
-            part: Any = self
-            for step in path:
-                part = part[int(step)] if step.isdigit() else (part if isinstance(part, dict) else vars(part))[step]
-            setattr(part, last, weight)
+            path, _, last = name.rpartition(".")
+            setattr(self.part(path), last, weight)
+
+    def part(self, name: str) -> Any:
+        """What "transformer.h.0.attn" stands for."""
+        part: Any = self
+        for step in name.split("."):
+            part = part[int(step)] if step.isdigit() else part[step] if isinstance(part, dict) else getattr(part, step)
+        return part
 
     def __call__(self, idx: Tensor, cache: KVCache | None = None, keep: Keep | None = None) -> Tensor:
         """Logits (B, T, V) in float32 of tokens `idx` (B, T); with a cache, a whole prompt or one token behind its own.

@@ -53,6 +53,26 @@ def test_resumed_training_is_bit_for_bit_the_same(make, dropout_spec, starts, na
     assert same(resumed.state(), whole.state())
 
 
+@pytest.mark.slow
+@frameworks
+def test_a_run_goes_on_from_any_of_its_iterations_bit_for_bit(make, dropout_spec, starts, name):
+    """A hundred runs are taken up again, one after each iteration. With -s it says how many were as the whole one."""
+    how = {"spec": dropout_spec, "compile": kinds.KINDS[name].compiled_by_default}
+    whole, resumed = make(name, **how), make(name, **how)
+    if whole.runs_ahead:
+        pytest.skip("a GPU adds gradients in whatever order they come; bit equality is promised on CPUs")
+    states, losses = [whole.state()], []
+    for i in range(100):
+        losses += run(whole, starts, i, i + 1)
+        states.append(whole.state())
+    good = 0
+    for i in range(100):
+        resumed.restore(states[i])
+        good += run(resumed, starts, i, i + 1) == [losses[i]] and same(resumed.state(), states[i + 1])
+    print(f"\n{name}: {good} of 100 are the whole run")
+    assert good == 100
+
+
 @frameworks
 def test_state_is_a_copy_that_later_steps_do_not_touch(make, starts, name):
     backend = make(name)

@@ -137,10 +137,14 @@ def test_a_platform_of_jax_is_a_device_of_ours(plugins, monkeypatch, platform, d
 
     plugins(jax_mps="0.11.1", metaljax="0.11.9")
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax.config, "read", lambda name: None)  # as if nothing had been asked for when JAX began
     assert jax_backend.taken({}) == device
     assert KINDS["jax"].on(device).framework == "jax"
     other = "cuda" if device == "cpu" else "cpu"
     with pytest.raises(InputError, match=f"backend.jax_device={other}: JAX has taken {device} in this process; start"):
+        jax_backend.taken({"jax_device": other})
+    monkeypatch.setattr(jax.config, "read", lambda name: f"{other},cpu")
+    with pytest.raises(InputError, match=f"backend.jax_device={other}: JAX finds none here; use auto or {device}"):
         jax_backend.taken({"jax_device": other})
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from fakes.support import ROOT, options
 
 from nanogpt_mac.backends import kinds, tinygrad_entry
 from nanogpt_mac.backends.kinds import KINDS
+from nanogpt_mac.compare import levers
+from nanogpt_mac.compare.variants import Machine
+from nanogpt_mac.config import Config
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 
@@ -145,10 +149,8 @@ def test_the_search_for_kernels_belongs_to_the_first_call(replayed, monkeypatch)
 
 
 def test_the_search_is_a_lever_of_a_gpu():
-    from types import SimpleNamespace
-
     backend = pytest.importorskip("nanogpt_mac.backends.tinygrad_backend", exc_type=ImportError)
-    (lever,) = backend.TinygradBackend.LEVERS
+    lever = next(lever for lever in backend.TinygradBackend.LEVERS if lever.key == "backend.beam")
     for device, beam, offered in (("metal", 0, True), ("cuda", 0, True), ("metal", 2, False), ("cpu", 0, False)):
         config = SimpleNamespace(backend=SimpleNamespace(beam=beam))
         assert bool(lever.when(KINDS["tinygrad"].on(device), config)) is offered
@@ -261,9 +263,16 @@ def test_a_tinygrad_that_is_loaded_already_is_told_its_device(monkeypatch):
 
 
 @here
-def test_checkpointing_is_refused(make):
+def test_checkpointing_is_refused_and_no_lever(make):
     with pytest.raises(InputError, match="checkpointing=true: backend=tinygrad has none; use checkpointing=false"):
         make("tinygrad", checkpointing=True)
+    has = {name: KINDS[name].on("cpu") for name in ("cpu", "tinygrad")}
+    machine = Machine({}, has)
+    keys = {}
+    for name in has:
+        made = levers.variants(machine, [name], lambda base: Config())
+        keys[name] = {variant.lever.key for variant in made if variant.lever}
+    assert "checkpointing" in keys["cpu"] - keys["tinygrad"]
 
 
 @here

@@ -101,13 +101,13 @@ def test_the_budget_is_shared(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(len(FRAMEWORKS) < 2, reason="needs two frameworks")
+@pytest.mark.skipif("jax" not in FRAMEWORKS, reason="needs JAX")
 def test_a_comparison_is_explained(command, tmp_path):
-    given = ("variants=[cpu,mlx-eager]", "experiment=smoke", "data=stand_in", "rounds=3", "iters=12")
+    given = ("variants=[cpu,mlx-eager,jax]", "experiment=smoke", "data=stand_in", "rounds=3", "iters=12")
     done = command("compare.py", *given, "parity=false", "explain=true", "budget_minutes=1", "run_dir=out", timeout=300)
     assert done.returncode == 0, done.stderr
     document = Comparison.load(tmp_path / "out" / "comparison.json")
-    assert {each.name for each in document.explanation.accounts} == {"cpu", "mlx-eager"}
+    assert {each.name for each in document.explanation.accounts} == {"cpu", "mlx-eager", "jax"}
     assert "Why: where each iteration goes" in (tmp_path / "out" / "report.html").read_text()
     bench = tmp_path / "out" / "parts" / "bench.json"
     before = bench.read_text()
