@@ -138,7 +138,9 @@ class Reader:
         else:
             if not to_host and size <= 8 and owner.id not in self.records:
                 return  # a number that a kernel takes as an argument
-            record = self._keep(Sign.HIDDEN, owner)
+            inside = to_host or owner.id in self.records  # one that goes only to the device brings an argument there
+            record = self._keep(Sign.HIDDEN if inside else Sign.SYNC, owner)
+            record.to_host = inside
         self._add(record, size)
 
     def _owner(self, event: Any) -> Any:
