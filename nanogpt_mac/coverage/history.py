@@ -125,24 +125,15 @@ def chosen(asked: str, python: str, nightly_index: str) -> dict[str, wheel.Torch
     A range has the releases between its ends, both included (2.15 stands for all of 2.15), and no nightly but one named
     as its end.
     """
-    releases: Found | None = None
-    nightlies: Found | InputError | None = None
     found: dict[str, wheel.Torch | InputError] = {}
+    of_index = cache(lambda: wheel.available(asked, python))
 
-    def of_index() -> Found:
-        nonlocal releases
-        if releases is None:
-            releases = wheel.available(f"{asked}", python)
-        return releases
-
+    @cache
     def of_nightlies() -> Found | InputError:
-        nonlocal nightlies
-        if nightlies is None:
-            try:
-                nightlies = wheel.available("nightly", python, nightly_index)
-            except InputError as error:
-                nightlies = error
-        return nightlies
+        try:
+            return wheel.available("nightly", python, nightly_index)
+        except InputError as error:
+            return error
 
     for term in asked.split(","):
         low, dots, high = term.strip().partition("..")

@@ -96,13 +96,13 @@ class Reader:
                 counts[phase] += 1
             if event.extra_fields.sequence_number >= 0 and phase != "backward":
                 self.forward[event.extra_fields.sequence_number] = event
-            if _operator_above(event) is None:
+            if operator_above(event) is None:
                 last[phase] = event
         self.found.last = {phase: self._record(Sign.SYNC, event, phase) for phase, event in last.items()}
         self.found.operators = {phase: counts[phase] for phase in (*PHASES, CONTROL)}
         for event in self.operators:
             if short(event.name) == "_to_cpu":
-                above = _operator_above(event)
+                above = operator_above(event)
                 if above is not None:
                     self._keep(Sign.FALLBACK, above)
         for event in self.operators:
@@ -240,7 +240,7 @@ def is_operator(event: Any) -> bool:
     return _is_torch_event(event) and "::" in event.name and not event.name.startswith(("autograd::", "torch::"))
 
 
-def _operator_above(event: Any) -> Any:
+def operator_above(event: Any) -> Any:
     return next((e for e in parents_of(event) if is_operator(e)), None)
 
 
