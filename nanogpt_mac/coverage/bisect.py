@@ -105,38 +105,45 @@ def check(config: CoverageConfig) -> Page:
         print(f"bisect: torch {names[number]}", file=sys.stderr, flush=True)
         return look(torches[number])
 
-    return page(document(config, names, search(len(torches), one)))
+    return page(document(config, names, search(len(torches), one)), config.run)
 
 
 def between(config: CoverageConfig) -> list[wheel.Torch]:
     """`good`, the nightlies after it, up to `bad`. InputError where one of the ends cannot be had."""
-    found = wheel.available("nightly", config.python, config.nightly_index)
+    _in_order(config, _version("good", config.good), _version("bad", config.bad))
+    with wheel.asked_by("bad"):
+        found = wheel.available(str(config.bad), config.python, config.nightly_index)
     nightlies = {v: t for v, t in found.items() if v.is_devrelease and not isinstance(t, InputError)}
-    ends = [_end(key, str(getattr(config, key)), config, nightlies) for key in ("good", "bad")]
-    low, high = (Version(end.version) for end in ends)
-    if low >= high:
-        raise InputError(f"good={config.good} bad={config.bad}: {low} is not older than {high}; exchange them")
-    inside = [torch for version, torch in nightlies.items() if low < version < high]
-    return [ends[0], *inside, ends[1]]
+    good, bad = (_end(key, config, nightlies) for key in ("good", "bad"))
+    low, high = Version(good.version), Version(bad.version)
+    _in_order(config, low, high)
+    return [good, *(torch for version, torch in nightlies.items() if low < version < high), bad]
 
 
-def _end(key: str, asked: str, config: CoverageConfig, nightlies: dict[Version, wheel.Torch]) -> wheel.Torch:
-    if asked == "nightly" and nightlies:
-        return nightlies[max(nightlies)]
+def _version(key: str, asked: str | None) -> Version:
+    """What an end asks for; nightly is later than all others."""
     try:
-        version = Version(asked)
+        return Version("9999" if asked == "nightly" else str(asked))
     except ValueError:
         raise InputError(f"{key}={asked}: {_ALLOWED}") from None
-    if version.is_devrelease:
-        found = [torch for v, torch in nightlies.items() if v.public == version.public]
+
+
+def _in_order(config: CoverageConfig, low: Version, high: Version) -> None:
+    if low >= high:
+        raise InputError(f"good={config.good} bad={config.bad}: good is not older than bad; exchange them")
+
+
+def _end(key: str, config: CoverageConfig, nightlies: dict[Version, wheel.Torch]) -> wheel.Torch:
+    asked = str(getattr(config, key))
+    version = _version(key, asked)
+    if asked == "nightly" or version.is_devrelease:
+        found = [torch for v, torch in nightlies.items() if asked == "nightly" or v.public == version.public]
         if not found:
             near = some([str(v) for v in sorted(nightlies)][-4:])
             raise InputError(f"{key}={asked}: the nightly index has no such build; its newest: {near or 'none'}")
-        return found[0]
-    try:
+        return found[-1]
+    with wheel.asked_by(key):
         return wheel.find(asked, config.python)
-    except InputError as error:
-        raise InputError(str(error).replace(f"torch={asked}", f"{key}={asked}", 1)) from error
 
 
 def _reader(config: CoverageConfig) -> Callable[[wheel.Torch], Looked]:
@@ -244,7 +251,8 @@ def _words(state: State, first: State) -> str:
     return "as the first" if len(state) != 1 else next(iter(state.values()))
 
 
-def page(made: Bisection) -> Page:
+def page(made: Bisection, run: bool = False) -> Page:
+    """The report. What is no longer found is a gain where builds were run, and an operator lost in a table."""
     rows = [[b.version, (b.git or "")[:9], b.state] for b in made.seen]
     sections = [section("Builds looked at, in this order", ["torch", "commit", "what"], rows)]
     sections.append(section("What changed", ["change"], [[line] for line in made.changes]))
@@ -252,8 +260,8 @@ def page(made: Bisection) -> Page:
     if made.good is None or made.bad is None:
         code, verdict = OK, f"{made.asked} is the same in the first and the last of {made.builds} builds"
     else:
-        lost = [line for line in made.changes if not any(line.endswith(f"-> {kind.value}") for kind in RUNS)]
-        code = LOST if lost else OK
+        fine = ("-> absent",) if run else tuple(f"-> {kind.value}" for kind in RUNS)
+        code = OK if all(line.endswith(fine) for line in made.changes) else LOST
         verdict = f"{made.asked} differs first in {made.bad.version}; {made.good.version} is the last without"
         if made.skipped:
             code, verdict = code or CANNOT_TELL, f"{verdict}, and {some(list(made.skipped))} could not be looked at"

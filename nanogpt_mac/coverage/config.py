@@ -147,9 +147,10 @@ def _one_task(config: CoverageConfig) -> None:
 
 
 def _bisection(config: CoverageConfig) -> None:
-    for key in ("good", "bad"):
-        if getattr(config, key) is None:
-            raise InputError(f"{key}=null: bisect needs both ends, such as good=2.13.0 bad=nightly")
+    for key in ("bisect", "good", "bad"):
+        if not (given := getattr(config, key)):
+            given = "null" if given is None else given
+            raise InputError(f"{key}={given}: use a name and both ends, as in bisect=gelu good=2.13.0 bad=nightly")
     if (config.bisect == "script") != (config.script is not None):
         raise InputError(
             f"bisect={config.bisect} script={config.script}: use bisect=script with the program in script="

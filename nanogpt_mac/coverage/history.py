@@ -125,28 +125,21 @@ def chosen(asked: str, python: str, nightly_index: str) -> dict[str, wheel.Torch
     A range has the releases between its ends, both included (2.15 stands for all of 2.15), and no nightly but one named
     as its end.
     """
-    releases: Found | None = None
-    nightlies: Found | InputError | None = None
     found: dict[str, wheel.Torch | InputError] = {}
+    of_index = cache(lambda: wheel.available(asked, python))
 
-    def of_index() -> Found:
-        nonlocal releases
-        if releases is None:
-            releases = wheel.available(f"{asked}", python)
-        return releases
-
+    @cache
     def of_nightlies() -> Found | InputError:
-        nonlocal nightlies
-        if nightlies is None:
-            try:
-                nightlies = wheel.available("nightly", python, nightly_index)
-            except InputError as error:
-                nightlies = error
-        return nightlies
+        try:
+            return wheel.available("nightly", python, nightly_index)
+        except InputError as error:
+            return error
 
     for term in asked.split(","):
         low, dots, high = term.strip().partition("..")
         if dots:
+            if not _below(_version(low), high):
+                raise InputError(f"history={asked}: {low} is later than {high}; exchange them")
             between = {str(v): t for v, t in of_index().items() if _within(v, low, high)}
             if not between:
                 raise InputError(f"history={asked}: the index has no release in {term}; {_ALLOWED}")
@@ -177,11 +170,12 @@ def _version(text: str) -> Version:
 
 
 def _within(version: Version, low: str, high: str) -> bool:
-    if version.is_prerelease or version < _version(low):
-        return False
-    if high in ("", "nightly"):
-        return True
-    top = _version(high).release
+    return not version.is_prerelease and version >= _version(low) and _below(version, high)
+
+
+def _below(version: Version, high: str) -> bool:
+    """Whether a version is not above an end: 2.15 is all of 2.15."""
+    top = () if high in ("", "nightly") else _version(high).release
     return version.release[: len(top)] <= top
 
 

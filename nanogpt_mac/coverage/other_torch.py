@@ -260,8 +260,8 @@ def _reason(text: str) -> str:
     """What uv or pip said went wrong, in one line."""
     lines = [line for line in text.splitlines() if not line.startswith("WARNING")]
     lines = [line for line in (re.sub(r"^[^\w(/]+", "", line).strip() for line in lines) if line]  # uv draws trees
-    of_pip = [line for line in lines if line.startswith("ERROR: ")]
-    return " ".join(of_pip[-1:] or lines)[:300] or "no message"
+    of_pip = [line for line in lines if line.startswith("ERROR: ") and "ResolutionImpossible" not in line]
+    return " ".join(of_pip[-1:] or lines)[:300].rstrip(".") or "no message"
 
 
 def version(python: str | Path) -> str:

@@ -145,41 +145,30 @@ def _iterations(rhythms: dict[str, Any]) -> tuple[Iterations | None, set[tuple[s
 
 
 def _finding(row: dict[str, Any], loop: set[tuple[str, int]]) -> ProgramFinding:
-    by_hand = row["dispatch"] == Dispatch.BY_HAND
-    fallback = FindingKind.EXPLICIT if by_hand else FindingKind.MISSING_CPU
+    fallback = FindingKind.EXPLICIT if row["dispatch"] == Dispatch.BY_HAND else FindingKind.MISSING_CPU
     kind = {"fallback": fallback, "hidden": FindingKind.HIDDEN, "sync": FindingKind.SYNC}[row["sign"]]
     each = kind is FindingKind.SYNC and (row["file"], row["line"]) in loop
-    advice = ADVICE[kind].format(name=row["op"].split(".")[0])
-    if kind is FindingKind.SYNC:
-        advice = _UPLOAD if not row["to_host"] else _DRAIN if each else advice
-    return ProgramFinding(
-        op=row["op"],
-        kind=kind,
-        where=f"{row['file']}:{row['line']}" if row["file"] else None,
-        source=row["source"],
-        called_as=row["api"],
-        each_iteration=each,
-        advice=advice,
-        **{name: row[name] for name in ("calls", "waits", "ms", "bytes", "to_host", "dtypes", "shapes")},
-    )
+    given = {name: row[name] for name in ("calls", "waits", "ms", "bytes", "to_host", "dtypes", "shapes")}
+    made = _at(row, kind, called_as=row["api"], each_iteration=each, **given)
+    if kind is FindingKind.SYNC and (each or not made.to_host):
+        return made.model_copy(update={"advice": _DRAIN if made.to_host else _UPLOAD})
+    return made
 
 
 def _refused(row: dict[str, Any]) -> ProgramFinding:
     kind = FindingKind.MISSING if row["kind"] == "missing" else FindingKind.LIMIT
+    return _at(row, kind, called_as=row["op"], calls=row["calls"], evidence=(row["text"],))
+
+
+def _at(row: dict[str, Any], kind: FindingKind, **given: Any) -> ProgramFinding:
+    """A finding at the line of a row."""
     return ProgramFinding(
         op=row["op"],
         kind=kind,
         where=f"{row['file']}:{row['line']}" if row["file"] else None,
         source=row["source"],
-        called_as=row["op"],
-        calls=row["calls"],
-        waits=0,
-        each_iteration=False,
-        ms=0.0,
-        bytes=0,
-        to_host=False,
-        evidence=(row["text"],),
         advice=ADVICE[kind].format(name=row["op"].split(".")[0]),
+        **given,
     )
 
 

@@ -10,6 +10,7 @@ from nanogpt_mac.coverage.config import CoverageConfig, operators, validate
 from nanogpt_mac.coverage.model_ops import NoTrace, trace_model
 from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.operators import wheel
 from nanogpt_mac.operators.table import RUNS, Kind, Table, load
 
 
@@ -88,10 +89,8 @@ def _static(config: CoverageConfig) -> Page:
     table = load(config.torch, config.python, config.binary, config.nightly_index)
     against = None
     if config.against is not None:
-        try:
+        with wheel.asked_by("against"):
             against = load(config.against, config.python, config.binary, config.nightly_index)
-        except InputError as error:
-            raise InputError(str(error).replace(f"torch={config.against}", f"against={config.against}", 1)) from error
     trace, no_trace, ops = None, None, sorted(table.entries)
     if config.scope == "ops":
         ops = _named(operators(config), [table, *([against] if against else [])])

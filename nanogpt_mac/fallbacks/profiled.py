@@ -96,13 +96,13 @@ class Reader:
                 counts[phase] += 1
             if event.extra_fields.sequence_number >= 0 and phase != "backward":
                 self.forward[event.extra_fields.sequence_number] = event
-            if _operator_above(event) is None:
+            if operator_above(event) is None:
                 last[phase] = event
         self.found.last = {phase: self._record(Sign.SYNC, event, phase) for phase, event in last.items()}
         self.found.operators = {phase: counts[phase] for phase in (*PHASES, CONTROL)}
         for event in self.operators:
             if short(event.name) == "_to_cpu":
-                above = _operator_above(event)
+                above = operator_above(event)
                 if above is not None:
                     self._keep(Sign.FALLBACK, above)
         for event in self.operators:
@@ -138,7 +138,9 @@ class Reader:
         else:
             if not to_host and size <= 8 and owner.id not in self.records:
                 return  # a number that a kernel takes as an argument
-            record = self._keep(Sign.HIDDEN, owner)
+            inside = to_host or owner.id in self.records  # one that goes only to the device brings an argument there
+            record = self._keep(Sign.HIDDEN if inside else Sign.SYNC, owner)
+            record.to_host = inside
         self._add(record, size)
 
     def _owner(self, event: Any) -> Any:
@@ -238,7 +240,7 @@ def is_operator(event: Any) -> bool:
     return _is_torch_event(event) and "::" in event.name and not event.name.startswith(("autograd::", "torch::"))
 
 
-def _operator_above(event: Any) -> Any:
+def operator_above(event: Any) -> Any:
     return next((e for e in parents_of(event) if is_operator(e)), None)
 
 

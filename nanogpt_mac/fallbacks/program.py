@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 import types
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from nanogpt_mac import simulator
 from nanogpt_mac.fallbacks.profiled import DEVICE, MARK
 from nanogpt_mac.fallbacks.program_hooks import Hooks
 from nanogpt_mac.fallbacks.program_watch import Stop, Watch
+from nanogpt_mac.fallbacks.signs import PACKAGE
 from nanogpt_mac.operators.dispatch import dispatch_of
 
 # -- the answer -------------------------------------------------------------------------------------------------------
@@ -112,9 +114,24 @@ def _execute(argv: list[str]) -> None:
     sys.argv = list(argv)
     sys.path[0] = str(Path(argv[0]).resolve().parent)
     main = types.ModuleType("__main__")
-    main.__dict__.update(__file__=argv[0], __builtins__=__builtins__, __spec__=None, __annotations__={})
+    file = os.path.abspath(argv[0])  # noqa: PTH100 - as Python has it: links stay
+    main.__dict__.update(__file__=file, __builtins__=__builtins__, __spec__=None, __annotations__={})
     sys.modules["__main__"] = main  # for good: spawned workers and pickles look for it
-    exec(compile(Path(argv[0]).read_bytes(), argv[0], "exec"), main.__dict__)
+    exec(compile(Path(file).read_bytes(), file, "exec"), main.__dict__)
+
+
+def _as_without(error: BaseException, watch: Watch) -> BaseException:
+    """An error, its traceback as it were without what watches: from the program's first line on, no line of ours."""
+    kept: list[types.TracebackType] = []
+    trace = error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if watch.is_program(file) or (kept and not file.startswith(f"{PACKAGE}/")):
+            kept.append(trace)
+        trace = trace.tb_next
+    for earlier, later in zip_longest(kept, kept[1:]):
+        earlier.tb_next = later
+    return error.with_traceback(kept[0] if kept else None)
 
 
 def run(task: dict[str, Any]) -> int:
@@ -139,12 +156,7 @@ def run(task: dict[str, Any]) -> int:
             print(left.code, file=sys.stderr)
         ended = f"ended by sys.exit({left.code!r})"
     except BaseException as error:  # whatever it is, it is the program's, and is shown as Python shows it
-        trace = error.__traceback__
-        while trace is not None and not watch.of_program.get(trace.tb_frame.f_code.co_filename) and trace.tb_next:
-            if trace.tb_frame.f_code.co_filename == task["argv"][0]:
-                break
-            trace = trace.tb_next
-        traceback.print_exception(type(error), error, trace)
+        traceback.print_exception(_as_without(error, watch))
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         ended = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if task["answer"]:

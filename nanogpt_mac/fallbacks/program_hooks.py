@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from nanogpt_mac.fallbacks.program_profile import BACKWARD, STEP, WAIT
 from nanogpt_mac.fallbacks.program_watch import Stop, Watch
-from nanogpt_mac.fallbacks.signs import ADMITS, FALLS_BACK, short
+from nanogpt_mac.fallbacks.signs import ADMITS, FALLS_BACK, PACKAGE, short
 
 _BLIND = {  # what Python tells of a program's doings that cannot be watched; unless such a library does it
     "subprocess.Popen": ("subprocesses", ("/multiprocessing/",)),
@@ -49,18 +49,22 @@ class Hooks:
         """torch's own warnings, each of them; the program's terminal gets the first."""
         torch.set_warn_always(True)
         warnings.filterwarnings("always", message="The operator '.*' is not currently supported on the MPS backend")
-        shown = warnings.showwarning
+        module: Any = warnings
+        shown = module.showwarning
 
-        def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        def show(message: Warning | str, category: Any, file: str, line: int, *args: Any, **kwargs: Any) -> None:
             found = FALLS_BACK.search(str(message))
             if found or ADMITS.search(str(message)):
                 op = short(found[1]) if found else ""
                 self.warned[op] += 1
                 if self.warned[op] > 1:
                     return
-            shown(message, *args, **kwargs)
+            if file.startswith(f"{PACKAGE}/"):  # what stands between the program and torch
+                place = self.watch.frame(sys._getframe(1))
+                file, line = place if place[0] else (file, line)
+            shown(message, category, file, line, *args, **kwargs)
 
-        warnings.showwarning = show
+        module.showwarning = show
 
     def _hook_torch(self) -> None:
         from torch.optim import optimizer as optimizers
@@ -182,7 +186,7 @@ class Hooks:
     def _called_by(self, *parts: str) -> bool:
         """Whether code of a library stands between the program and the caller."""
         frame: types.FrameType | None = sys._getframe(2)
-        while frame is not None and not self.watch.of_program.get(frame.f_code.co_filename):
+        while frame is not None and not self.watch.is_program(frame.f_code.co_filename):
             if any(part in frame.f_code.co_filename for part in parts):
                 return True
             frame = frame.f_back

@@ -21,9 +21,8 @@ from nanogpt_mac.fallbacks.profiled import (
     MARK,
     Reader,
     Record,
-    is_operator,
     name_of,
-    parents_of,
+    operator_above,
     reads_values,
     shapes_of,
     tensors_of,
@@ -151,7 +150,7 @@ class _Window(Reader):
             self.place_of[number] = around.place
 
     def _fell_back(self, event: Any) -> None:
-        above = next((e for e in parents_of(event) if is_operator(e)), None)
+        above = operator_above(event)
         if above is not None:
             self._keep(Sign.FALLBACK, above)
 

@@ -24,7 +24,7 @@ from nanogpt_mac.fallbacks.cuda_map import CudaMap
 from nanogpt_mac.fallbacks.profiled import DEVICE, MARK
 from nanogpt_mac.fallbacks.program_profile import MASK, NOWHERE, Ledger
 from nanogpt_mac.fallbacks.refusals import runs_on_cpu
-from nanogpt_mac.fallbacks.signs import NOT_ON_CPU, NOT_ON_MPS, OUT_OF_MEMORY, PACKAGE, WATCHERS, short
+from nanogpt_mac.fallbacks.signs import ANY_DEVICE, NOT_ON_CPU, NOT_ON_MPS, OUT_OF_MEMORY, PACKAGE, WATCHERS, short
 
 _WINDOW = 4000  # calls of torch's interface between two looks at the profile
 _INDEXING = ("__getitem__", "__setitem__", "index_put", "index_put_")
@@ -120,14 +120,17 @@ class Watch(TorchFunctionMode):
     def frame(self, frame: types.FrameType | None) -> tuple[str, int]:
         """The innermost line of the program; ("", 0) where it has none."""
         while frame is not None:
-            file = frame.f_code.co_filename
-            mine = self.of_program.get(file)
-            if mine is None:
-                mine = self.of_program[file] = self._is_program(file)
-            if mine:
-                return file, frame.f_lineno
+            if self.is_program(frame.f_code.co_filename):
+                return frame.f_code.co_filename, frame.f_lineno
             frame = frame.f_back
         return "", 0
+
+    def is_program(self, file: str) -> bool:
+        """Whether a file is of the program: not of Python, torch, or a package."""
+        mine = self.of_program.get(file)
+        if mine is None:
+            mine = self.of_program[file] = self._is_program(file)
+        return mine
 
     def _is_program(self, file: str) -> bool:
         if file.startswith("<"):
@@ -161,7 +164,7 @@ class Watch(TorchFunctionMode):
     def _refusal(self, frame: tuple[str, int], name: str, func: Any, args: Any, kwargs: Any, error: Exception) -> None:
         """Keeps an error that is MPS's own: the operator is missing, or the CPU takes the same call."""
         text = " ".join(str(error).split())[:400]
-        if getattr(error, "_nanogpt_mac_seen", False) or OUT_OF_MEMORY.search(text):
+        if getattr(error, "_nanogpt_mac_seen", False) or OUT_OF_MEMORY.search(text) or ANY_DEVICE.search(text):
             return
         if named := NOT_ON_CPU.search(text) or NOT_ON_MPS.search(text):
             kind, name = "missing", short(named[1])
@@ -170,7 +173,8 @@ class Watch(TorchFunctionMode):
         elif self.busy or name == "backward":  # not to be asked again
             kind = "limit" if "MPS" in text else ""
         else:
-            kind = "limit" if _on_device(args, kwargs) and self._on_cpu(func, args, kwargs) else ""
+            here = "MPS" in text or _on_device(args, kwargs)  # in neither where MPS is the default device
+            kind = "limit" if here and self._on_cpu(func, args, kwargs) else ""
         if kind:
             error.__dict__["_nanogpt_mac_seen"] = True
             row = {"kind": kind, "op": name, "file": frame[0], "line": frame[1], "text": text, "calls": 0}

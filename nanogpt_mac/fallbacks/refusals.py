@@ -87,15 +87,22 @@ def _frames() -> list[Frame]:
 
 
 def runs_on_cpu(func: Any, args: Any, kwargs: Any) -> bool | None:
-    """Whether the CPU takes the same call; None where it has no such operator."""
+    """Whether the CPU takes the same call; None where it has no such operator.
+
+    False where arguments lie on both devices: that is the caller's mistake, which moving them would hide.
+    """
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
+    if len({t.device.type for t in given}) > 1:
+        return False
 
     def moved(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.detach().cpu()
-        return torch.device("cpu") if isinstance(value, torch.device) and value.type == DEVICE else value
+        return "cpu" if isinstance(value, str | torch.device) and str(value).partition(":")[0] == DEVICE else value
 
     try:
-        with torch.utils._python_dispatch._disable_current_modes():
+        # Without function modes: one of them is the default device.
+        with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
             func(*tree_map(moved, args), **tree_map(moved, kwargs))
     except Exception as error:  # whatever it is, MPS is not what limits
         return None if NOT_ON_CPU.search(str(error)) else False

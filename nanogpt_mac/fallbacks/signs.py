@@ -21,6 +21,7 @@ NOT_ON_MPS = re.compile(r"The operator '([^']+)' is not currently implemented fo
 NOT_ON_CPU = re.compile(r"Could not run '([^']+)' with arguments from the 'CPU' backend")
 ADMITS = re.compile(r"falling back (?:to|on)(?: the)? CPU", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile(r"out of memory", re.IGNORECASE)
+ANY_DEVICE = re.compile(r"Use Tensor\.cpu\(\)|only dense CPU tensors")  # what no device but the CPU can
 
 Frame = tuple[str, int, str]  # file, line, function
 

@@ -70,6 +70,15 @@ def cache_folder() -> Path:
     return files.cache_folder("coverage")
 
 
+@contextmanager
+def asked_by(key: str) -> Iterator[None]:
+    """Errors name the key that asked, where that is not torch=."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(re.sub("^torch=", f"{key}=", str(error))) from error
+
+
 def release_identity(asked: str, python: str) -> str | None:
     """The identity of a release, known without asking the index, because no index ever replaces a file; else None."""
     try:
@@ -167,9 +176,8 @@ def _where(index: str | None) -> str:
 
 
 def _unreachable(asked: str, index: str | None) -> InputError:
-    return InputError(
-        f"torch={asked}: {_where(index)} cannot be reached; a release that was read before needs no network"
-    )
+    hint = "give another address in nightly_index=" if index else "a release that was read before needs no network"
+    return InputError(f"torch={asked}: {_where(index)} cannot be reached; {hint}")
 
 
 def _listed(asked: str, python: str, index: str | None) -> tuple[dict[Version, str], bool]:

@@ -15,11 +15,11 @@ class ProgramFinding(Record):
     source: str  # the line
     called_as: str  # what the line calls
     calls: Count
-    waits: Count  # of the host, in all calls
-    each_iteration: bool  # the host waits here in (nearly) every iteration
-    ms: Amount  # of the host, in all calls, the profiler's cost included
-    bytes: Count  # copied between the devices
-    to_host: bool
+    waits: Count = 0  # of the host, in all calls
+    each_iteration: bool = False  # the host waits here in (nearly) every iteration
+    ms: Amount = 0.0  # of the host, in all calls, the profiler's cost included
+    bytes: Count = 0  # copied between the devices
+    to_host: bool = False
     dtypes: tuple[str, ...] = ()
     shapes: tuple[tuple[tuple[int, ...], ...], ...] = ()
     evidence: tuple[str, ...] = ()

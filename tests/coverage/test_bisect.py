@@ -112,8 +112,8 @@ def test_a_bisection_over_an_index(nightlies, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"good": day(5), "bad": day(2)}, "is not older than"),
-        ({"good": day(1), "bad": "9.3.0.dev20251231"}, "the nightly index has no such build"),
+        ({"good": day(5), "bad": day(2)}, "good is not older than bad; exchange them"),
+        ({"good": day(1), "bad": "9.3.0.dev20270101"}, "the nightly index has no such build"),
         ({"good": "soon", "bad": day(2)}, "good=soon: use a release such as"),
         ({"good": day(1), "bad": day(2), "bisect": "nowhere"}, "have no such operator"),
     ],
@@ -128,7 +128,8 @@ def test_ends_that_cannot_be_meant(nightlies, given, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"bisect": "gelu"}, "good=null: bisect needs both ends"),
+        ({"bisect": "gelu"}, "good=null: use a name and both ends"),
+        ({"bisect": "", "good": "2.13.0", "bad": "nightly"}, "bisect=: use a name and both ends"),
         ({"bisect": "script", "good": "2.13.0", "bad": "nightly"}, "use bisect=script with the program in script="),
         ({"bisect": "gelu", "good": "2.13.0", "bad": "nightly", "run": True}, "run=true runs bisect=model"),
         ({"bisect": "gelu", "good": "2.13.0", "bad": "nightly", "torch": "2.13.0"}, "bisect has all of its range"),
@@ -151,4 +152,5 @@ def test_run_compares_what_was_found(monkeypatch):
     made = bisect.document(CoverageConfig(bisect="script", run=True), names, found)
     assert (made.good.version, made.bad.version, made.link) == (names[4], names[5], None)
     assert made.changes == ("mode (x.py:3): missing, CPU kernel -> absent",)
+    assert (bisect.page(made, run=True).exit_code, bisect.page(made).exit_code) == (0, 1)
     json.dumps(made.document())

@@ -2,7 +2,8 @@
 
 `python program_reference.py ANSWER STEPS MAP PROGRAM ARGUMENTS...` in the program's folder: a dispatch mode sees every
 operator that comes out of autograd, and the device itself counts kernels, waits, fallbacks. ANSWER gets JSON: `lines`
-(file:line, what, calls), `waits`, `kernels`, `fallback` and `native` calls by operator.
+(file:line, what, calls), `waits`, `kernels`, `fallback` and `native` calls by operator. Where ANSWER is "-" nothing
+looks on: program_overhead.py times that.
 """
 
 import json
@@ -11,6 +12,7 @@ import runpy
 import sys
 import threading
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ class Count(TorchDispatchMode):
     def __init__(self, folder):
         super().__init__()
         self.folder, self.lines = folder, Counter()
+        self.waits = 0  # of the device, in what was counted
 
     def line(self):
         if threading.get_ident() != MAIN:
@@ -43,17 +46,22 @@ class Count(TorchDispatchMode):
         return None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # what is done in here is not the program's
+            return self.counted(func, args, kwargs or {})
+
+    def counted(self, func, args, kwargs):
         name = func.__name__.partition(".")[0]
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         on_device = any(t.device.type == "mps" for t in given)
-        fallbacks = sum(simulator.operators("fallback").values())
+        fallbacks, waits = sum(simulator.operators("fallback").values()), simulator.counts().waits
         try:
             result = func(*args, **kwargs)
         except Exception as error:
             if on_device or "MPS" in str(error):
                 self.lines[self.line(), "refused"] += 1
             raise
+        finally:
+            self.waits += simulator.counts().waits - waits
         if sum(simulator.operators("fallback").values()) > fallbacks:
             self.lines[self.line(), "fallback"] += 1
         elif name in ("_to_copy", "copy_"):
@@ -67,6 +75,24 @@ class Count(TorchDispatchMode):
         elif on_device and (name in WAITING or (name in INDEXING and any(map(is_mask, args[1])))):
             self.lines[self.line(), "to host"] += 1
         return result
+
+
+class Below(torch.overrides.TorchFunctionMode):
+    """What a dispatch mode is kept from: uploads in `torch.tensor` and of lists as indices, as waits of the device."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        before = simulator.counts().waits - self.count.waits
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            unseen = simulator.counts().waits - self.count.waits - before
+            if unseen and threading.get_ident() == MAIN:
+                self.count.waits += unseen
+                self.count.lines[self.count.line(), "to device"] += unseen
 
 
 def is_mask(index):
@@ -103,16 +129,23 @@ def main():
     count = Count(str(Path.cwd()))
     simulator.reset_counts()
     try:
-        with count:
+        with ExitStack() as stack:
+            for mode in (Below(count), count) if answer != "-" else ():
+                stack.enter_context(mode)
             runpy.run_path(argv[0], run_name="__main__")
     except SystemExit:
         pass
     finally:
-        counts = simulator.counts()
-        lines = [[line, what, calls] for (line, what), calls in sorted(count.lines.items(), key=str)]
-        made = {"lines": lines, "waits": counts.waits, "kernels": counts.kernels}
-        made |= {kind: simulator.operators(kind) for kind in ("fallback", "native")}
-        Path(answer).write_text(json.dumps(made))
+        if answer != "-":
+            write(answer, count)
+
+
+def write(answer, count):
+    counts = simulator.counts()
+    lines = [[line, what, calls] for (line, what), calls in sorted(count.lines.items(), key=str)]
+    made = {"lines": lines, "waits": counts.waits, "kernels": counts.kernels}
+    made |= {kind: simulator.operators(kind) for kind in ("fallback", "native")}
+    Path(answer).write_text(json.dumps(made))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Index:
     """A package index that serves `files` and remembers what it was asked for."""
 
     def __init__(self):
-        self.files, self.ranges, self.cut, self.sha256 = {}, True, None, {}
+        self.files, self.ranges, self.cut, self.sha256, self.page = {}, True, None, {}, None
         self.requests = []  # (path, Range header, bytes sent)
         index = self
 
@@ -62,6 +62,8 @@ class Index:
         self.files |= {f"/{path.name}": path.read_bytes(), f"/{path.name}.metadata": metadata}
 
     def _page(self):
+        if self.page is not None:  # a saved one
+            return self.page.encode()
         links = []
         for name in (n.removeprefix("/") for n in self.files if n.endswith(".whl")):
             digest = self.sha256.get(name, hashlib.sha256(self.files[f"/{name}"]).hexdigest())
@@ -85,6 +87,7 @@ class Index:
         if found:
             request.send_header("Content-Range", f"bytes {start}-{end - 1}/{total}")
         kind = "text/html" if request.path.startswith("/simple") else "application/octet-stream"
+        kind = "application/vnd.pypi.simple.v1+json" if content.startswith(b'{"meta"') else kind
         request.send_header("Content-Type", kind)
         request.send_header("Content-Length", str(end - start))
         request.end_headers()

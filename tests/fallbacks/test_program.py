@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -112,7 +113,64 @@ def line_of(text, mark):
     return next(i for i, line in enumerate(textwrap.dedent(text).splitlines(), 1) if mark in line)
 
 
+# The same in less usual places, and mistakes of the program's own, which are no findings.
+PLACES = """
+import io
+import os
+import torch
+from helper import Meter, batches
+
+class Mover:
+    def __call__(self, t):
+        return t.to("cpu")  # to host: copy_
+
+def refused(call):
+    try:
+        call()
+    except (TypeError, RuntimeError):
+        return
+    raise SystemExit("not refused")
+
+os.chdir("..")
+w = torch.ones(3, 4, device="mps", requires_grad=True)
+seen = []
+w.register_hook(lambda grad: seen.append(grad.tolist()))  # to host: copy_
+torch.library.define("stranger::up", "(Tensor x) -> Tensor")
+torch.library.impl("stranger::up", "MPS", lambda x: x + torch.ones(3, 4).to("mps"))
+for x in batches(2):
+    torch.pdist(x * w).sum().backward()  # fallback: _pdist_forward _pdist_backward
+    Meter().update(x)
+    Mover()(x)
+    rows = [row.cpu() for row in x.unbind()[:1]]  # to host: copy_
+    if x.sum() > 0:  # to host: _local_scalar_dense
+        exec("y = x.sum().item()")  # to host: _local_scalar_dense
+    torch.save(x, io.BytesIO())  # to host: copy_
+    assert next(float(v) for v in x[0])  # to host: _local_scalar_dense
+    refused(lambda: torch.zeros(2, dtype=torch.float64, device="mps"))  # limit: zeros
+    with torch.device("mps:0"):
+        refused(lambda: torch.ones(2, dtype=torch.float64))  # limit: ones
+    refused(lambda: x @ torch.ones(4, 3))
+    refused(lambda: x.numpy())
+    refused(lambda: x.pin_memory())
+    torch.ops.stranger.up(x)  # to device: stranger::up
+torch.nn.functional.linear(x, w[:, :2])
+"""
+METER = """
+import torch
+
+class Meter:
+    def update(self, value):
+        def inner():
+            return value.mean().item()  # to host: _local_scalar_dense
+        return inner()
+
+def batches(n):
+    for _ in range(n):
+        yield torch.ones(3, 4).to("mps")  # to device: copy_
+"""
+
 WHAT = {
+    "fallback": FindingKind.MISSING_CPU,
     "to device": FindingKind.SYNC,
     "to host": FindingKind.SYNC,
     "missing, CPU kernel": FindingKind.MISSING_CPU,
@@ -145,13 +203,32 @@ def test_ten_kinds_of_fault_are_found_at_their_lines(stranger):
     }
     assert made.iterations is not None
     assert (made.iterations.count, made.steps) == (4, 4)
-    assert "done 4 __main__ ['loop.py', '4'] loop.py" in done.stdout
+    assert re.search(r"done 4 __main__ \['loop.py', '4'\] /.*/stranger/loop.py$", done.stdout, re.M)
     assert all(f.advice for f in made.findings)
     lines = LOOP.splitlines()
     for f in made.findings:
         file, _, number = (f.where or "").partition(":")
         if file == "loop.py":
             assert f.source == lines[int(number) - 1].strip()
+
+
+def test_faults_in_unusual_places_and_none_in_mistakes(stranger):
+    made, done = stranger(PLACES, helper=METER)
+    assert done.returncode == 1, done.stderr
+    due = {
+        (f"{file}:{number}", WHAT[what], op): 2
+        for file, text in (("loop.py", PLACES), ("helper.py", METER))
+        for number, line in enumerate(text.splitlines(), 1)
+        if "  # " in line
+        for what, _, ops in [line.partition("  # ")[2].partition(": ")]
+        for op in ops.split()
+    }
+    assert {(f.where, f.kind, f.op): f.calls for f in made.findings} == due
+    assert len(due) == 14
+    assert f"loop.py:{line_of(PLACES, 'pdist')}: UserWarning: The operator" in done.stderr
+    trace = done.stderr.partition("Traceback")[2]
+    assert f'loop.py", line {line_of(PLACES, "functional.linear")}, in <module>' in trace
+    assert "nanogpt_mac" not in trace
 
 
 BACKWARD = """

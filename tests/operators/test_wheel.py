@@ -1,9 +1,12 @@
 """Finding and reading a torch: on this machine, and on an index on loopback with and without HTTP ranges."""
 
 import hashlib
+import json
+import re
 import shutil
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fakes import fake_wheels as fakes
@@ -200,3 +203,29 @@ def test_an_index_that_nobody_answers_for(index):
         wheel.find("9.1.0")
     with pytest.raises(InputError, match=r"torch=nightly: the index http://127\.0\.0\.1:\d+/simple cannot be reached"):
         wheel.find("nightly", nightly_index=index.url)
+
+
+# As PyTorch's own index writes it (to_simple_package_html in pytorch/test-infra's s3_management/manage.py): no digests
+# of nightlies, addresses from the server's root, `+` escaped in them, every platform, a comment behind the end.
+NIGHTLY_PAGE = Path(__file__).with_name("nightly_index.html").read_text()
+
+
+def simple_json(names):
+    """The same API as JSON, as PyPI has it."""
+    one = {"hashes": {"sha256": "0" * 64}, "requires-python": ">=3.10", "size": 5, "yanked": False}
+    one |= {"core-metadata": {"sha256": "1" * 64}, "upload-time": "2026-11-01T10:11:12.123456Z"}
+    files = [{"filename": name, "url": f"/whl/nightly/cpu/{name.replace('+', '%2B')}"} | one for name in names]
+    return json.dumps({"meta": {"api-version": "1.4"}, "name": "torch", "files": files, "versions": []})
+
+
+@pytest.mark.parametrize("form", ["html", "json"])
+def test_the_nightly_indexs_own_page(index, form):
+    names = re.findall(r">(torch-\S+\.whl)<", NIGHTLY_PAGE)
+    index.page = NIGHTLY_PAGE if form == "html" else simple_json(names)
+    found = wheel.available("nightly", "3.12", index.url)
+    assert [str(version) for version in found] == ["2.16.0.dev20261101", "2.16.0.dev20261104"]
+    root = index.url.removesuffix("/simple")
+    for torch, macos in zip(found.values(), (14, 11), strict=True):
+        name = f"torch-{torch.version}-cp312-cp312-macosx_{macos}_0_arm64.whl"
+        assert (torch.url, torch.wheel, torch.sha256) == (f"{root}/whl/nightly/cpu/{name}", name, None)
+    assert wheel.find("nightly", nightly_index=index.url).version == "2.16.0.dev20261104"
