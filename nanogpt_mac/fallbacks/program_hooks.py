@@ -84,12 +84,13 @@ class Hooks:
         for name in ("_mps_deviceSynchronize", "_mps_synchronizeEvent", "_accelerator_synchronizeDevice"):
             if hasattr(bindings, name):
                 setattr(bindings, name, self._waiting(getattr(bindings, name)))
-        storage: Any = torch.UntypedStorage  # what torch.save copies; no call of the interface
+        # No calls of the interface: what torch.save copies, and compiled functions and methods.
         for owner, name in (
             (torch, "save"),
             (torch, "load"),
-            (storage, "copy_"),
+            (torch.UntypedStorage, "copy_"),
             (torch.jit.ScriptFunction, "__call__"),
+            (bindings.ScriptMethod, "__call__"),
         ):
             setattr(owner, name, self._placed(getattr(owner, name), name))
         profiler: Any = profile
