@@ -36,7 +36,7 @@ class Hooks:
         self.watch = watch
         self.steps = self.backwards = 0
         self.optimizers: dict[int, Any] = {}
-        self.made_optimizer = False
+        self.made_optimizer = self.stopped = False
         self.warned: Counter[str] = Counter()
         self.unseen: Counter[str] = Counter()
         self._listen()
@@ -140,8 +140,17 @@ class Hooks:
             self._enough(self.backwards, "backward passes (it has no optimizer of torch's)")
 
     def _enough(self, done: int, what: str) -> None:
-        if self.watch.task["steps"] is not None and done >= self.watch.task["steps"] and self.watch.task["answer"]:
-            raise Stop(f"stopped after {done} {what}")
+        if self.watch.task["steps"] is None or done < self.watch.task["steps"] or not self.watch.task["answer"]:
+            return
+        ended = f"stopped after {done} {what}"
+        if self.stopped:  # the program has caught it, and goes on
+            self.watch.end()
+            self.watch.keep(ended)
+            self.watch.leave()
+            sys.stdout.flush()
+            os._exit(0)
+        self.stopped = True
+        raise Stop(ended)
 
     def _hook_processes(self) -> None:
         from multiprocessing import process as processes

@@ -306,6 +306,27 @@ def test_steps_stop_it_and_its_own_tidying_up_still_runs(stranger):
     assert "tidied up" in done.stdout
 
 
+STUBBORN = """
+import torch
+w = torch.ones(2, device="mps", requires_grad=True)
+optimizer = torch.optim.SGD([w])
+while True:
+    try:
+        w.sum().backward()
+        optimizer.step()
+        print(w.sum().item())
+    except:
+        print("caught")
+"""
+
+
+@pytest.mark.slow
+def test_steps_stop_a_program_that_catches_everything(stranger):
+    made, done = stranger(STUBBORN, steps=2)
+    assert (done.returncode, made.ended, done.stdout.count("caught")) == (0, "stopped after 3 optimizer steps", 1)
+    assert [(f.where, f.calls) for f in made.findings] == [("loop.py:9", 1)]
+
+
 UNSEEN = """
 import subprocess, sys, threading
 import torch
