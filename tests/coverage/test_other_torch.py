@@ -78,7 +78,7 @@ def test_what_cannot_be_installed_leaves_nothing(uv, fails):
     with pytest.raises(InputError) as raised:
         other_torch.make("2.15.0", NIGHTLY_INDEX)
     assert str(raised.value) == (
-        "torch=2.15.0: No solution found when resolving dependencies: Because there is no torch==9, it cannot be.; "
+        "torch=2.15.0: No solution found when resolving dependencies: Because there is no torch==9, it cannot be; "
         "nothing was kept"
     )
     assert left() == []
