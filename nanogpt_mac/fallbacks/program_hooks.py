@@ -36,7 +36,7 @@ class Hooks:
         self.watch = watch
         self.steps = self.backwards = 0
         self.optimizers: dict[int, Any] = {}
-        self.made_optimizer = False
+        self.made_optimizer = self.stopped = False
         self.warned: Counter[str] = Counter()
         self.unseen: Counter[str] = Counter()
         self._listen()
@@ -84,12 +84,13 @@ class Hooks:
         for name in ("_mps_deviceSynchronize", "_mps_synchronizeEvent", "_accelerator_synchronizeDevice"):
             if hasattr(bindings, name):
                 setattr(bindings, name, self._waiting(getattr(bindings, name)))
-        storage: Any = torch.UntypedStorage  # what torch.save copies; no call of the interface
+        # No calls of the interface: what torch.save copies, and compiled functions and methods.
         for owner, name in (
             (torch, "save"),
             (torch, "load"),
-            (storage, "copy_"),
+            (torch.UntypedStorage, "copy_"),
             (torch.jit.ScriptFunction, "__call__"),
+            (bindings.ScriptMethod, "__call__"),
         ):
             setattr(owner, name, self._placed(getattr(owner, name), name))
         profiler: Any = profile
@@ -139,8 +140,17 @@ class Hooks:
             self._enough(self.backwards, "backward passes (it has no optimizer of torch's)")
 
     def _enough(self, done: int, what: str) -> None:
-        if self.watch.task["steps"] is not None and done >= self.watch.task["steps"] and self.watch.task["answer"]:
-            raise Stop(f"stopped after {done} {what}")
+        if self.watch.task["steps"] is None or done < self.watch.task["steps"] or not self.watch.task["answer"]:
+            return
+        ended = f"stopped after {done} {what}"
+        if self.stopped:  # the program has caught it, and goes on
+            self.watch.end()
+            self.watch.keep(ended)
+            self.watch.leave()
+            sys.stdout.flush()
+            os._exit(0)
+        self.stopped = True
+        raise Stop(ended)
 
     def _hook_processes(self) -> None:
         from multiprocessing import process as processes

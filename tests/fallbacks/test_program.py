@@ -124,6 +124,10 @@ class Mover:
     def __call__(self, t):
         return t.to("cpu")  # to host: copy_
 
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return torch.pdist(x)
+
 def refused(call):
     try:
         call()
@@ -133,12 +137,14 @@ def refused(call):
 
 os.chdir("..")
 w = torch.ones(3, 4, device="mps", requires_grad=True)
+net = torch.jit.script(Net())
 seen = []
 w.register_hook(lambda grad: seen.append(grad.tolist()))  # to host: copy_
 torch.library.define("stranger::up", "(Tensor x) -> Tensor")
 torch.library.impl("stranger::up", "MPS", lambda x: x + torch.ones(3, 4).to("mps"))
 for x in batches(2):
     torch.pdist(x * w).sum().backward()  # fallback: _pdist_forward _pdist_backward
+    net(x)  # fallback: _pdist_forward
     Meter().update(x)
     Mover()(x)
     rows = [row.cpu() for row in x.unbind()[:1]]  # to host: copy_
@@ -224,8 +230,8 @@ def test_faults_in_unusual_places_and_none_in_mistakes(stranger):
         for op in ops.split()
     }
     assert {(f.where, f.kind, f.op): f.calls for f in made.findings} == due
-    assert len(due) == 14
-    assert f"loop.py:{line_of(PLACES, 'pdist')}: UserWarning: The operator" in done.stderr
+    assert len(due) == 15
+    assert f"loop.py:{line_of(PLACES, 'pdist(x * w)')}: UserWarning: The operator" in done.stderr
     trace = done.stderr.partition("Traceback")[2]
     assert f'loop.py", line {line_of(PLACES, "functional.linear")}, in <module>' in trace
     assert "nanogpt_mac" not in trace
@@ -298,6 +304,27 @@ def test_steps_stop_it_and_its_own_tidying_up_still_runs(stranger):
     assert made.ended == "stopped after 2 optimizer steps"
     assert (done.returncode, made.steps) == (0, 2)
     assert "tidied up" in done.stdout
+
+
+STUBBORN = """
+import torch
+w = torch.ones(2, device="mps", requires_grad=True)
+optimizer = torch.optim.SGD([w])
+while True:
+    try:
+        w.sum().backward()
+        optimizer.step()
+        print(w.sum().item())
+    except:
+        print("caught")
+"""
+
+
+@pytest.mark.slow
+def test_steps_stop_a_program_that_catches_everything(stranger):
+    made, done = stranger(STUBBORN, steps=2)
+    assert (done.returncode, made.ended, done.stdout.count("caught")) == (0, "stopped after 3 optimizer steps", 1)
+    assert [(f.where, f.calls) for f in made.findings] == [("loop.py:9", 1)]
 
 
 UNSEEN = """
