@@ -109,6 +109,6 @@ class AdamW:
 def _norm(numbers: Tensor) -> Tensor:
     """Of a whole buffer, (). On a CPU by pieces: torch adds squares one after the other, in float32, which is 4e-4 off
     for 10 million of them, and 1 % for 124 million."""
-    if numbers.device.type != "cpu":
+    if not numbers.is_cpu:
         return torch.linalg.vector_norm(numbers)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(numbers.split(PIECE))))
