@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 TAIL = 2  # floats behind the gradients, which go from rank to rank with them
+PIECE = 1 << 16  # floats
 ALIGNED = 16  # floats; vector instructions and the matrix product of a GPU want tensors to begin at 64 bytes
 
 
@@ -92,7 +93,7 @@ class AdamW:
 
     def clip(self, limit: float) -> Tensor:
         """Scale the gradients to a global norm of at most `limit` (0: leave them); the norm before, ()."""
-        norm = torch.linalg.vector_norm(self.gradients)
+        norm = _norm(self.gradients)
         if limit:
             self.gradients.mul_(torch.clamp(limit / (norm + 1e-6), max=1.0))  # as torch.nn.utils.clip_grad_norm_
         return norm
@@ -120,3 +121,11 @@ class AdamW:
             update(*([buffer] for buffer in buffers), [], [steps], weight_decay=weight_decay, **given)
         if self.fused and found_inf is not None:
             self.steps[0].sub_(found_inf)  # a step that the kernel left out
+
+
+def _norm(numbers: Tensor) -> Tensor:
+    """Of a whole buffer, (). On a CPU by pieces: torch adds squares one after the other, in float32, which is 4e-4 off
+    for 10 million of them, and 1 % for 124 million."""
+    if not numbers.is_cpu:
+        return torch.linalg.vector_norm(numbers)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(numbers.split(PIECE))))

@@ -57,6 +57,14 @@ def test_three_steps_are_torchs_own(fused):
     same(adamw, ours, reference, theirs)
 
 
+def test_the_norm_of_a_large_model_is_right():
+    """In one call torch adds the squares one after the other: 2e-4 too little for so many."""
+    adamw = AdamW({"0": torch.nn.Parameter(torch.zeros(2500, 2001))}, BETAS, DECAY, fused=True)
+    drawn = torch.randn(2500, 2001, generator=torch.Generator().manual_seed(0))
+    adamw.take([drawn])
+    assert adamw.clip(0.0).item() == pytest.approx(drawn.double().norm().item(), rel=3e-6)
+
+
 @pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
 def test_accumulated_gradients_are_clipped_as_torch_does(limit):
     (adamw, _), (_, theirs) = pair(True)

@@ -65,7 +65,7 @@ MUTANTS = {
         "t.reshape(B, self.n_head, T, C // self.n_head)",
     ),
     "torch: positions reversed": (TORCH_GPT, "weight[: idx.shape[1]]", "weight[: idx.shape[1]].flip(0)"),
-    "torch: head detached": (TORCH_GPT, 't["wte"].weight).float()', 't["wte"].weight.detach()).float()'),
+    "torch: head detached": (TORCH_GPT, "F.linear(x, weight).float()", "F.linear(x, weight.detach()).float()"),
     "torch: a token ignored": (TORCH_GPT, "targets.reshape(-1))", "targets.reshape(-1), ignore_index=1)"),
     "torch: label smoothing": (TORCH_GPT, "targets.reshape(-1))", "targets.reshape(-1), label_smoothing=1e-3)"),
     # the model in few kernels, torch
@@ -85,7 +85,7 @@ MUTANTS = {
     ),
     "packed: heads mixed": (PACKED, ".view(B, n_head, T, hs).transpose(1, 2)", ".view(B, T, n_head, hs)"),
     "packed: residual gradient lost": (PACKED, "return grad, (grad * keep)", "return 0.99 * grad, (grad * keep)"),
-    "packed: masks not scaled": (TORCH_GPT, ".div_(1 - spec.dropout)", ""),
+    "packed: masks not scaled": (TORCH_GPT, ".div_(keep)", ""),
     "packed: dropout in evaluation": (TORCH_GPT, "not self.training or spec.dropout == 0", "spec.dropout == 0"),
     # the step, torch
     "torch: decay on vectors": (ADAMW, "(no_decay, 0.0)", "(no_decay, weight_decay)"),
@@ -102,7 +102,7 @@ MUTANTS = {
     "torch: lr of the first step": (ADAMW, '"lr": lr', '"lr": 1e-3'),
     "torch: targets are the tokens": (TORCH, "window[:, :-1], window[:, 1:]", "window[:, :-1], window[:, :-1]"),
     "torch: lower precision unasked": (TORCH, "self.dtype, enabled=self.dtype != torch.float32", "torch.bfloat16"),
-    "torch: norm misreported": (TORCH, "torch.stack((total, norm))", "torch.stack((total, norm * 1.01))"),
+    "torch: norm misreported": (TORCH, "torch.stack((total, norm", "torch.stack((total, norm * 1.01"),
     # the model, MLX
     "mlx: no causal mask": (MLX_GPT, '= "causal" if', "= None if"),
     "mlx: no causal mask with dropout": (MLX_GPT, "mx.where(mask, scores * scale", "mx.where(True, scores * scale"),
@@ -210,7 +210,7 @@ MUTANTS = {
 def changed(name):
     """The product with one source text changed: fresh modules in which the rest of the product finds each other."""
     module, old, new = MUTANTS[name]
-    one_of = ((MLX_GPT, MLX), (JAX_GPT, JAX), (PACKED, TORCH_GPT, ADAMW, TORCH))
+    one_of = ((MLX_GPT, MLX), (JAX_GPT, JAX), (TINY_GPT, TINY), (PACKED, TORCH_GPT, ADAMW, TORCH))
     parts = next(parts for parts in one_of if module in parts)
     before = {part: sys.modules.pop(part, None) for part in parts}
     try:
