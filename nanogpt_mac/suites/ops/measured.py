@@ -115,7 +115,7 @@ class Measuring(suite.Measuring):
                 lambda number: one.call(known[number % copies]),
                 self.arrays,
                 self.task.row_s,
-                keep=copies,
+                keep=copies if self.arrays.outputs_last else 1,
                 most=max(1, min(calls.MOST_QUEUED, int(self.arrays.free_memory() / 4 / max(made, 1)))),
             )
         if measured.fault:
