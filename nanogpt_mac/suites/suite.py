@@ -132,7 +132,8 @@ def asked(
         pattern = f"*{wanted}" if ends and wanted[-1:].isdigit() else f"*{wanted}*"
         if not (found := {name for name in known if fnmatch.fnmatchcase(name.lower(), pattern)}):
             examples = ", ".join(dict.fromkeys(such_as or known))
-            raise InputError(f"rows={rows}: no {what} is called {one.strip()}; use a part of a name such as {examples}")
+            called = "so" if one == rows else one.strip()
+            raise InputError(f"rows={rows}: no {what} is called {called}; use a part of a name such as {examples}")
         chosen |= found
     return [name for name in known if name in chosen]
 

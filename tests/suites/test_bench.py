@@ -52,7 +52,7 @@ def registered(tmp_path):
         (["ways=[cuda-compile]"], "ways=[cuda-compile]: cuda is not available here"),
         (["ways=[]"], "ways=[]: use a list such as [cpu,mlx]"),
         (["backend=cpu", "ways=[mlx]"], "backend=cpu compile=auto: leaves none of mlx"),
-        (["rows=nonsense"], "rows=nonsense: no row is called nonsense; use a part of a name such as Argmax, BCE"),
+        (["rows=nonsense"], "rows=nonsense: no row is called so; use a part of a name such as Argmax, BCE"),
         (["rows=[relu,softmx]"], "rows=[relu,softmx]: no row is called softmx; use a part of a name such as"),
         (["scale=2"], "scale=2: use a number above 0, and at most 1"),
         (["rounds=0"], "rounds=0: must be at least 1"),
