@@ -134,7 +134,7 @@ def run_folder(pattern: str, name: str) -> Path:
     text = pattern.replace("{date}", now.strftime("%Y-%m-%d")).replace("{time}", now.strftime("%H-%M-%S"))
     folder = Path(text.replace("{name}", name))
     is_pattern = any(part in pattern for part in ("{date}", "{time}", "{name}"))
-    if not is_pattern and (folder / "metrics.jsonl").exists():
+    if not is_pattern and any((folder / file).exists() for file in ("metrics.jsonl", "bench.json")):
         raise InputError(f"run_dir={pattern}: already holds a run; use a new or an empty folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

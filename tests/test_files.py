@@ -158,6 +158,8 @@ def test_run_folders_are_named_by_the_pattern_and_never_shared(tmp_path):
     assert len(first.parent.name) == len("2026-01-01")
     named = files.run_folder(f"{tmp_path}/mine", "cpu")
     assert named == tmp_path / "mine"
-    (named / "metrics.jsonl").touch()
-    with pytest.raises(InputError, match="already holds a run"):
-        files.run_folder(f"{tmp_path}/mine", "cpu")
+    for file in ("metrics.jsonl", "bench.json"):
+        (named / file).touch()
+        with pytest.raises(InputError, match="already holds a run"):
+            files.run_folder(f"{tmp_path}/mine", "cpu")
+        (named / file).unlink()

@@ -42,6 +42,8 @@ class Arrays(ABC):
     float32's full precision.
     """
 
+    outputs_last = True  # False: the next call of what `ready` returns writes its outputs over those of the one before
+
     @abstractmethod
     def __init__(self, kind: Kind, device: str, compiled: bool) -> None: ...
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes
-from tinygrad.dtype import to_dtype
+from tinygrad.dtype import strong_dtype, to_dtype
 
 from nanogpt_mac.backends.arrays import Arrays, Function, Op
 from nanogpt_mac.backends.base import Kind
@@ -27,6 +27,7 @@ def _all(outputs: Any) -> tuple[Tensor, ...]:
 class TinygradArrays(Arrays):
     def __init__(self, kind: Kind, device: str, compiled: bool) -> None:
         self.device, self.compiled = device, compiled
+        self.outputs_last = not compiled
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> Tensor:
         # A scalar would become a constant, which is no input of anything that is captured.
@@ -39,7 +40,7 @@ class TinygradArrays(Arrays):
         return np.array(array.numpy())
 
     def dtype(self, array: Tensor) -> str:
-        return NAME_OF[array.dtype]
+        return NAME_OF[strong_dtype(array.dtype)]  # of a weak one, as numbers of Python's are, what it is read as
 
     def start(self, outputs: Sequence[Any]) -> None:
         Tensor.realize(*outputs)
@@ -49,7 +50,12 @@ class TinygradArrays(Arrays):
         Device.default.synchronize()
 
     def peek(self, array: Tensor) -> float:
-        return float(array[(0,) * array.ndim].item() if array.ndim else array.item())
+        """Of its buffer the first: an index would be scheduled as a kernel of its own, in milliseconds."""
+        buffer: Any = array.uop.base.buffer
+        first = buffer.view(1, array.dtype, 0).ensure_allocated()
+        if array.dtype == dtypes.bfloat16:
+            return float((np.frombuffer(first.as_memoryview(), np.uint16).astype(np.uint32) << 16).view(np.float32)[0])
+        return float(first.numpy()[0])
 
     def op(self, name: str) -> Op | None:
         return OPS.get(name)

@@ -144,6 +144,7 @@ class Running:
         rounds = [list(tasks) for _, tasks in groupby(self.tasks(), attrgetter("round"))]
         begun, began, total = 0, self.clock(), sum(map(len, rounds))
         shared = self.folder / "shared"
+        shutil.rmtree(shared, ignore_errors=True)  # of one that was killed
         shared.mkdir()
         try:
             with Bar() as bar:

@@ -128,6 +128,10 @@ class FaultyArrays(Arrays):
         if self.fault == "a wrong result":
             result = result.copy()
             result.reshape(-1)[result.size // 2] += 1e-3 * (1 + abs(result.reshape(-1)[result.size // 2]))
+        if self.fault == "an input that is written over":
+            inputs[0].value[...] = result if name == "relu" else 0
+        if self.fault == "a result in double precision":
+            return result.astype(np.float64)
         if self.fault == "a result thrown away":
             return inputs[0].value if name == "scatter" else np.zeros_like(result)
         if self.fault == "the clock is read without waiting":
@@ -139,6 +143,8 @@ class FaultyArrays(Arrays):
 
 FAULTS = (  # and what the refusal says
     ("a wrong result", "wrong result: .* in place of"),
+    ("an input that is written over", "it writes into its input 1|wrong result of"),
+    ("a result in double precision", "wrong result: it is float64, not float32"),
     ("a result thrown away", "wrong result: nothing was computed, or it was thrown away"),
     ("a no-op", "wrong result"),
     ("a no-op once it is timed", "cached|faster than the memory"),

@@ -101,6 +101,19 @@ def test_a_wait_that_does_not_wait_is_found(takes):
     assert "read without waiting" in measure(Made(takes=takes, waits=False), most=256).fault
 
 
+def test_a_wait_for_the_first_output_alone_is_found():
+    class Two(Made):
+        """Its second output is complete 2 ms after the first."""
+
+        def call(self, number):
+            return *super().call(number), "second"
+
+        def peek(self, array):
+            self.now = max(self.now, self.free + (2e-3 if array == "second" else 0))
+
+    assert "read without waiting" in measure(Two(takes=1e-3)).fault
+
+
 def test_garbage_is_collected_again_afterwards():
     import gc
 

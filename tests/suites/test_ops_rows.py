@@ -102,6 +102,22 @@ def test_every_framework_gives_what_float64_gives(family, framework):
         assert zeros[0] > 1, name
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("framework", [name for name in FRAMEWORKS if kinds.KINDS[name].framework != "torch"])
+def test_whether_outputs_last_is_what_a_framework_says(framework, compiled):
+    """Where they do not, as in tinygrad's captured functions, a timed call's output is read before the next call."""
+    kind = kinds.KINDS[framework]
+    kind.prepare(options(framework))
+    arrays = kind.load_arrays()(kind, kind.load().device_of(kind), compiled)
+    relu = arrays.ready(arrays.op("relu").function)
+    one, two = (arrays.put(np.full((2, 3), number, np.float32)) for number in (1, 2))
+    made = [relu(x) for x in (one, one, two)]
+    arrays.start(made)
+    arrays.wait(made)
+    assert arrays.outputs_last == (arrays.get(made[1])[0, 0] == 1)
+    assert arrays.peek(made[2]) == arrays.get(made[2])[0, 0] == 2
+
+
 def test_inputs_are_the_same_for_all_and_follow_from_the_seed():
     row = SMALL["SDPA 64x8x16x1024 64x8x16x1024"]
     with_gradient = SMALL[row.name + WITH_GRADIENT]

@@ -115,7 +115,7 @@ class Measuring(suite.Measuring):
                 lambda number: one.call(known[number % copies]),
                 self.arrays,
                 self.task.row_s,
-                keep=copies,
+                keep=copies if self.arrays.outputs_last else 1,
                 most=max(1, min(calls.MOST_QUEUED, int(self.arrays.free_memory() / 4 / max(made, 1)))),
             )
         worst = self._check(one, measured.last, 1 + measured.number % copies, " of the last timed call")
@@ -125,6 +125,8 @@ class Measuring(suite.Measuring):
             )
         if measured.fault:  # only now: reading what a no-op gives may take longer than it does
             raise RefusedError(State.WRONG, measured.fault)
+        with self._for("checks"):
+            one.hold_to_its_inputs(known[measured.number % copies], 1 + measured.number % copies)
         fastest = min(measured.throughput.median or 0.0, measured.latency.median or 0.0)
         beyond_caches = copies * (row.input_bytes + row.output_bytes) >= LAST_CACHE
         if beyond_caches and self.trust == MEASURED and fastest < self.trust * self._floor(row):
@@ -173,6 +175,9 @@ class Measuring(suite.Measuring):
         """The worst deviation of the results for copy `k`. Refused: wrong, named as well as can be told."""
         with self._for("checks"):
             got = one.got(outputs)
+            for array in got:
+                if array.dtype.kind == "f" and array.dtype != np.float32:
+                    raise RefusedError(State.WRONG, f"wrong result{when}: it is {array.dtype}, not float32")
             found = self._offs(one, got, k)
         worst = max(found)
         if worst.share <= 1:
@@ -257,6 +262,12 @@ class _One:
 
     def got(self, outputs: Natives) -> list[np.ndarray]:
         return [self.arrays.get(self.op.outward(output)) for output in outputs]
+
+    def hold_to_its_inputs(self, inputs: Natives, k: int) -> None:
+        """Refused: the calls have written into copy `k` of their inputs."""
+        for number, (now, drawn) in enumerate(zip(self.got(inputs), self.drawn.copy(k), strict=True)):
+            if not np.array_equal(now, drawn):
+                raise RefusedError(State.WRONG, f"it writes into its input {number + 1}")
 
     def expected(self, k: int) -> list[Expected]:
         return reference.expected(self.row, self.drawn.copy(k), self.drawn.cotangent if self.row.backward else None)
