@@ -111,7 +111,7 @@ class BenchConfig(OpsKeys, NetKeys, MLPKeys, LMKeys, Config):
     ways: Any = None
     """[cpu,mlx-eager]; null: all that this machine has."""
     rows: str | None = text_field(None)
-    """Only rows whose name has this in it; * stands for anything: "matmul*1000"."""
+    """Only rows whose name has this in it; * stands for anything: "matmul*1000". A list: [relu,softmax]."""
     rounds: int | None = at_least(1, None)
     """Fresh processes of every row on every way; null: 2. Two and more give an interval."""
     budget_minutes: float = 30.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,19 +117,25 @@ class Suite(ABC):
         return {}
 
 
-def asked(rows: str | None, names: Iterable[str], such_as: Iterable[str] = (), what: str = "row") -> list[str]:
-    """Of `names` those that rows= asks for: the one that is called so, or all that have it in them (* is anything).
+def asked(
+    rows: str | None, names: Iterable[str], such_as: Iterable[str] = (), what: str = "row", ends: bool = False
+) -> list[str]:
+    """Of `names` those that rows= asks for: the one that is called so, or all that have it in them (* is anything), or
+    any of a list: [softmax,relu]. With `ends`, what ends in a digit is the end of a name.
 
     InputError where there are none; `such_as` are then named, by default all of `names`."""
-    known = list(names)
+    known, chosen = list(names), set()
     if rows in known:
         return [rows]
-    pattern = f"*{(rows or '').lower().strip()}*"
-    found = [name for name in known if fnmatch.fnmatchcase(name.lower(), pattern)]
-    if not found:
-        examples = ", ".join(dict.fromkeys(such_as or known))
-        raise InputError(f"rows={rows}: no {what} is called so; use a part of a name such as {examples}")
-    return found
+    for one in re.sub(r"^\[(.*)\]$", r"\1", (rows or "").strip()).split(","):
+        wanted = one.strip(" \"'").lower()
+        pattern = f"*{wanted}" if ends and wanted[-1:].isdigit() else f"*{wanted}*"
+        if not (found := {name for name in known if fnmatch.fnmatchcase(name.lower(), pattern)}):
+            examples = ", ".join(dict.fromkeys(such_as or known))
+            called = "so" if one == rows else one.strip()
+            raise InputError(f"rows={rows}: no {what} is called {called}; use a part of a name such as {examples}")
+        chosen |= found
+    return [name for name in known if name in chosen]
 
 
 def row_seconds(config: BenchConfig, rows: int, ways: int, rounds: int, most: float = 1.0) -> float:

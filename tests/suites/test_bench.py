@@ -16,7 +16,7 @@ from nanogpt_mac.records.bench import OpsBench, Reading, State, Way
 from nanogpt_mac.suites import run as running
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig, validate
-from nanogpt_mac.suites.suite import Plan, row_seconds
+from nanogpt_mac.suites.suite import Plan, asked, row_seconds
 
 
 def bench(tmp_path, *overrides, **environment):
@@ -53,6 +53,7 @@ def registered(tmp_path):
         (["ways=[]"], "ways=[]: use a list such as [cpu,mlx]"),
         (["backend=cpu", "ways=[mlx]"], "backend=cpu compile=auto: leaves none of mlx"),
         (["rows=nonsense"], "rows=nonsense: no row is called so; use a part of a name such as Argmax, BCE"),
+        (["rows=[relu,softmx]"], "rows=[relu,softmx]: no row is called softmx; use a part of a name such as"),
         (["scale=2"], "scale=2: use a number above 0, and at most 1"),
         (["rounds=0"], "rounds=0: must be at least 1"),
         (["budget_minutes=0"], "budget_minutes=0: use a number above 0"),
@@ -70,6 +71,15 @@ def test_bad_input_is_one_line(overrides, words, monkeypatch):
         planned(overrides)
     assert str(refused.value).startswith(words)
     assert "\n" not in str(refused.value)
+
+
+def test_rows_are_a_part_of_a_name_or_a_list_of_them():
+    names = "ReLU 8", "PReLU 64", "Softmax 8 axis=1", "Sum 8"
+    assert asked("relu*8", names) == ["ReLU 8"]
+    assert asked("[ softmax* , relu]", names) == list(names[:3])
+    assert asked("'sum 8',prelu", names) == ["PReLU 64", "Sum 8"]
+    assert asked("Sum 8", (*names, "Sum 8 axis=1")) == ["Sum 8"]
+    assert asked("8", names, ends=True) == ["ReLU 8", "Sum 8"]
 
 
 @pytest.mark.slow

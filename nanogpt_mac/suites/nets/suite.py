@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import fnmatch
 import io
 import statistics
 
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.bench import Bench, NetBench, NetReading, State
+from nanogpt_mac.suites import suite
 from nanogpt_mac.suites.config import BenchConfig
-from nanogpt_mac.suites.suite import Suite
 
 
-class Nets(Suite):
+class Nets(suite.Suite):
     contents = "nanogpt_mac.suites.nets.contents"
     reading = NetReading
     document = NetBench
@@ -54,12 +53,6 @@ def asked(config: BenchConfig, chunks: tuple[tuple[str, ...], ...]) -> list[tupl
         raise InputError(f"dtype={config.dtype}: suite={config.suite} trains in float32; leave it out")
     if config.rows is None:
         return list(chunks)
-    wanted = config.rows.lower().strip()
-    pattern = f"*{wanted}" if wanted[-1:].isdigit() else f"*{wanted}*"
-    left = [tuple(name for name in chunk if fnmatch.fnmatchcase(name.lower(), pattern)) for chunk in chunks]
-    if not any(left):
-        names = [name for chunk in chunks for name in chunk]
-        raise InputError(
-            f"rows={config.rows}: no row is called so; use a part of a name such as {', '.join(names[:3])}"
-        )
-    return [chunk for chunk in left if chunk]
+    names = [name for chunk in chunks for name in chunk]
+    wanted = suite.asked(config.rows, names, names[:3], ends=True)
+    return [left for chunk in chunks if (left := tuple(name for name in chunk if name in wanted))]

@@ -93,7 +93,8 @@ def _verdict(found: Results) -> str:
     for way in found.others:
         speed = found.speed(way.name, found.base.name, "throughput", found.bench.rows)
         if speed:
-            told.append(f"{way.label} is {ratio(speed[0])} times as fast as {found.base.label} ({speed[1]} rows)")
+            both = plural(speed[1], "row")
+            told.append(f"{way.label} is {ratio(speed[0])} times as fast as {found.base.label} ({both})")
     return first + (f" By geometric mean {listed(told)}." if told else "")
 
 
