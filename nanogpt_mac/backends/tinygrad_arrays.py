@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes
-from tinygrad.dtype import to_dtype
+from tinygrad.dtype import strong_dtype, to_dtype
 
 from nanogpt_mac.backends.arrays import Arrays, Function, Op
 from nanogpt_mac.backends.base import Kind
@@ -40,7 +40,7 @@ class TinygradArrays(Arrays):
         return np.array(array.numpy())
 
     def dtype(self, array: Tensor) -> str:
-        return NAME_OF[array.dtype]
+        return NAME_OF[strong_dtype(array.dtype)]  # of a weak one, as numbers of Python's are, what it is read as
 
     def start(self, outputs: Sequence[Any]) -> None:
         Tensor.realize(*outputs)

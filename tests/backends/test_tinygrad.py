@@ -35,6 +35,14 @@ def put(*numbers):
     return Tensor(np.array(numbers, np.float32)).realize()
 
 
+@here
+def test_a_weak_dtype_is_the_one_that_it_is_read_as():
+    """tinygrad's own of what a number of Python's and integers give."""
+    arrays = KINDS["tinygrad"].load_arrays()(KINDS["tinygrad"], "", False)
+    made = arrays.op("leaky_relu").function(arrays.put(np.arange(3, dtype=np.int32)))
+    assert arrays.dtype(made) == str(arrays.get(made).dtype)
+
+
 # -- its traps --------------------------------------------------------------------------------------------------------
 
 
