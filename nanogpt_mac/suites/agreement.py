@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nanogpt_mac.report.charts import Chart
 
 FILE = "bench.json"
+NOTHING = "They have no figure in common."
 WANTED = 0.95  # of the figures that two runs should agree in
 
 
@@ -106,13 +107,14 @@ def _compared(one: Bench, other: Bench) -> Report:
     agreeing = [pair for pair in judged if pair.agrees]
     share = len(agreeing) / len(judged) if judged else None
     if share is None:
-        verdict = "No figure has an interval in both runs: use rounds=2 or more."
+        verdict = "No figure has an interval in both runs: use rounds=2 or more." if found else NOTHING
     else:
         enough = f"{percent(WANTED, 0)} and more" if share >= WANTED else f"fewer than {percent(WANTED, 0)}"
         agree = f"{len(agreeing)} of {len(judged)} figures agree within their intervals"
         verdict = f"{agree}: {percent(share)}, {enough}."
     labels = {way.name: way.label for way in (*one.ways, *other.ways)}
-    sections = [_ways(found, labels), _apart([pair for pair in judged if not pair.agrees], labels)]
+    apart = [_apart([pair for pair in judged if not pair.agrees], labels)] if judged else []
+    sections = [_ways(found, labels), *apart]
     facts = [f"suite={one.suite}", f"first: {when(one.created)}", f"second: {when(other.created)}"]
     return Report("Two runs", "Two runs of one suite", verdict, sections, facts, alarms=list(_unlike(one, other)),
                   version=one.version)  # fmt: skip
@@ -154,7 +156,7 @@ def _ways(found: Sequence[Pair], labels: dict[str, str]) -> Section:
                "width of an interval, by median"]  # fmt: skip
     note = "They agree where their intervals, from the lowest to the highest that a round allows, have times in common."
     return Section("agreement", "How far they agree", [note], [Table("Of each way", columns, rows)],
-                   "They have no figure in common.")  # fmt: skip
+                   NOTHING)  # fmt: skip
 
 
 def _apart(found: Sequence[Pair], labels: dict[str, str]) -> Section:

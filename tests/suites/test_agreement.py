@@ -9,6 +9,7 @@ from fakes.support import ROOT
 
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.bench import NetBench, NetReading, OpReading, OpsBench, State, Way
+from nanogpt_mac.report import show
 from nanogpt_mac.suites import agreement
 from nanogpt_mac.suites.ops.suite import SUITE
 
@@ -65,6 +66,14 @@ def test_runs_of_other_sizes_or_cut_short_are_named(tmp_path):
     assert [alarm.split(":")[0] for alarm in report.alarms] == [
         "They are of different sizes or settings", "The second is not complete."
     ]  # fmt: skip
+
+
+def test_where_nothing_can_be_judged_nothing_is_said_to_agree(tmp_path):
+    one, other, apart = made(reading(ROWS[0], 1.0, spread=0)), made(reading(ROWS[0], 1.0)), made(reading(ROWS[1], 1.0))
+    for second, words in ((other, "No figure has an interval in both runs"), (apart, "They have no figure in common")):
+        report = agreement._compared(one, second)
+        assert report.verdict.startswith(words)
+        assert "agree in every" not in show.markdown(report)
 
 
 def test_epochs_are_figures_too(tmp_path):
