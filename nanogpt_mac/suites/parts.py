@@ -26,7 +26,7 @@ from nanogpt_mac.records.bench import Bench, Reading, State, Task, Way
 from nanogpt_mac.records.parts import ITERATION, Account, PartReading, PartsBench
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import DASH, beside, count, interval, ms, percent, plural, ratio, text
-from nanogpt_mac.suites import ways
+from nanogpt_mac.suites import contents, ways
 from nanogpt_mac.suites.account import accounts
 from nanogpt_mac.suites.config import BenchConfig, training
 from nanogpt_mac.suites.suite import Measure, Plan, Suite, asked, row_seconds
@@ -56,7 +56,7 @@ class PartsSuite(Suite):
             validate_run(own)
             memory.check(own, way.backend)
             configs[way.name] = own
-        prepare(common.data)  # once, before children do
+        open_source(common, prepare(common.data))  # once, before children do: what does not fit is bad input
         return plan_of(chosen, configs, config, rows, missing)
 
     def measuring(self, task: Task) -> Measure:
@@ -206,7 +206,10 @@ def report(bench: PartsBench) -> Report:
     for a in found:
         if a.kernels is not None and a.simulated:
             sentence += f" {a.label}: an iteration has {a.kernels} kernels and {plural(a.waits or 0, 'wait')}."
-    return Report("Parts", "Where an iteration goes", sentence, [section(found)], version=bench.version)
+    unmeasured = contents.problems(contents.Results(bench)) if any(a.why_not for a in found) else None
+    sections = [section(found), *([unmeasured] if unmeasured else [])]
+    return Report("Parts", "Where an iteration goes", sentence, sections, contents.facts(bench),
+                  alarms=contents.alarms(bench), version=bench.version)  # fmt: skip
 
 
 def section(found: Sequence[Account], identifier: str = "parts") -> Section:

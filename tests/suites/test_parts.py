@@ -14,6 +14,7 @@ from nanogpt_mac import cli
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.parts import NAMES
 from nanogpt_mac.config import Config
+from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.measure import calls
 from nanogpt_mac.records.bench import State, Task, Way
@@ -80,6 +81,21 @@ def test_without_a_whole_measurement_there_is_no_account(state):
     later = [read("clip", 1.0), lost.model_copy(update={"state": State.SKIPPED, "round": 1})]
     assert account(WAY, [read(ITERATION, 9.0), absent, *later]).iteration.ms == 9.0  # one round is enough
     assert account(WAY, [absent]).why_not == "an iteration has none here"
+
+
+def test_what_was_not_measured_is_said_with_the_reason():
+    lost = PartReading(row=ITERATION, way="x", round=0, state=State.FAILED, reason="it has no memory left")
+    bench = PartsBench(suite="parts", created="2026-11-27T00:00:00", version="0.1", seconds=1, complete=False, seed=1,
+                       rounds=1, ways=(WAY,), rows=(ITERATION, "MLP"), readings=(lost,))  # fmt: skip
+    report = parts.report(bench)
+    assert "X: failed: iteration: it has no memory left" in show.markdown(report)
+    assert report.alarms == ["It is not complete: what is missing is listed as skipped."]
+
+
+def test_a_model_that_does_not_fit_the_corpus_is_bad_input():
+    config = cli.compose(["suite=parts", "ways=[cpu]", "model.vocab_size=1", "data=stand_in"], "bench")
+    with pytest.raises(InputError, match="vocab_size=1: data=stand_in has 65 symbols"):
+        parts.SUITE.plan(config)
 
 
 # -- two accounts -----------------------------------------------------------------------------------------------------
