@@ -2,8 +2,9 @@
 
 As strict as a Mac where a Mac is: no command buffer runs before somebody waits for it, or before the queue is full and
 asks for one more; an encoder that is not ended, a second commit, a dispatch without a pipeline and all limits are
-errors (MetalError), which a Mac would report by ending the process. In one thing it is stricter: a library whose source
-has function constants gives no function without values for them. Neither torch nor MLX is needed.
+errors (MetalError), which a Mac would report by ending the process. It is stricter in two things: a library whose
+source has function constants gives no function without values for them, and a kernel that writes beyond a buffer's ends
+is an error, where a Mac may write into whatever lies there. Neither torch nor MLX is needed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from nanogpt_mac.simulator.metal_source import FUNCTION_CONSTANT, Kernel, Unsupp
 
 MTLResourceStorageModeShared = 0
 MTLCommandBufferStatusCompleted = 4
+GUARD = b"\xa5\xa5\xa5\x7f" * 1024  # a signalling NaN, which any arithmetic changes
 MTLDataTypeFloat, MTLDataTypeInt, MTLDataTypeUInt, MTLDataTypeBool = 3, 29, 33, 53
 
 
@@ -61,10 +63,17 @@ def MTLCreateSystemDefaultDevice() -> Device:
 
 
 class Buffer:
+    """Before and behind its bytes lies a GUARD: whoever reads there gets NaN, whoever writes there is found."""
+
     def __init__(self, length: int) -> None:
         if length < 1:
             raise MetalError("a buffer of no bytes")
-        self.bytes = np.zeros(length, np.uint8)
+        self.around = np.zeros(length + 2 * len(GUARD), np.uint8)
+        self.around[: len(GUARD)] = self.around[-len(GUARD) :] = np.frombuffer(GUARD, np.uint8)
+        self.bytes = self.around[len(GUARD) : -len(GUARD)]
+
+    def whole(self) -> bool:
+        return self.around[: len(GUARD)].tobytes() == self.around[-len(GUARD) :].tobytes() == GUARD
 
     def length(self) -> int:
         return self.bytes.nbytes
@@ -163,6 +172,9 @@ class Launch:
         pieces = [np.zeros(self.shared[i], np.uint8) for i in range(kernel.shared)]
         addresses = [buffer.bytes.ctypes.data + offset for buffer, offset in map(self.given.get, range(kernel.buffers))]  # type: ignore[misc]
         run(kernel, self.pipeline.function, [*addresses, *(p.ctypes.data for p in pieces)], self.grid, self.group)
+        for index in range(kernel.buffers):
+            if not self.given[index][0].whole():
+                raise MetalError(f"kernel {kernel.name}: it writes beyond the ends of the buffer at index {index}")
 
 
 class Encoder:

@@ -79,6 +79,18 @@ def test_nothing_runs_before_it_is_waited_for() -> None:
     assert Metal.counts() == {"launches": 0, "buffers": 0, "waits": 0}
 
 
+@pytest.mark.parametrize("index", ["i + 5", "int(i) - 5"])
+def test_a_write_beyond_a_buffer_is_found_and_a_read_is_not_a_number(index: str) -> None:
+    program = Program(ADD.replace("[i]", f"[{index}]"))
+    buffer, seen = program.array(np.zeros(5, np.float32))
+    with pytest.raises(MetalError, match="kernel add: it writes beyond the ends of the buffer at index 0"):
+        program.run("add", [buffer], (5, 1, 1), (5, 1, 1), np.float32(1))
+    program = Program(ADD.replace("[i] +=", f"[i] += out[{index}] +"))
+    buffer, seen = program.array(np.zeros(5, np.float32))
+    program.run("add", [buffer], (5, 1, 1), (5, 1, 1), np.float32(1))
+    assert np.isnan(seen).all()
+
+
 @pytest.mark.parametrize("depth", [1, 3, 64])
 def test_a_full_queue_runs_its_oldest(depth: int) -> None:
     program = Program(ADD, depth)
