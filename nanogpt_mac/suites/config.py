@@ -13,28 +13,15 @@ from nanogpt_mac.overrides import path_field, text_field
 
 SUITES = ("ops", "gemm", "mlp", "lm", "parts")
 
-# Of train.py's keys those that some suite reads; its others would be ignored in silence.
+# Of train.py's keys those that every suite may read, then those that some do; others would be ignored in silence.
 OF_TRAINING = (
-    "backend",
-    "compile",
-    "model",
-    "data",
-    "experiment",
-    "optim",
-    "batch_size",
-    "dtype",
-    "matmul_precision",
-    "seed",
-    "run_dir",
-    "data_dir",
-    "path",
-    "weight_decay",
-    "beta1",
-    "beta2",
-    "grad_clip",
-    "learning_rate",
-    "gradient_accumulation_steps",
+    *("backend", "compile", "data", "experiment", "dtype", "matmul_precision", "seed", "run_dir", "data_dir", "path"),
 )
+OF_SOME = {
+    **dict.fromkeys(("model", "batch_size"), ("ops", "gemm", "parts")),
+    **dict.fromkeys(("optim", "weight_decay", "beta1", "beta2", "grad_clip", "learning_rate"), ("parts",)),
+    "gradient_accumulation_steps": ("parts",),
+}
 
 
 @dataclass
@@ -121,7 +108,7 @@ class BenchConfig(OpsKeys, NetKeys, MLPKeys, LMKeys, Config):
 def validate(config: BenchConfig) -> None:
     """Raise InputError at the first value that cannot be meant; what depends on the machine is checked by the suite."""
     check_fields(config)
-    own = {f.name: vars(keys)["READ_BY"] for keys in _classes() for f in _own_fields(keys)}
+    own = OF_SOME | {f.name: vars(keys)["READ_BY"] for keys in _classes() for f in _own_fields(keys)}
     general = {f.name for f in _own_fields(BenchConfig)}
     for override in config.given:
         key = override.lstrip("+~").split("=")[0].split(".")[0]

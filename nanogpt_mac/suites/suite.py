@@ -127,9 +127,13 @@ def asked(
     known, chosen = list(names), set()
     if rows in known:
         return [rows]
-    for one in re.sub(r"^\[(.*)\]$", r"\1", (rows or "").strip()).split(","):
+    if rows is None:
+        return known
+    for one in re.sub(r"^\[(.*)\]$", r"\1", rows.strip()).split(","):
         wanted = one.strip(" \"'").lower()
         pattern = f"*{wanted}" if ends and wanted[-1:].isdigit() else f"*{wanted}*"
+        if not wanted:
+            raise InputError(f"rows={rows}: has an empty part; use a part of a name, or a list of them")
         if not (found := {name for name in known if fnmatch.fnmatchcase(name.lower(), pattern)}):
             examples = ", ".join(dict.fromkeys(such_as or known))
             called = "so" if one == rows else one.strip()
