@@ -68,7 +68,9 @@ def percent(share: object, digits: int = 1) -> str:
 
 def ratio(value: object) -> str:
     known = number(value)
-    return DASH if known is None else f"{known:.3f}" if known < 10 else f"{known:.1f}"
+    return (
+        DASH if known is None else f"{known:.3f}" if known < 10 else f"{known:.1f}" if known < 1e6 else f"{known:.1g}"
+    )
 
 
 def interval(bounds: Sequence[float] | None, how: Callable[[object], str] = ms) -> str:

@@ -152,3 +152,7 @@ def test_columns_of_figures_are_right_aligned():
     table = Table("", ["variant", "a", "b", "c"], [Row(["x", "1.2", "text", "—"]), Row(["y", "—", "3", "—"])])
     assert table.right == [False, True, False, False]
     assert table.known == [0, 1, 2]
+
+
+def test_a_bound_of_two_rounds_is_no_line_of_digits():
+    assert [words.ratio(value) for value in (1.5, 25.44, 3.1e40)] == ["1.500", "25.4", "3e+40"]
