@@ -214,7 +214,7 @@ def slowed(own):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in WITH_PARTS if n != "tinygrad"])  # where what is planted twice takes no longer
+@pytest.mark.parametrize("name", [n for n in WITH_PARTS if n != "tinygrad"])  # where the plant takes no longer
 @pytest.mark.parametrize("part", PLACES)
 def test_a_part_that_is_a_fifth_slower_is_named_in_each_framework(make, starts, monkeypatch, name, part):
     """On a CPU it is the processor's time that counts, not a busy machine's."""
