@@ -16,7 +16,7 @@ import pytest
 from fakes.support import CACHE, ROOT, options
 from fakes.warm import Warm
 
-from nanogpt_mac.backends import entry, kinds
+from nanogpt_mac.backends import entry, here, kinds
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
 
@@ -46,6 +46,19 @@ def pytest_collection_modifyitems(items):
         for framework, files in LONG.items():
             if name and framework in name.split("-") and any(f"tests/{file}" in item.nodeid for file in files):
                 item.add_marker(pytest.mark.slow)
+
+
+def looked_once(look=here.look):
+    """What this machine has: asked in a process that loads every framework, once for each environment."""
+    settings = tuple(sorted((k, v) for k, v in os.environ.items() if not k.startswith("PYTEST")))
+    if settings not in LOOKED:
+        LOOKED[settings] = look()
+    missing, has = LOOKED[settings]
+    return dict(missing), dict(has)
+
+
+LOOKED = {}
+here.look = looked_once
 
 
 @pytest.fixture

@@ -92,6 +92,7 @@ def test_parts_give_gradients_of_what_they_own_and_leave_the_weights(make, spec,
     assert all((backend.state().weights[n] == w).all() for n, w in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_profiler_finds_the_parts_of_the_step(make, spec, starts, checkpointing):
     backend = make("cpu", spec=dataclasses.replace(spec, dropout=0.2, n_layer=1), checkpointing=checkpointing)

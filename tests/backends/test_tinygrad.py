@@ -121,6 +121,7 @@ def test_dropout_is_the_same_captured_or_not_and_drops_its_share(replayed):
         assert abs((masks[a] == masks[b]).mean() - (0.49 + 0.09)) < 5 * (0.25 / masks[a].size) ** 0.5
 
 
+@pytest.mark.slow
 @here
 def test_the_first_iteration_compiles_and_no_other(make, small, starts, monkeypatch):
     """TinyJit itself runs its first call, captures the second and replays the third: three that are not like others."""

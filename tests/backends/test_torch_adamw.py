@@ -109,6 +109,7 @@ def test_a_scaler_unscales_and_leaves_out_what_overflowed(fused, overflow):
     assert adamw.steps[0].item() == 3.0 - overflow
 
 
+@pytest.mark.slow
 def test_an_eager_step_imports_no_compiler():
     code = """if True:
         import sys, numpy as np

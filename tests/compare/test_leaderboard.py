@@ -194,6 +194,7 @@ def test_a_run_that_shared_its_machine_takes_no_rank(folders, tmp_path):
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_takes_bare_paths(command, folders, tmp_path):
     odd = tmp_path / "a=b, c'd"
     shutil.copytree(folders[0], odd)

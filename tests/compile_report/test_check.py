@@ -200,6 +200,7 @@ def matrix_products(layers: int) -> int:
     return 3 * (4 * layers + 1) + 3 * 2 * layers
 
 
+@pytest.mark.slow
 @on_linux
 def test_this_model_compiles_whole(small):
     assert (small["label"], small["device"], small["executed"]) == ("dry run", simulator.DEVICE_NAME, False)
@@ -220,6 +221,7 @@ def test_this_model_compiles_whole(small):
     assert small["cache"]["fx_graph"] == {"hits": 0, "misses": 3, "bypasses": 0}
 
 
+@pytest.mark.slow
 @on_linux
 def test_suspects_of_this_model(small):
     """Whether the loop is serial is asked of the header of the torch that is installed, as the report does."""
@@ -239,6 +241,7 @@ def test_suspects_of_this_model(small):
     assert rows["buffers from Python"]["count"] == small["iterations"]["training"]["buffers"] > 0
 
 
+@pytest.mark.slow
 @on_linux
 def test_the_report_reads_as_tables(report):
     titles = [title for title, _, _ in compiled.sections(report)]
@@ -250,6 +253,7 @@ def test_the_report_reads_as_tables(report):
     assert "1 layers, 2 heads, 64 channels" in compiled.lines(report)[0]
 
 
+@pytest.mark.slow
 @on_linux
 def test_the_report_is_read_back_as_it_was_written(report, small):
     written = json.loads(json.dumps(small))
@@ -338,6 +342,7 @@ def test_the_other_arm_of_an_ab_is_without_the_suspect(tmp_path, name, patch, le
     assert count("0") > count(patch) == left
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.slow
 def test_what_a_mac_does_runs_here_too(tmp_path, small):

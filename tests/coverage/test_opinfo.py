@@ -220,6 +220,7 @@ print(json.dumps(made))
 """
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_outcomes_on_the_simulated_device(monkeypatch):
     """Every outcome, from faults that are planted and from operators that have them by nature."""

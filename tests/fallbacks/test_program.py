@@ -263,6 +263,7 @@ for step in range(3):
 """
 
 
+@pytest.mark.slow
 def test_the_backward_pass_belongs_to_the_forward_line(stranger):
     made, done = stranger(BACKWARD)
     assert done.returncode == 0, done.stderr
@@ -298,6 +299,7 @@ def test_how_a_program_ends_is_its_own(stranger, end):
         assert "nanogpt_mac" not in done.stderr.partition("Traceback")[2]
 
 
+@pytest.mark.slow
 def test_steps_stop_it_and_its_own_tidying_up_still_runs(stranger):
     loop = LOOP.replace("losses = []", "losses = []\nimport atexit; atexit.register(print, 'tidied up')")
     made, done = stranger(loop, "50", steps=2)

@@ -200,14 +200,8 @@ def survivors(found):
 def test_faults_of_every_framework_are_caught(variant, tmp_path):
     """A few of the table, those that are hardest to see; the whole table is below."""
     for backend, names in {
-        "cpu": [
-            "other gelu",
-            "AdamW eps 1e-6",
-            "clip 1 % off",
-            "evaluates in training mode",
-        ],
+        "cpu": ["AdamW eps 1e-6", "clip 1 % off", "evaluates in training mode"],
         "mlx": ["no causal mask with dropout", "update 0.1 % off"],
-        "jax": ["mask one token late"],
     }.items():
         if backend not in FRAMEWORKS:
             continue

@@ -315,12 +315,14 @@ def test_a_key_that_another_suite_has_for_itself_is_train_pys():
     assert (config["gradient_accumulation_steps"], config["batch_size"]) == (3, given.batch_size)
 
 
+@pytest.mark.slow
 def test_a_part_that_is_not_there_is_one_line(command):
     done = command("bench.py", "suite=parts", "rows=softmax", "ways=[cpu]", "data=stand_in")
     assert done.returncode == 2
     assert "rows=softmax: no part is called so; use a part of a name such as iteration, batch" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("g++"), reason="the simulated device needs Linux and g++"
 )

@@ -37,7 +37,9 @@ def swept(folder, program, *overrides, timeout=300):
     return done, Sweep.load(place) if place.exists() else None
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["basic", *(pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHERS if n != "basic")]
+)
 def test_every_launcher_runs_every_member_in_its_own_folder(tmp_path, launcher):
     """A good one, one that diverges, a better one: the sweep goes on, and says what became of each."""
     done, sweep = swept(tmp_path, FAKE, *LAUNCHERS[launcher], "backend=cpu", "seed=2,13,1", timeout=120)
@@ -83,6 +85,7 @@ def test_the_smoke_model_trains_under_optuna(tmp_path):
     assert f"best_value: {best.objective}" in results
 
 
+@pytest.mark.slow
 def test_optuna_goes_on_after_a_member_that_failed_and_is_told_the_objective(tmp_path):
     done, sweep = swept(
         tmp_path, FAKE, *OPTUNA, "hydra.sweeper.n_trials=4", "backend=cpu", "seed=choice(1,13)",

@@ -64,6 +64,7 @@ def test_what_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
         asked("cuda-v1", found=cuda)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the simulated devices run on Linux only")
 def test_on_the_simulated_devices_there_are_values_and_counts(command: Any, tmp_path: Path) -> None:
     row = mlp.MAIN
