@@ -157,12 +157,9 @@ def test_a_forked_worker_ends_alone():
     os.kill(child, 15)
     print(os.waitpid(child, 0)[1], flush=True)
     time.sleep(3)"""
-    process = started(running(task))
-    out, said = (
-        process.stdout.read(),
-        process.stderr.read(),
-    )  # communicate() knows nothing of what readline() took along
-    assert (process.wait(60), out.strip(), said) == (0, "15", "")
+    with started(running(task)) as process:  # communicate() knows nothing of what readline() took along
+        out, said = process.stdout.read(), process.stderr.read()
+    assert (process.returncode, out.strip(), said) == (0, "15", "")
 
 
 def test_everything_is_as_before_afterwards():
