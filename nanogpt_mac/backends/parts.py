@@ -230,11 +230,11 @@ class TwinParts(Parts):
 
     def _vjp(self, function: Callable[..., list[Any]], of: list[Any], cotangents: list[Any]) -> list[Any]:
         """The outputs of `function` and behind them its gradients by each of `of`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has calls of its own, or must have this")
 
     def _cotangent(self, output: Any) -> Any:
         """Normal random, of its shape and dtype."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has calls of its own, or must have this")
 
     @abstractmethod
     def _part(self, name: str, weights: Mapping[str, Any]) -> Callable[..., Any]:

@@ -46,7 +46,7 @@ class World:
     @classmethod
     def join(cls, launched: Launched, device: str) -> World:
         """The world that a launcher has started this process in, once all others are there too."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} is what a Kind's `world` names, and must say how its ranks meet")
 
     def share(self, batches: np.ndarray) -> np.ndarray:
         """Of one iteration's batches (accumulation, batch), those of this rank."""
@@ -68,11 +68,11 @@ class World:
 
     def begin(self, flat: Any) -> None:
         """Begin to make a flat tensor the mean over ranks, in its place."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} sums lists of arrays, by `average`")
 
     def finish(self) -> Any:
         """Wait for all that has begun; how long that took, in ms, a tensor of the device (); NaN where none can say."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} sums lists of arrays, by `average`")
 
     def heard(self, asked: float, waited_ms: float = math.nan) -> None:
         """What has come round with an iteration or an evaluation: how many were asked to end; `finish`'s time."""
