@@ -82,7 +82,7 @@ class JaxBackend(Backend):
         # compiles and runs every operation by itself, as it does where nothing asks for more.
         jit: Callable[..., Any] = jax.jit if options.compile else _eager
         self.ready = jit
-        self._step = jit(self._iteration, donate_argnums=0)
+        self._step = jit(self._iteration, donate_argnums=0, static_argnames="shape")
         self._loss_and_grads = jit(self._gradients, static_argnames="drops")
         self._val_loss = jit(self._window_loss)
         self._windows_of, self._logits = jit(self._windows), jit(self.model)
@@ -115,14 +115,22 @@ class JaxBackend(Backend):
         key = _key(base.step_seed(self.options.seed, self.iteration))  # dropout: a function of the iteration
         self.iteration += 1
         batch, resident = self._batch("train", starts), self.resident.get("train")
-        self.trained, figures = self._step(self.trained, resident, batch, np.float32(lr), key)
+        # One array crosses, because each costs 0.1 ms; and the result sets out for the host before it is asked for.
+        words = np.concatenate([key, np.float32([lr]).view(np.uint32), batch.view(np.uint32).reshape(-1)])
+        self.trained, figures = self._step(self.trained, resident, words, shape=batch.shape)
+        figures.copy_to_host_async()
         return figures
 
     def _iteration(
-        self, now: State, resident: jax.Array | None, batch: jax.Array, lr: jax.Array, key: jax.Array
+        self, now: State, resident: jax.Array | None, words: jax.Array, shape: tuple[int, ...]
     ) -> tuple[State, jax.Array]:
-        """The whole iteration: pick batch, forward, loss, backward, accumulate, clip, AdamW. Loss and norm, (2,)."""
-        windows = self._windows(resident, jnp.asarray(batch))
+        """The whole iteration: pick batch, forward, loss, backward, accumulate, clip, AdamW. Loss and norm, (2,).
+
+        `words`, uint32: the key, the bits of the learning rate, and a batch of `shape`.
+        """
+        words = jnp.asarray(words)
+        key, lr = words[:2], jax.lax.bitcast_convert_type(words[2], jnp.float32)
+        windows = self._windows(resident, words[3:].astype(jnp.int32).reshape(shape))
         count = len(windows)
         with self.phase("forward"):  # and backward: value_and_grad gives both
             if count == 1:

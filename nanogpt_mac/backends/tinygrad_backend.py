@@ -91,7 +91,7 @@ class TinygradBackend(Backend):
 
         self.context = {"BEAM": settings.beam, "ALLOW_TF32": int(options.matmul_precision != "highest")}
         ready = self.ready = partial(Replayed, replays=options.compile, context=self.context)
-        self._forward_backward, self._update = ready(self._batch_gradients), ready(self._updated)
+        self._micro_batch = ready(self._of_words)
         self._gradients_of, self._loss_of, self._logits_of = (
             ready(function) for function in (self._gradients, self._batch_loss, self._logits)
         )
@@ -106,37 +106,45 @@ class TinygradBackend(Backend):
 
     # -- data: what crosses to the device is the starts, or whole windows where the split does not live there -----
 
+    def _host_batch(self, split: str, starts: np.ndarray) -> np.ndarray:
+        return starts.astype(np.int32) if split in self.resident else self.tokens.windows(split, starts)
+
     def _batch(self, split: str, starts: np.ndarray) -> Tensor:
-        return _put(starts.astype(np.int32) if split in self.resident else self.tokens.windows(split, starts))
+        return _put(self._host_batch(split, starts))
 
     def _windows(self, split: str, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and targets, int32 (B, T)."""
         if split in self.resident:
             offsets = batch.reshape(-1, 1) + Tensor.arange(self.spec.block_size + 1)
             batch = self.resident[split][offsets].cast(dtypes.int32).contiguous()
+        batch = batch.reshape(-1, self.spec.block_size + 1)
         return batch[:, :-1], batch[:, 1:]
 
     # -- training -------------------------------------------------------------------------------------------------
 
     def step(self, starts: np.ndarray, lr: float) -> Any:
-        rate = _put(np.array([lr], np.float32))  # as a Python number it would stay what it was when it was captured
         for i, row in enumerate(starts):
-            draw = self._draw(i) if self.spec.dropout else None
-            self._forward_backward("train", self._batch("train", row), draw, len(starts), i > 0)
+            # One array crosses: each costs 1 ms. As Python numbers all of it would stay what it was when captured.
+            batch = self._host_batch("train", row).view(np.uint32).reshape(-1)
+            words = np.concatenate([self._key(i), np.float32([lr]).view(np.uint32), batch])
+            result = self._micro_batch("train", _put(words), len(starts), i > 0, i + 1 == len(starts))
         self.iteration += 1
-        result = self._update(rate)
         self.peak = max(self.peak, GlobalCounters.mem_used)
         with self.phase("result"):
             loss, norm = result.tolist()
             return loss, norm
 
-    def _draw(self, micro: int) -> Tensor:
-        """Key and counter of dropout: a function of the iteration and of the micro-batch."""
+    def _key(self, micro: int) -> np.ndarray:
+        """Key and counter of dropout, uint32 (4,): a function of the iteration and of the micro-batch."""
         seed = base.step_seed(self.options.seed, self.iteration)
-        return _put(np.array([seed & 0xFFFFFFFF, seed >> 32, micro, 0], np.uint32))
+        return np.array([seed & 0xFFFFFFFF, seed >> 32, micro, 0], np.uint32)
 
-    def _batch_gradients(self, split: str, batch: Tensor, draw: Tensor | None, count: int, more: bool) -> Tensor:
-        return self._gradients(*self._windows(split, batch), draw, count, more)
+    def _of_words(self, split: str, words: Tensor, count: int, more: bool, last: bool) -> Tensor:
+        """A micro-batch, one of `count`: its gradients, added to those before if there are `more`; after the `last`,
+        clip and AdamW, and loss and norm, (2,). `words`, uint32: key and counter, bits of the learning rate, batch."""
+        draw, lr, batch = words[:4].contiguous(), words[4:5].bitcast(dtypes.float32), words[5:].cast(dtypes.int32)
+        loss = self._gradients(*self._windows(split, batch), draw if self.spec.dropout else None, count, more)
+        return self._updated(lr) if last else loss
 
     def _gradients(self, x: Tensor, y: Tensor, draw: Tensor | None, count: int, more: bool) -> Tensor:
         """The loss over `count`, and in `self.grads` its gradients times the loss scale: added to them, if `more`."""
@@ -220,7 +228,7 @@ class TinygradBackend(Backend):
 
     def gradients(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
         # Where nothing is dropped the training graph itself is what is checked; else only evaluation is deterministic.
-        draw = self._draw(0) if self.spec.dropout and np.float32(1 - self.spec.dropout) == 1 else None
+        draw = _put(self._key(0)) if self.spec.dropout and np.float32(1 - self.spec.dropout) == 1 else None
         x, y = (_put(a.astype(np.int32)) for a in (tokens, targets))
         loss = self._gradients_of(x, y, draw, 1, False).item()
         scale = self.scale.item() if self.half else 1.0

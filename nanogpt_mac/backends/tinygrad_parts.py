@@ -30,7 +30,7 @@ class TinygradParts(TwinParts):
         self.backend, self.starts, self.spec, self.weights = backend, starts, backend.spec, backend.weights
         tokens, targets = _realized(backend._windows("train", backend._batch("train", starts[0])))
         keep = [None] * (1 + 3 * self.spec.n_layer)
-        self.values = {"tokens": tokens, "targets": targets, "keep": keep, "key": backend._draw(0)}
+        self.values = {"tokens": tokens, "targets": targets, "keep": keep, "key": tensor(backend._key(0)).realize()}
         self.ready = backend.ready
         self.causal = Tensor.ones(*2 * [self.spec.block_size], dtype=dtypes.bool).tril()
         self.stages = self._stages()
