@@ -116,7 +116,7 @@ class JaxBackend(Backend):
         self.iteration += 1
         batch, resident = self._batch("train", starts), self.resident.get("train")
         # One array crosses, because each costs 0.1 ms; and the result sets out for the host before it is asked for.
-        words = np.concatenate([key, np.float32([lr]).view(np.uint32), batch.view(np.uint32).reshape(-1)])
+        words = np.concatenate([key, np.array([lr], np.float32).view(np.uint32), batch.view(np.uint32).reshape(-1)])
         self.trained, figures = self._step(self.trained, resident, words, shape=batch.shape)
         figures.copy_to_host_async()
         return figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,7 @@ class JaxNet(Net):
     def build(self) -> None:
         self.inference = self.arrays.ready(model_of(self.spec))
         self.training, self.loss_and_gradients = self.arrays.ready(self._trained), self.arrays.ready(self._gradients)
+        self.training_of_rows = self.arrays.ready(self._trained_on)
         self.load({name: np.zeros(shape, np.float32) for name, shape in self.spec.shapes.items()})
 
     def _gradients(self, w: Weights, inputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, Weights]:
@@ -90,6 +92,10 @@ class JaxNet(Net):
 
         return loss, jax.tree.map(updated, w, m, v), m, v, step
 
+    def _trained_on(self, state: Any, resident: Sequence[jax.Array], rows: jax.Array) -> tuple[Any, ...]:
+        made: tuple[Any, ...] = self._trained(*state, *(array[rows] for array in resident))
+        return made
+
     def put(self, rows: np.ndarray) -> jax.Array:
         return jax.device_put(rows if rows.dtype == np.float32 else rows.astype(np.int32), self.arrays.place)
 
@@ -102,9 +108,18 @@ class JaxNet(Net):
         self.steps = jnp.zeros(())
 
     def step(self, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-        loss, self.parameters, *moments, self.steps = self.training(
-            self.parameters, *self.moments, self.steps, inputs, targets
-        )
+        return self._kept(self.training(self.parameters, *self.moments, self.steps, inputs, targets))
+
+    def numbers(self, order: np.ndarray) -> np.ndarray:
+        """On the host: to pick a batch outside of a step costs JAX more than the step."""
+        return order.astype(np.int32)
+
+    def resident_step(self, rows: np.ndarray) -> jax.Array:
+        state = self.parameters, *self.moments, self.steps
+        return self._kept(self.training_of_rows(state, self.resident, rows))
+
+    def _kept(self, made: tuple[Any, ...]) -> jax.Array:
+        loss, self.parameters, *moments, self.steps = made
         self.moments = tuple(moments)
         return loss
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -153,21 +153,24 @@ class Net(ABC):
         last loss and all parameters. The caller waits for them."""
         outputs: list[Any] = []
         finish = self.arrays.wait if self.feed.sync == "batch" else self.arrays.start
-        for inputs, targets in self._batches(order):
-            loss = self.step(inputs, targets)
+        numbers = self.numbers(order) if self.resident else order
+        for start in range(0, len(order), self.feed.batch):
+            rows = numbers[start : start + self.feed.batch]
+            if self.resident:
+                loss = self.resident_step(rows)
+            else:
+                loss = self.step(self.put(self.rows[0][rows]), self.put(self.rows[1][rows]))
             outputs = [loss, *(array for _, array in self.named())]
             finish(outputs)
         return outputs
 
-    def _batches(self, order: np.ndarray) -> Iterator[tuple[Any, Any]]:
-        batch = self.feed.batch
-        numbers = self.put(order) if self.resident else order
-        for start in range(0, len(order), batch):
-            rows = numbers[start : start + batch]
-            if self.resident:
-                yield self.resident[0][rows], self.resident[1][rows]
-            else:
-                yield self.put(self.rows[0][rows]), self.put(self.rows[1][rows])
+    def numbers(self, order: np.ndarray) -> Any:
+        """The numbers of an epoch's rows, as `resident_step` wants to have a slice of them."""
+        return self.put(order)
+
+    def resident_step(self, rows: Any) -> Any:
+        """`step` of the rows with these numbers, which are on the device."""
+        return self.step(self.resident[0][rows], self.resident[1][rows])
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: self.arrays.get(array) for name, array in self.named()}

@@ -126,7 +126,7 @@ class TinygradBackend(Backend):
         for i, row in enumerate(starts):
             # One array crosses: each costs 1 ms. As Python numbers all of it would stay what it was when captured.
             batch = self._host_batch("train", row).view(np.uint32).reshape(-1)
-            words = np.concatenate([self._key(i), np.float32([lr]).view(np.uint32), batch])
+            words = np.concatenate([self._key(i), np.array([lr], np.float32).view(np.uint32), batch])
             result = self._micro_batch("train", _put(words), len(starts), i > 0, i + 1 == len(starts))
         self.iteration += 1
         self.peak = max(self.peak, GlobalCounters.mem_used)

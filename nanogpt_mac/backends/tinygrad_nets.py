@@ -61,6 +61,7 @@ class TinygradNet(Net):
         self.steps = Tensor(np.zeros(1, np.float32)).realize()
         ready = partial(Replayed, replays=self.arrays.compiled, context={})
         self.training, self.inference, self.loss_and_gradients = map(ready, (self._trained, self._logits, self._both))
+        self.training_of_rows = ready(self._trained_on)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         return self.model(self.parameters, inputs).contiguous().realize()
@@ -93,6 +94,10 @@ class TinygradNet(Net):
             changed += [m, v, w.assign(w * (1 - spec.lr * spec.weight_decay) - spec.lr * update)]
         return loss.realize(*changed, self.steps.assign(t))
 
+    def _trained_on(self, rows: Tensor) -> Tensor:
+        inputs, targets = (array[rows].contiguous() for array in self.resident)
+        return self._trained(inputs, targets)
+
     def put(self, rows: np.ndarray) -> Tensor:
         return tensor(rows if rows.dtype == np.float32 else rows.astype(np.int32)).realize()
 
@@ -107,6 +112,14 @@ class TinygradNet(Net):
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         made: Tensor = self.training(inputs.contiguous().realize(), targets.contiguous().realize())
+        return made
+
+    def numbers(self, order: np.ndarray) -> np.ndarray:
+        """On the host: outside of what is captured every slice is scheduled by itself."""
+        return order
+
+    def resident_step(self, rows: np.ndarray) -> Tensor:
+        made: Tensor = self.training_of_rows(self.put(rows))
         return made
 
     def infer(self, inputs: Tensor) -> Tensor:
