@@ -27,6 +27,9 @@ from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 Layers = dict[int, tuple[mx.array, mx.array]]
 
 
+FREE_SHARE = 0.8  # of the GPU's free memory that MLX may hold; the rest is for what it cannot use of its blocks
+
+
 @dataclass(frozen=True)
 class Handle:
     """An iteration under way; reading either array waits for it, and for nothing enqueued later."""
@@ -112,6 +115,8 @@ class MLXBackend(Backend):
 
         compile_ = mx.compile if options.compile else _eager
         self._step = compile_(self._iteration, inputs=self.trained, outputs=self.trained)
+        self._added = compile_(self._accumulated, inputs=self.trained)
+        self._finish = compile_(self._finished, inputs=self.trained, outputs=self.trained)
         self._loss_and_grads = compile_(self._gradients, inputs=self.trained)
         weights = [self.model.state]
         self._val_loss = compile_(partial(self._window_loss, "val"), inputs=weights)
@@ -122,7 +127,11 @@ class MLXBackend(Backend):
 
         if mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-        self.details = {"resident_data": sorted(self.resident), "blas": blas.taken()}
+        # What is enqueued has its memory already: without a limit the host runs ahead until there is none left.
+        share = FREE_SHARE * self.free_memory() if self.device_name != "cpu" else 0
+        if limit := int(1e9 * options.settings.get("memory_limit_gb", 0) or share):
+            mx.set_memory_limit(limit)
+        self.details = {"resident_data": sorted(self.resident), "blas": blas.taken(), "memory_limit": limit or None}
 
     @classmethod
     def device_of(cls, kind: Kind) -> str:
@@ -146,10 +155,18 @@ class MLXBackend(Backend):
 
     def step(self, starts: np.ndarray, lr: float) -> Handle:
         seed = base.step_seed(self.options.seed, self.iteration, self.world.rank)
-        key = mx.random.key(seed)  # dropout: a function of the iteration
+        key, count = mx.random.key(seed), len(starts)  # dropout: a function of the iteration
         self.iteration += 1
-        batch, asked = self._batch("train", starts), mx.array(float(self.world.asked))
-        loss, norm, asked = self._step(batch, mx.array(lr, mx.float32), key, asked)
+        rate, asked = mx.array(lr, mx.float32), mx.array(float(self.world.asked))
+        if count == 1:
+            loss, norm, asked = self._step(self._batch("train", starts[0]), rate, key, asked)
+        else:
+            # A graph a batch: of all of them in one, MLX would hold every forward pass before the first backward.
+            total, grads = mx.zeros(()), [mx.zeros(buffer.shape) for buffer in self.trained["weights"]]
+            for row, one in zip(starts, mx.random.split(key, count), strict=True):
+                total, grads = self._added(self._batch("train", row), one, count, total, grads)
+                mx.async_eval(total, grads)
+            loss, norm, asked = self._finish(total, grads, rate, asked)
         self.bound = False
         with self.phase("result"):
             mx.async_eval(loss, norm, self.trained)
@@ -158,14 +175,26 @@ class MLXBackend(Backend):
     def _iteration(
         self, batch: mx.array, lr: mx.array, key: mx.array, asked: mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """The whole iteration as one graph: pick batch, forward, loss, backward, accumulate, clip, AdamW."""
+        """The whole iteration of one batch as one graph: pick it, forward, loss, backward, clip, AdamW."""
+        return self._finished(*self._of_batch(batch, key, 1), lr, asked)
+
+    def _of_batch(self, batch: mx.array, key: mx.array, count: int) -> tuple[mx.array, list[mx.array]]:
+        """The loss over `count` and its gradients, of a batch as `_batch` gives it."""
         windows = self._windows("train", batch)
-        total, grads, count = mx.zeros(()), list[mx.array](), len(windows)
         with self.phase("forward"):  # and backward: value_and_grad gives both
-            for window, one in zip(windows, mx.random.split(key, count) if count > 1 else [key], strict=True):
-                loss, new = self._gradients(window[:, :-1], window[:, 1:], self._masks(len(window), one), count)
-                total = total + loss
-                grads = [a + b for a, b in zip(grads, new, strict=True)] if grads else new
+            return self._gradients(windows[:, :-1], windows[:, 1:], self._masks(len(windows), key), count)
+
+    def _accumulated(
+        self, batch: mx.array, key: mx.array, count: int, total: mx.array, grads: list[mx.array]
+    ) -> tuple[mx.array, list[mx.array]]:
+        """One of `count` batches, added to those before."""
+        loss, new = self._of_batch(batch, key, count)
+        return total + loss, [a + b for a, b in zip(grads, new, strict=True)]
+
+    def _finished(
+        self, total: mx.array, grads: list[mx.array], lr: mx.array, asked: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The mean over ranks, clip, AdamW."""
         if self.world.size > 1:
             *grads, total, asked = self.world.average([*grads, total, asked])
         with self.phase("clip"):

@@ -17,6 +17,8 @@ from nanogpt_mac.records.capabilities import Capabilities
 class MLXSettings:
     blas: str = setting("auto", "auto", "own", *blas.LIBRARIES)
     """On a Linux CPU: MLX calls whose matrix product; auto: torch's, else scipy's; its own is many times slower."""
+    memory_limit_gb: float = setting(0.0)
+    """10^9 bytes that MLX may hold before the host waits for the GPU; 0: of a GPU's free memory most."""
 
 
 class MLXKind(Kind):
@@ -30,7 +32,10 @@ class MLXKind(Kind):
                 "setting; start a new process"
             )
         os.environ["MLX_ENABLE_TF32"] = tf32
-        blas.lend(MLXSettings(**options.settings).blas)
+        settings = MLXSettings(**options.settings)
+        if settings.memory_limit_gb < 0:
+            raise InputError(f"backend.memory_limit_gb={settings.memory_limit_gb:g}: use 0 or more")
+        blas.lend(settings.blas)
         import mlx.core as mx
 
         if gpu_left_out():

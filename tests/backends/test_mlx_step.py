@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from nanogpt_mac.backends import kinds, mlx_backend
 from nanogpt_mac.backends.base import Tokens
+from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 
 # What changes how an array is seen and computes nothing.
@@ -35,7 +36,7 @@ def test_an_iteration_takes_at_most_350_primitives(shared, dropout):
     """The compiled quick recipe as a GPU takes it, but for layer norm and attention, which a CPU takes apart."""
     tokens = Tokens({"train": np.zeros(1000, np.uint16)}, 64)
     backend = kinds.create(dataclasses.replace(QUICK, dropout=dropout), options("mlx", compile=True), tokens)
-    batch = backend._batch("train", np.arange(12)[None])
+    batch = backend._batch("train", np.arange(12))
     results = backend._step(batch, mx.array(1e-3), mx.random.key(0), mx.array(0.0))
     dot = io.StringIO()
     mx.export_to_dot(dot, *(array for _, array in tree_flatten([*results, backend.trained])))
@@ -92,6 +93,32 @@ def test_checkpointing_takes_less_memory():
         backend.wait(backend.step(np.arange(16)[None], 1e-3))
         peaks.append(backend.iteration_bytes())
     assert peaks[1] < 0.6 * peaks[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_accumulation_takes_one_batchs_memory(compiled):
+    """The forward pass of a batch begins when the one before has come back."""
+    tokens, peaks = Tokens({"train": np.zeros(4000, np.uint16)}, 32), []
+    spec = GPTSpec(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=65)
+    for count in (2, 8):
+        backend = kinds.create(spec, options("mlx", compile=compiled), tokens)
+        mx.synchronize()
+        mx.reset_peak_memory()
+        backend.wait(backend.step(np.zeros((count, 8), int), 1e-3))
+        peaks.append(mx.get_peak_memory())
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_the_host_waits_at_the_memory_limit():
+    before = mx.set_memory_limit(2**40)
+    try:
+        tokens = Tokens({"train": np.zeros(4000, np.uint16)}, 64)
+        backend = kinds.create(QUICK, options("mlx", memory_limit_gb=1.5), tokens)
+        assert backend.details["memory_limit"] == mx.set_memory_limit(2**40) == 1_500_000_000
+        with pytest.raises(InputError, match=r"^backend\.memory_limit_gb=-1: use 0 or more$"):
+            kinds.create(QUICK, options("mlx", memory_limit_gb=-1.0), tokens)
+    finally:
+        mx.set_memory_limit(before)
 
 
 def test_a_token_is_one_graph_whatever_the_length(make, spec, monkeypatch):
