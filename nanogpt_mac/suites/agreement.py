@@ -154,7 +154,7 @@ def _ways(found: Sequence[Pair], labels: dict[str, str]) -> Section:
         ]))  # fmt: skip
     columns = ["way", "figure", "rows", "with intervals", "agree", "second / first", "apart, by median",
                "width of an interval, by median"]  # fmt: skip
-    note = "They agree where their intervals, from the lowest to the highest that a round allows, have times in common."
+    note = "They agree where their 95 % intervals, of Student's t over the rounds, have times in common."
     return Section("agreement", "How far they agree", [note], [Table("Of each way", columns, rows)],
                    NOTHING)  # fmt: skip
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+from scipy import special
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.records.bench import Bench, State
@@ -27,19 +30,25 @@ BAD = (State.WRONG, State.FAILED)
 
 @dataclass(frozen=True)
 class Found:
-    """A time over all rounds, ms: the median of the rounds' medians, and from the lowest to the highest that a round's
-    interval allows."""
+    """A time over all rounds, ms: the median of the rounds' medians, and its 95 % interval."""
 
     value: float
     bounds: tuple[float, float] | None
 
 
 def found_of(rounds: Sequence[Times]) -> Found | None:
+    """None without any time. The interval is Student's t of the rounds' medians, as logarithms: what two processes
+    differ by is several times what the batches of one do, so of one round there is none."""
     medians = [times.median for times in rounds if times.median]
     if not medians:
         return None
-    bounds = [bound for times in rounds if times.median for bound in times.ci95 or ()] + medians
-    return Found(statistics.median(medians), (min(bounds), max(bounds)) if len(bounds) > 1 else None)
+    value, n = statistics.median(medians), len(medians)
+    if n == 1:
+        return Found(value, None)
+    logs = [math.log(median) for median in medians]
+    half = float(special.stdtrit(n - 1, 0.975)) * statistics.stdev(logs) / math.sqrt(n)
+    middle = statistics.fmean(logs)
+    return Found(value, (min(value, math.exp(middle - half)), max(value, math.exp(middle + half))))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """`python report.py A B` over folders of bench.py: which figures agree, counted by hand."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
+import scipy.stats
 from fakes.support import ROOT
 
 from nanogpt_mac.errors import InputError
@@ -16,9 +18,15 @@ from nanogpt_mac.suites.ops.suite import SUITE
 ROWS = ("ReLU 64x128x1024", "Softmax 64x1000000 axis=-1", "Sort 64x128x1024 axis=0")
 
 
-def reading(row, ms, number=0, spread=0.05, **more):
-    times = {"median": ms, "count": 9} | ({"ci95": (ms * (1 - spread), ms * (1 + spread))} if spread else {})
+def reading(row, ms, number=0, **more):
+    times = {"median": ms, "count": 9, "ci95": (0.99 * ms, 1.01 * ms)}
     return OpReading(row=row, way="cpu", round=number, state=State.OK, throughput=times, **more)
+
+
+def twice(row, ms, spread=0.05):
+    """Two rounds, whose interval by Student's t is `ms` within `spread`."""
+    apart = math.log(1 + spread) / scipy.stats.t.ppf(0.975, 1)
+    return [reading(row, ms * math.exp(sign * apart), number) for number, sign in enumerate((-1, 1))]
 
 
 def made(*readings, **more):
@@ -41,8 +49,8 @@ def reported(tmp_path, one, other):
 
 
 def test_figures_agree_where_intervals_have_times_in_common(tmp_path):
-    one = made(reading(ROWS[0], 1.0), reading(ROWS[1], 1.0), reading(ROWS[1], 1.3, 1), reading(ROWS[2], 1.0))
-    other = made(reading(ROWS[0], 1.09), reading(ROWS[1], 1.4), reading(ROWS[2], 1.2))
+    one = made(*twice(ROWS[0], 1.0), reading(ROWS[1], 1.0), reading(ROWS[1], 1.3, 1), *twice(ROWS[2], 1.0))
+    other = made(*twice(ROWS[0], 1.09), *twice(ROWS[1], 1.4), *twice(ROWS[2], 1.2))
     report = reported(tmp_path, one, other)
     assert report.verdict == "2 of 3 figures agree within their intervals: 66.7 %, fewer than 95 %."
     ways, apart = report.sections
@@ -53,8 +61,8 @@ def test_figures_agree_where_intervals_have_times_in_common(tmp_path):
 
 def test_what_has_no_interval_or_is_wrong_in_a_round_is_not_judged(tmp_path):
     wrong = OpReading(row=ROWS[1], way="cpu", round=1, state=State.WRONG, reason="late")
-    one = made(reading(ROWS[0], 1.0), reading(ROWS[1], 1.0), wrong, reading(ROWS[2], 1.0, spread=0))
-    other = made(*(reading(row, 1.0) for row in ROWS))
+    one = made(*twice(ROWS[0], 1.0), reading(ROWS[1], 1.0), wrong, reading(ROWS[2], 1.0))
+    other = made(*(each for row in ROWS for each in twice(row, 1.0)))
     report = reported(tmp_path, one, other)
     assert report.verdict == "1 of 1 figures agree within their intervals: 100.0 %, 95 % and more."
     assert report.sections[0].tables[0].rows[0].cells[2:4] == ["2", "1"]
@@ -69,7 +77,7 @@ def test_runs_of_other_sizes_or_cut_short_are_named(tmp_path):
 
 
 def test_where_nothing_can_be_judged_nothing_is_said_to_agree(tmp_path):
-    one, other, apart = made(reading(ROWS[0], 1.0, spread=0)), made(reading(ROWS[0], 1.0)), made(reading(ROWS[1], 1.0))
+    one, other, apart = made(reading(ROWS[0], 1.0)), made(*twice(ROWS[0], 1.0)), made(reading(ROWS[1], 1.0))
     for second, words in ((other, "No figure has an interval in both runs"), (apart, "They have no figure in common")):
         report = agreement._compared(one, second)
         assert report.verdict.startswith(words)
@@ -78,9 +86,9 @@ def test_where_nothing_can_be_judged_nothing_is_said_to_agree(tmp_path):
 
 def test_epochs_are_figures_too(tmp_path):
     def nets(second):
-        given = {"row": "784-128-10 batch 8", "way": "cpu", "round": 0, "state": State.OK}
-        run = NetReading(**given, epochs_s=[second + 0.01 * i for i in range(8)])
-        return NetBench(**made().model_dump() | {"suite": "mlp", "readings": (run,)})
+        given = {"row": "784-128-10 batch 8", "way": "cpu", "state": State.OK}
+        runs = [NetReading(**given, round=i, epochs_s=[second + 0.01 * i] * 8) for i in range(2)]
+        return NetBench(**made().model_dump() | {"suite": "mlp", "readings": runs})
 
     report = reported(tmp_path, nets(1.0), nets(1.03))
     assert report.sections[0].tables[0].rows[0].cells[1:5] == ["epoch", "1", "1", "100.0 %"]
@@ -115,7 +123,7 @@ def test_what_cannot_be_held_against_each_other_is_one_line(files, words, tmp_pa
 
 
 def test_from_the_command_line(tmp_path):
-    one, other = (written(tmp_path / name, made(reading(ROWS[0], 1.0))) for name in ("one", "other"))
+    one, other = (written(tmp_path / name, made(*twice(ROWS[0], 1.0))) for name in ("one", "other"))
     command = [sys.executable, str(ROOT / "report.py"), one, other, f"output={tmp_path / 'out'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

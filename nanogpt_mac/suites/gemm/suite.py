@@ -85,7 +85,7 @@ class Gemm(Suite):
         by_dtype: dict[str, list[str]] = {}
         for row, (dtype, *_) in sizes.items():
             by_dtype.setdefault(dtype, []).append(row)
-        rounds = config.rounds or 2
+        rounds = config.rounds or 3
         row_s = max(FEWEST_ROW_S, row_seconds(config, len(sizes), len(found), rounds))
         work = Work(
             sizes=sizes,

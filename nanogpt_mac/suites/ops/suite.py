@@ -34,7 +34,7 @@ class Ops(Suite):
         known = all_rows(GPTSpec(**sizes), config.batch_size, config.scale)
         rows = {name: known[name] for name in asked(config.rows, known, [row.family for row in known.values()])}
         found, missing = ways.here_for(config)
-        rounds = config.rounds or (2 if config.scale == 1 else 1)
+        rounds = config.rounds or (3 if config.scale == 1 else 1)
         work = Work(
             sizes=sizes,
             batch=config.batch_size,
