@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -99,21 +100,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take the GPU's memory for itself
     kinds.resolve(args.device)
     sides, left_out = every_side(args)
-    found = measure(args, Data.of(args.widths, args.images), sides, deadline)
+    cells: list[dict[str, Any]] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for cell in measure(args, Data.of(args.widths, args.images), sides, deadline):
+            cells.append(cell)
+    except KeyboardInterrupt:  # what was measured is written all the same
+        beside.say("stopped")
     document = {
         "widths": list(args.widths),
         "images": args.images,
         "unit": "ms an epoch",
-        **found,
+        "cells": cells,
+        "gains": gains(cells),
+        "crossings": crossings(cells),
         "left_out": left_out,
     }
     beside.finish("submission", args, document)
     if args.plot:
         plot({**document, "machine": beside.machine()}, args.plot)
-    wrong = [f"{c['side']} at {c['batch']}" for c in found["cells"] if not c.get("off", math.inf) <= TOLERANCE]
+    wrong = [f"{c['side']} at {c['batch']}" for c in cells if not c.get("off", math.inf) <= TOLERANCE]
     if wrong:
         beside.say(f"wrong, or failed: {', '.join(wrong)}")
-    return 1 if wrong or not found["cells"] else 0
+    return 1 if wrong or not cells else 0
 
 
 # -- sides ------------------------------------------------------------------------------------------------------------
@@ -161,13 +170,13 @@ def _framework(kind: Any, compiled: bool) -> Make:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(args: Any, data: Data, sides: dict[str, Make], deadline: float) -> dict[str, Any]:
-    """A cell for each batch size and side, and what follows from them.
+def measure(args: Any, data: Data, sides: dict[str, Make], deadline: float) -> Iterator[dict[str, Any]]:
+    """A cell for each batch size and side.
 
     Ours and torch's come first, side by side at every batch size; then one framework after the other. tinygrad, which
     makes a CUDA context of its own that others would find in place of theirs, is the last of the registry.
     """
-    first, cells = drawn(data.spec, 1), []
+    first = drawn(data.spec, 1)
     beside_ours = [name for name in sides if name in CELLS or name.startswith(args.device)]
     slow: dict[str, str] = {}
     wanted: dict[int, Any] = {}
@@ -187,12 +196,11 @@ def measure(args: Any, data: Data, sides: dict[str, Make], deadline: float) -> d
                     cell = _cell(args, data, sides[name], batch, first, wanted[batch], checked)
                 except Exception as error:  # one side that fails loses its own figures
                     cell = {"error": f"{type(error).__name__}: {error}"[:300]}
-                cells.append({"batch": batch, "side": name, **cell})
-                words = cell["error"] if "error" in cell else f"{cell['ms']['median']:.4g} ms"
+                yield {"batch": batch, "side": name, **cell}
+                words = cell["error"] if "error" in cell else f"{cell['ms']['median']:.4g} ms, off by {cell['off']:.1e}"
                 beside.say(f"{name} at {batch}: {words}")
                 if "ms" in cell and cell["ms"]["median"] > SLOW_MS:
                     slow[name] = f"an epoch at {batch} took {cell['ms']['median'] / 1e3:.0f} s"
-    return {"cells": cells, "gains": gains(cells), "crossings": crossings(cells)}
 
 
 def _cell(
