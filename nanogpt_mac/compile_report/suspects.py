@@ -225,6 +225,9 @@ OTHER_TORCH = (
     f"TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) /tmp/newer/bin/python train.py {_RUN}"
 )
 TWO_STEP = "import torch._inductor.lowering as lowering; lowering.use_two_step_variance = lambda *a, **k: True"
+EAGER_ATTENTION = (  # the model's own, of torch's operators
+    "import nanogpt_mac.gpt.torch_gpt as gpt; gpt.packed_attention = torch.compiler.disable(gpt.packed_attention)"
+)
 UNSPLIT = "import torch._inductor.config as config; config.split_reductions = False"
 OWN_HEADERS = (
     "import torch._inductor.codegen.mps as mps; K = mps.MetalKernel; H = type(K.headers); init = K.__init__; "
@@ -263,7 +266,7 @@ SUSPECTS = (
         "seen in 2.13 and 2.15, in training",
         _plain_attention,
         ("launches", "graphs", "matmuls"),
-        (AS_IT_IS, command(eager("scaled_dot_product_attention"))),
+        (AS_IT_IS, command(EAGER_ATTENTION)),
     ),
     Suspect(
         "atomic adds",

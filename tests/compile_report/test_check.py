@@ -324,7 +324,7 @@ def test_full_size(name):
         ("serial Welford", suspects.eager("layer_norm"), 0),
         ("odd reduction groups", suspects.UNSPLIT, 2),  # those over the 65 symbols
         ("reduction in few threadgroups", suspects.eager("cross_entropy"), 0),
-        ("attention as plain math", suspects.eager("scaled_dot_product_attention"), 0),
+        ("attention as plain math", suspects.EAGER_ATTENTION, 0),
         ("atomic adds", suspects.eager("embedding"), 0),
         ("error buffers", suspects.OWN_HEADERS, 0),
     ],
