@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from fakes.support import CACHE
 
 from nanogpt_mac.coverage import model_ops, page, verify
@@ -186,6 +187,18 @@ def test_a_mac_traces_itself(monkeypatch, tables):
     registered = set(asked[0].registered)
     assert {"alpha", "beta", "embedding_renorm_", "gamma"} <= registered  # kernels, fallbacks and what is missing
     assert registered.isdisjoint({"epsilon", "zeta.Scalar"})  # made of others
+
+
+@ON_LINUX
+def test_the_predictions_are_of_the_step_as_it_is(monkeypatch):
+    """Calls do not depend on sizes. `mps_coverage.py verify=predict` makes them anew, under each torch."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
+    path = verify.PREDICTIONS / f"{torch.__version__.partition('+')[0]}.json"
+    if not path.exists():
+        pytest.skip(f"no prediction for torch {torch.__version__}")
+    small = ModelConfig(n_embd=12, block_size=8)
+    traced = model_ops.trace_model(small, "float32", table.load("installed"), live=False)
+    assert traced.phases == json.loads(path.read_text())["phases"]
 
 
 @pytest.mark.slow
