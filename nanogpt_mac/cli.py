@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -147,11 +146,8 @@ class Command:
         except (InputError, HydraException, OmegaConfBaseException) as error:
             if self.traceback_wanted:
                 raise
-            if not ranks.speaks():
-                with suppress(signals.Stop):  # torchrun would end the one that speaks before it has spoken
-                    time.sleep(1)
-                return 2
-            return self._say(self._one_line(error), 2)
+            line = self._one_line(error)
+            return self._say(line, 2) if ranks.says(line) else 2
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
@@ -160,7 +156,8 @@ class Command:
                 raise
             return self._say(f"{error.filename}: cannot be made: {error.strerror}", 2)
         except signals.Stop as stop:  # before a run has begun; a run that has ends with a checkpoint instead
-            return self._say(signals.words(stop.signum), stop.code)
+            words = signals.words(stop.signum)  # a launcher ends all ranks where one has had something to say
+            return self._say(words, stop.code) if ranks.says(words, unless_any=True) else stop.code
 
     def _ended(self) -> int:
         """The exit code of what has run; a mistake in it is raised."""

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
+from nanogpt_mac import files
 from nanogpt_mac.errors import InputError
 
 SIZES = (  # of all processes; 1 is a launcher that started one, as submitit's does
@@ -65,12 +67,35 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
     return Launched()
 
 
-def speaks() -> bool:
-    """Whether what is wrong with a command line is for this process to say."""
+def says(text: str, unless_any: bool = False) -> bool:
+    """Whether `text` is for this process to say: the first of a machine's ranks that comes with it, so that it is said
+    once, whichever ranks it is true of. `unless_any`: only where none of them has said anything. A process that was
+    started by hand, with a launcher's variables, speaks for itself."""
     try:
-        return launched().speaks
-    except InputError:
+        if launched().size == 1 or not {"TORCHELASTIC_RUN_ID", "MLX_RANK"} & os.environ.keys():
+            return True
+        folder = shared_folder()
+        if unless_any and any(folder.glob("said-*")):
+            return False
+        (folder / f"said-{crc32(text.encode()):08x}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except (InputError, OSError):  # another launcher; no folder can be made
         return True
+    return True
+
+
+def shared_folder() -> Path:
+    """Where the processes that one launcher has started on this machine leave each other word."""
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+    folder = files.cache_folder("launched", f"{parent.pid}-{parent.create_time():.0f}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.parent.iterdir():
+        if not psutil.pid_exists(int(other.name.partition("-")[0])):
+            files.remove(other)
+    return folder
 
 
 def _of_mlx(given: Mapping[str, str]) -> Launched | None:

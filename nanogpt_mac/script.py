@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nanogpt_mac import signals
+from nanogpt_mac import ranks, signals
 
 
 def run(command: str, task: Callable[[Any], int]) -> NoReturn:
@@ -20,6 +20,7 @@ def run(command: str, task: Callable[[Any], int]) -> NoReturn:
 
             code = main(command, task)
         except signals.Stop as stop:
-            print(f"{Path(sys.argv[0]).name}: {signals.words(stop.signum)}", file=sys.stderr)
+            if ranks.says(words := signals.words(stop.signum), unless_any=True):
+                print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
             code = stop.code
     signals.leave(code)

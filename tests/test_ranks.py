@@ -1,10 +1,13 @@
 """A launcher of several processes is refused; of one, or none, it is not."""
 
+import os
+import subprocess
 import sys
 
 import pytest
+from fakes.support import ROOT
 
-from nanogpt_mac import cli
+from nanogpt_mac import cli, files
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.ranks import MLX, TORCHRUN, Launched, launched, refuse_several
 
@@ -96,3 +99,26 @@ def test_the_commands_refuse_before_they_do_anything(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train.py", "run=x"])
         assert cli.main(command, lambda config: pytest.fail("was called")) == 2
         assert capsys.readouterr().err.startswith("train.py: WORLD_SIZE=2: one of several processes")
+
+
+def test_what_is_wrong_is_said_once_by_whichever_rank_has_it(tmp_path):
+    """A mistake of rank 1 alone must be heard; one of all ranks is one line, and who is ended for it adds none."""
+    code = (
+        "import os, sys; from nanogpt_mac import ranks\n"
+        "for text in sys.argv[1:]: print(os.environ['RANK'], text, ranks.says(text))\n"
+        "print('ended', ranks.says('terminated', unless_any=True))"
+    )
+    environment = {**os.environ, **STARTED, "WORLD_SIZE": "2", "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def rank(number, *texts, **variables):
+        variables = {**environment, "RANK": number, "LOCAL_RANK": number, **variables}
+        run = subprocess.run([sys.executable, "-c", code, *texts], env=variables, capture_output=True, text=True)
+        return run.stdout.splitlines()
+
+    (tmp_path / files.NAME / "launched" / "4194999-1").mkdir(parents=True)  # of a launcher that is gone
+    started = {"TORCHELASTIC_RUN_ID": "7"}
+    assert rank("1", "all", "one", **started) == ["1 all True", "1 one True", "ended False"]
+    assert rank("0", "all", **started) == ["0 all False", "ended False"]
+    assert rank("0", "all") == ["0 all True", "ended True"]  # by hand, in a terminal of its own
+    (folder,) = (tmp_path / files.NAME / "launched").iterdir()
+    assert folder.name.startswith(f"{os.getpid()}-")

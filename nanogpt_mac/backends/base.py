@@ -167,6 +167,10 @@ class Kind:
         cls: type[World] = loaded(self.world)
         return cls
 
+    def is_for(self, launcher: str) -> bool:
+        """Whether `launcher` starts runs of several processes of it; of one process, every kind is."""
+        return not launcher or (bool(self.world) and self.launcher == launcher)
+
     @property
     def variants(self) -> dict[bool, str]:
         """The names of its variants, by whether they are compiled, the bare name first."""

@@ -60,10 +60,14 @@ def available() -> list[str]:
     return [name for name in KINDS if missing(name) is None]
 
 
-def resolve(name: str) -> str:
-    """The back end that `backend=name` means here; InputError, naming what is there, when it is absent."""
+def resolve(name: str, launcher: str = "") -> str:
+    """The back end that `backend=name` means here, as a process of `launcher`'s, which starts several.
+
+    InputError, naming what is there, when it is absent.
+    """
     if name == "auto":
-        ranks = {kind.name: kind.rank[sys.platform] for kind in KINDS.values() if sys.platform in kind.rank}
+        fit = [kind for kind in KINDS.values() if sys.platform in kind.rank and kind.is_for(launcher)]
+        ranks = {kind.name: kind.rank[sys.platform] for kind in fit}
         return next(candidate for candidate in sorted(ranks, key=ranks.__getitem__) if missing(candidate) is None)
     reason = missing(name)
     if reason:

@@ -63,9 +63,10 @@ def remember(comparison: Comparison, folder: Path) -> None:
     update(Comparisons, place(), lambda known: known.with_one(one))
 
 
-def choose(config: Config, environment: Callable[[], Mapping[str, Any]]) -> Choice:
+def choose(config: Config, environment: Callable[[], Mapping[str, Any]], launcher: str = "") -> Choice:
     """The back end and the way of computing that `config` means here; `environment` is probe.environment's answer.
 
+    `launcher`: which has started several processes, and can do so with some back ends alone.
     InputError as of kinds.resolve and resolve_compile.
     """
     given = {"backend": config.backend.name, "compile": config.compile}
@@ -73,10 +74,11 @@ def choose(config: Config, environment: Callable[[], Mapping[str, Any]]) -> Choi
     if auto and (found := _newest(config, environment)):
         for one in found.contenders:
             asked = given["backend"] in ("auto", one.backend) and given["compile"] in ("auto", one.compile)
-            if asked and one.backend in kinds.KINDS and kinds.missing(one.backend) is None:
+            kind = kinds.KINDS.get(one.backend)
+            if asked and kind and kind.is_for(launcher) and kinds.missing(one.backend) is None:
                 why = f"{auto}: {one.label}, the fastest in {found.folder}"
                 return Choice(one.backend, one.compile, one.settings, why)
-    name = kinds.resolve(config.backend.name)
+    name = kinds.resolve(config.backend.name, launcher)
     return Choice(name, kinds.resolve_compile(config.compile, name))
 
 

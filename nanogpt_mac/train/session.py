@@ -59,7 +59,7 @@ def run(config: Config) -> int:
     aside = ThreadPoolExecutor(1)  # the machine's facts come from commands, which run while a framework is imported
     asked = aside.submit(probe.environment, kinds.frameworks())
     aside.shutdown(wait=False)
-    choice = chosen.choose(config, asked.result)
+    choice = chosen.choose(config, asked.result, launched.launcher if launched.size > 1 else "")
     name = choice.backend
     memory.check(config, name)
     options = backend_options(config, name, choice.compile)
@@ -75,7 +75,7 @@ def _run(config: Config, options: BackendOptions, together: Together, asked: Fut
     with together.agreed():
         corpus, tokens, source, backend, config = _built(config, options)
     backend.world = together.world
-    together.same(config, asked.result(), corpus.sha256, source.state)
+    together.same(config, options, asked.result(), corpus.sha256, source.state)
 
     # What leaves the GPU is looked for before training, and may forbid it.
     label = f"{options.name}-compile" if options.compile else options.name

@@ -14,9 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from nanogpt_mac import files, signals
+from nanogpt_mac import files, ranks, signals
 from nanogpt_mac.backends.base import BackendOptions
 from nanogpt_mac.backends.kinds import KINDS, frameworks
 from nanogpt_mac.backends.world import World
@@ -99,11 +97,20 @@ class Together:
         if self.guard is not None:
             self.guard.leave(reason)
 
-    def same(self, config: Config, environment: Mapping[str, Any], corpus: str, state: TrainState) -> None:
-        """InputError, on every rank the same, unless all ranks were told to do the same work by the same programs."""
+    def same(
+        self, config: Config, options: BackendOptions, environment: Mapping[str, Any], corpus: str, state: TrainState
+    ) -> None:
+        """InputError, on every rank the same, unless all ranks do the same work, as `options` say, by the same
+        programs: what auto means may differ from machine to machine."""
         if self.world.size == 1:
             return
-        facts = {f"{key}=": value for key, value in _flat(asdict(config)).items() if key not in OF_ONE_MACHINE}
+        backend = replace(config.backend, name=options.name, **options.settings)
+        config = replace(config, backend=backend, compile=options.compile)
+        facts = {
+            f"{key.removesuffix('.name')}=": value
+            for key, value in _flat(asdict(config)).items()
+            if key not in OF_ONE_MACHINE
+        }
         facts |= {f"{name} ": (environment.get("versions") or {}).get(name) for name in (*frameworks(), "numpy")}
         facts["nanogpt-mac at commit "] = (environment.get("git") or {}).get("commit")
         facts["a corpus with sha256 "] = corpus[:12]
@@ -207,14 +214,12 @@ def joined(launched: Launched, config: Config, options: BackendOptions) -> Itera
 
 def _note() -> Path:
     """Where rank 0 writes down its folder for the processes that torchrun may start in place of these."""
-    parent = psutil.Process(os.getppid())
-    return files.cache_folder("torchrun", f"{parent.pid}-{parent.create_time():.0f}")
+    return ranks.shared_folder() / "run"
 
 
 def note(launched: Launched, folder: Path) -> None:
     """Remember that the run under way has `folder`, if it may be started anew."""
     if launched.rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        _note().parent.mkdir(parents=True, exist_ok=True)
         files.write_aside(_note(), str(folder.resolve()))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nanogpt_mac import ranks
 from nanogpt_mac.backends import kinds
 
 
@@ -41,6 +42,19 @@ def test_auto_takes_the_first_that_is_there(monkeypatch, platform, there, taken)
     monkeypatch.setattr("sys.platform", platform)
     monkeypatch.setattr(kinds, "missing", lambda name: None if name in there else "not there")
     assert kinds.resolve("auto") == taken
+
+
+def test_under_a_launcher_auto_takes_what_it_starts_several_of(monkeypatch):
+    monkeypatch.setattr(kinds, "missing", lambda name: None)
+    for platform, launcher, taken in (
+        ("linux", ranks.MLX, "mlx"),
+        ("linux", ranks.TORCHRUN, "cuda"),
+        ("darwin", ranks.MLX, "mlx"),
+    ):
+        monkeypatch.setattr("sys.platform", platform)
+        assert kinds.resolve("auto", launcher) == taken
+    monkeypatch.setattr(kinds, "missing", lambda name: None if name in {"mps", "mlx", "cpu"} else "not there")
+    assert kinds.resolve("auto", ranks.TORCHRUN) == "mps"
 
 
 def test_records_without_capabilities_are_given_those_of_their_device():

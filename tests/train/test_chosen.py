@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from fakes.comparisons import LINUX, write_comparison
 
+from nanogpt_mac import ranks
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.compare import collect
 from nanogpt_mac.config import Config
@@ -114,6 +115,12 @@ def test_what_this_machine_has_no_more_is_passed_over(compared, monkeypatch):
     assert choose()[0] == "mlx"
     monkeypatch.setattr(kinds, "missing", lambda name: None if name == "cpu" else "is not here")
     assert choose()[0] == "cpu"
+
+
+def test_under_a_launcher_only_what_it_starts_several_of_is_taken(compared):
+    compared([EAGER, COMPILED, MLX])
+    assert chosen.choose(config(), lambda: LINUX, ranks.MLX)[:2] == ("mlx", True)
+    assert chosen.choose(config(), lambda: LINUX, ranks.TORCHRUN)[:2] == ("cpu", True)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 1, "found": [1]}', '{"found": "elsewhere"}'])

@@ -237,6 +237,7 @@ def state(spec):
     return TrainState.fresh(spec.init_weights(1337))
 
 
+OPTIONS = session.backend_options(cli.compose([]), "cpu", compiled=True)
 FACTS = {"versions": {"torch": "2.13.0"}, "git": {"commit": "abc"}}
 
 
@@ -244,6 +245,8 @@ FACTS = {"versions": {"torch": "2.13.0"}, "git": {"commit": "abc"}}
     ("change", "said"),
     [
         ({"max_iters=": 7}, "rank 1 has max_iters=7, rank 0 has max_iters=5000"),
+        ({"compile=": False}, "rank 1 has compile=False, rank 0 has compile=True"),  # of compile=auto
+        ({"backend=": "mps"}, "rank 1 has backend=mps, rank 0 has backend=cpu"),
         ({"model.n_layer=": 2}, "rank 1 has model.n_layer=2, rank 0 has model.n_layer=6"),
         ({"torch ": "2.12.0"}, "rank 1 has torch 2.12.0, rank 0 has torch 2.13.0"),
         (
@@ -256,22 +259,22 @@ FACTS = {"versions": {"torch": "2.13.0"}, "git": {"commit": "abc"}}
 )
 def test_ranks_that_differ_are_one_line(change, said, state):
     with pytest.raises(InputError) as error:
-        Together(TWO, Others(change)).same(cli.compose([]), FACTS, "1234", state)
+        Together(TWO, Others(change)).same(cli.compose([]), OPTIONS, FACTS, "1234", state)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_folders_may_differ_from_machine_to_machine(state):
     others = Others({})
-    Together(TWO, others).same(cli.compose(["run_dir=here", "data_dir=mine"]), FACTS, "1234", state)
+    Together(TWO, others).same(cli.compose(["run_dir=here", "data_dir=mine"]), OPTIONS, FACTS, "1234", state)
 
 
 def test_two_ranks_on_one_gpu_are_one_line(state, monkeypatch):
     monkeypatch.setattr(together.socket, "gethostname", lambda: "a")
     others = Others({}, devices=("GPU-1", "a GPU-1"))
     with pytest.raises(InputError, match=r"ranks 0 and 1 share one GPU; start as many processes as there are GPUs$"):
-        Together(TWO, others).same(cli.compose([]), FACTS, "1234", state)
-    Together(TWO, Others({}, devices=("GPU-1", "a GPU-2"))).same(cli.compose([]), FACTS, "1234", state)
+        Together(TWO, others).same(cli.compose([]), OPTIONS, FACTS, "1234", state)
+    Together(TWO, Others({}, devices=("GPU-1", "a GPU-2"))).same(cli.compose([]), OPTIONS, FACTS, "1234", state)
 
 
 def test_a_mistake_of_one_rank_is_every_ranks():
