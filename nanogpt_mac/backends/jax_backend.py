@@ -20,7 +20,7 @@ from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Toke
 from nanogpt_mac.backends.jax_entry import JAX_PLUGINS, jax_plugins
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.backends.parts import Parts
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.gpt.jax_gpt import GPT, KVCache, Weights, dropout_masks
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 from nanogpt_mac.records.capabilities import Capabilities
@@ -42,9 +42,13 @@ def _named(platform: str) -> str:
 
 def taken(settings: Mapping[str, Any]) -> str:
     """The device of this process; InputError where `settings`, a kind's own, name another: JAX takes one for good."""
-    wanted, device = settings.get("jax_device", "auto"), _named(jax.default_backend())
+    platforms = str(jax.config.jax_platforms or "")  # as they were before JAX started
+    try:
+        wanted, device = settings.get("jax_device", "auto"), _named(jax.default_backend())
+    except Exception as error:  # whatever a plugin raises, and AssertionError of JAX itself
+        raise InputError(f"JAX_PLATFORMS={platforms}: JAX cannot start it: {reason(error)}; unset it") from error
     if wanted not in ("auto", device):
-        asked = _named((jax.config.read("jax_platforms") or "").partition(",")[0])  # before JAX started
+        asked = _named(platforms.partition(",")[0])
         if asked == wanted:
             raise InputError(f"backend.jax_device={wanted}: JAX finds none here; use auto or {device}")
         raise InputError(f"backend.jax_device={wanted}: JAX has taken {device} in this process; start a new one")

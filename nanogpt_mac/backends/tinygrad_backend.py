@@ -20,7 +20,7 @@ from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Toke
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.backends.parts import Parts
 from nanogpt_mac.backends.tinygrad_entry import TinygradSettings
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 from nanogpt_mac.gpt.tinygrad_gpt import GPT, KVCache, dropout_masks, sizes, tensor
 
@@ -69,7 +69,11 @@ class TinygradBackend(Backend):
             raise InputError("checkpointing=true: backend=tinygrad has none; use checkpointing=false")
         self.spec, self.options, self.tokens = spec, options, tokens
         kind, settings = KINDS[options.name], TinygradSettings(**options.settings)
-        self.capabilities = kind.on(self.device_of(kind))
+        try:
+            self.capabilities = kind.on(self.device_of(kind))
+        except Exception as error:  # whatever its drivers raise
+            why = f"tinygrad cannot open it: {reason(error)}"
+            raise InputError(f"DEV={Device.DEFAULT}: {why}; use DEV=CPU, or a device that this machine has") from error
         self.model = GPT(spec, getattr(dtypes, options.dtype))
         self.resident = {
             split: tensor(array).realize()
@@ -102,6 +106,7 @@ class TinygradBackend(Backend):
 
     @classmethod
     def device_of(cls, kind: Kind) -> str:
+        Device[Device.DEFAULT]  # raises where it cannot be opened
         return Device.DEFAULT.split(":")[0].lower()
 
     # -- data: what crosses to the device is the starts, or whole windows where the split does not live there -----

@@ -46,7 +46,11 @@ def make(config: CompareConfig) -> tuple[Plan, dict[str, Config]]:
     else:
         variants = _variants(config, machine)
     variants = list(unique(variants))
-    variants += [_together(variant, size) for size in sizes(config) for variant in variants if _has_world(variant)]
+    several = [_together(variant, size) for size in sizes(config) for variant in variants if _has_world(variant)]
+    if config.ranks and not several:
+        able = ", ".join(name for name, kind in kinds.KINDS.items() if kind.world and name not in machine.missing)
+        raise InputError(f"ranks={config.ranks}: these variants train in one process; use some of {able}")
+    variants += several
     configs = {variant.name: _checked(variant, common) for variant in variants}
     common = _settle_corpus(next(iter(configs.values())), common)
     configs = {variant.name: _checked(variant, common) for variant in variants}

@@ -93,6 +93,9 @@ def _announce(folder: Path, plan: Plan, config: Config) -> None:
     for variant in plan.variants:
         if variant.lever:
             say(f"lever: {variant.label}: {variant.lever.what}")
+    several = {variant.alone for variant in plan.variants if variant.ranks > 1}
+    if alone := [v.label for v in plan.variants if several and v.ranks == 1 and v.name not in several]:
+        say(f"in one process alone: {', '.join(alone)}")
     for backend, reason in plan.missing.items():
         say(f"not here: {backend}: {reason}")
     asked = plan.asked

@@ -130,22 +130,37 @@ def test_memory_is_the_device_allocators_where_it_counts(make, monkeypatch):
 @pytest.mark.parametrize(
     ("platform", "device"), [("cpu", "cpu"), ("gpu", "cuda"), ("mps", "jax-mps"), ("metal", "metaljax"), ("tpu", "tpu")]
 )
-def test_a_platform_of_jax_is_a_device_of_ours(plugins, monkeypatch, platform, device):
+def test_a_platform_of_jax_is_a_device_of_ours(plugins, monkeypatch, request, platform, device):
     import jax
 
     from nanogpt_mac.backends import jax_backend
 
     plugins(jax_mps="0.11.1", metaljax="0.11.9")
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(jax.config, "read", lambda name: None)  # as if nothing had been asked for when JAX began
     assert jax_backend.taken({}) == device
     assert KINDS["jax"].on(device).framework == "jax"
     other = "cuda" if device == "cpu" else "cpu"
     with pytest.raises(InputError, match=f"backend.jax_device={other}: JAX has taken {device} in this process; start"):
         jax_backend.taken({"jax_device": other})
-    monkeypatch.setattr(jax.config, "read", lambda name: f"{other},cpu")
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", f"{other},cpu")
+    request.addfinalizer(lambda: jax.config.update("jax_platforms", before))
     with pytest.raises(InputError, match=f"backend.jax_device={other}: JAX finds none here; use auto or {device}"):
         jax_backend.taken({"jax_device": other})
+
+
+@here
+def test_a_platform_that_jax_cannot_start_is_one_line(monkeypatch):
+    import jax
+
+    from nanogpt_mac.backends import jax_backend
+
+    def broken():
+        raise AssertionError  # without a word, as JAX's own of JAX_PLATFORMS=cuda where there is no CUDA
+
+    monkeypatch.setattr(jax, "default_backend", broken)
+    with pytest.raises(InputError, match=r"^JAX_PLATFORMS=.*: JAX cannot start it: AssertionError; unset it$"):
+        jax_backend.taken({})
 
 
 @here

@@ -272,6 +272,20 @@ def test_a_tinygrad_that_is_loaded_already_is_told_its_device(monkeypatch):
 
 
 @here
+def test_a_device_that_cannot_be_opened_is_one_line(make, monkeypatch):
+    from tinygrad import Device
+
+    from nanogpt_mac.backends import tinygrad_backend
+
+    class Gone(type(Device)):
+        DEFAULT = "GONE"
+
+    monkeypatch.setattr(tinygrad_backend, "Device", Gone())
+    with pytest.raises(InputError, match=r"^DEV=GONE: tinygrad cannot open it: No module named .*; use DEV=CPU, or"):
+        make("tinygrad")
+
+
+@here
 def test_checkpointing_is_refused_and_no_lever(make):
     with pytest.raises(InputError, match="checkpointing=true: backend=tinygrad has none; use checkpointing=false"):
         make("tinygrad", checkpointing=True)

@@ -119,6 +119,12 @@ def test_names_are_unique_whatever_is_written():
     assert named == ["cpu", "cpu-2", "cpu-3", "mlx-eager", "mlx-eager-2", "cpu-4", "cpu-2-2"]
 
 
+def test_ranks_of_what_trains_in_one_process_are_refused(make, monkeypatch):
+    monkeypatch.setitem(KINDS, "cpu", dataclasses.replace(KINDS["cpu"], world=""))
+    with pytest.raises(InputError, match=r"^ranks=2: these variants train in one process; use some of "):
+        make("variants=[cpu]", "ranks=2", "gradient_accumulation_steps=2")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
