@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt_mac import simulator
 from nanogpt_mac.backends import base, torch_buckets, torch_vml
-from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Meant, Tokens
+from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Meant, Tokens
 from nanogpt_mac.backends.cuda_graph import Graphed
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.backends.parts import Parts
 from nanogpt_mac.backends.torch_adamw import AdamW
-from nanogpt_mac.backends.torch_entry import TorchSettings
-from nanogpt_mac.errors import InputError
+from nanogpt_mac.backends.torch_choices import LEVERS, Choices
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
-from nanogpt_mac.gpt.torch_gpt import GPT, FewKernels, KVCache
+from nanogpt_mac.gpt.torch_gpt import GPT, KVCache
 
 # Everything sent between host and device, or waited for, while a phase runs: change it with the code below. Copies to
 # the device that do not block wait for nothing and are not listed.
@@ -46,17 +44,6 @@ class Handle:
     sources: list[Tensor]  # what the iteration copies from, kept alive until it has
 
 
-def _rounds() -> bool:
-    """Whether the CPU's products change at all at lower precision: asked by computing one."""
-    matrix = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    before, exact = torch.get_float32_matmul_precision(), matrix @ matrix
-    try:
-        torch.set_float32_matmul_precision("medium")
-        return not torch.equal(matrix @ matrix, exact)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @dataclass(frozen=True)
 class Cached:
     """A cache of keys and values and what feeds it, kept for the next sequence: recording a graph takes long."""
@@ -67,43 +54,10 @@ class Cached:
 
 
 class TorchBackend(Backend):
-    LEVERS = (
-        Lever(
-            "backend.fused_adamw",
-            False,
-            "AdamW as torch's own loop over tensors, not one fused kernel",
-            lambda _, config: config.backend.fused_adamw is not False,
-        ),
-        Lever(
-            "matmul_precision",
-            "medium",
-            "float32 products rounded to bfloat16 inside",
-            lambda here, config: (
-                (here.device, config.dtype, config.matmul_precision) == ("cpu", "float32", "highest") and _rounds()
-            ),
-        ),
-        Lever(
-            "backend.cuda_graph",
-            False,
-            "every kernel of an iteration sent by the host",
-            lambda here, config: here.device == "cuda" and config.compile and config.backend.cuda_graph is not False,
-        ),
-        Lever(
-            "backend.own_kernels",
-            False,
-            "attention and layer norm by torch's kernels, not by ours",
-            lambda here, config: (
-                here.device == "cuda" and (config.compile if (o := config.backend.own_kernels) is None else o)
-            ),
-        ),
-        Lever(
-            "backend.compile_mode", "reduce-overhead", "the loss as CUDA graphs", lambda here, _: here.device == "cuda"
-        ),
-    )
+    LEVERS = LEVERS
 
     def __init__(self, spec: GPTSpec, options: BackendOptions, tokens: Tokens) -> None:
         self.spec, self.options, self.tokens = spec, options, tokens
-        self.settings = TorchSettings(**options.settings)
         kind = KINDS[options.name]
         self.capabilities = kind.on(self.device_of(kind))
         self.device = torch.device(options.name)
@@ -111,12 +65,13 @@ class TorchBackend(Backend):
         torch_vml.settle()
         torch.set_float32_matmul_precision(options.matmul_precision)
         self.dtype = getattr(torch, options.dtype)
-        own = self._own_kernels()
+        choices = Choices(spec, options, self.device)
+        self.settings = choices.settings
+        own, graph = choices.own_kernels, choices.cuda_graph
         if own is not None:
             own.prepare(spec, self.dtype, self.device)
-        self.model = GPT(spec, self._few_kernels(), options.checkpointing, own is not None).to(self.device)
+        self.model = GPT(spec, choices.few_kernels, options.checkpointing, own is not None).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
-        graph = self._cuda_graph()
         if options.compile:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
@@ -126,7 +81,8 @@ class TorchBackend(Backend):
             else:
                 self.loss = compiled(self.model.loss)
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer, fused = self._adamw(capturable=graph)
+        betas, fused = (options.beta1, options.beta2), choices.fused_adamw
+        self.optimizer = AdamW(self.parameters, betas, options.weight_decay, fused, capturable=graph)
         self.scaler: Any = torch.amp.GradScaler(  # whose types ask for an optimizer of torch's own
             self.device.type,
             INIT_LOSS_SCALE,
@@ -146,8 +102,7 @@ class TorchBackend(Backend):
         self.iteration = 0
         self.train_windows: Callable[[Tensor], Tensor] = Graphed(self._train) if graph else self._train
         self.evaluate_window: Callable[[Tensor], Tensor] = Graphed(self._evaluate) if graph else self._evaluate
-        # Eager too: of one token the host would take three times as long to send the kernels as they take.
-        self.one_graph = self.device.type == "cuda" and self.settings.cuda_graph is not False
+        self.one_graph = choices.token_graph
         self.full_window: Callable[[Tensor], Tensor] = (
             Graphed(self._last_logits, 1) if self.one_graph else self._last_logits
         )
@@ -162,65 +117,6 @@ class TorchBackend(Backend):
     @classmethod
     def device_of(cls, kind: Kind) -> str:
         return simulator.DEVICE_NAME if kind.name == "mps" and simulator.active() else kind.name
-
-    def _few_kernels(self) -> FewKernels:
-        """On MPS, where launches cost more than work; on a CPU in 16 bits or with dropout: no flash attention helps."""
-        if self.device.type == "cpu" and self.dtype != torch.float32:
-            return "always"
-        dropping = self.device.type == "cpu" and self.spec.dropout > 0
-        return "training" if dropping or self.device.type == "mps" else "never"  # both have a fused one in evaluation
-
-    def _cuda_graph(self) -> bool:
-        """Whether an iteration is one CUDA graph: when it is compiled, unless told otherwise."""
-        asked, mode = self.settings.cuda_graph, self.settings.compile_mode
-        own = self.options.compile and mode in ("reduce-overhead", "max-autotune")  # torch.compile makes graphs itself
-        if asked and (self.device.type != "cuda" or own):
-            why = f"backend.compile_mode={mode} makes graphs of its own" if own else f"{self.options.name} has none"
-            raise InputError(f"backend.cuda_graph=true: {why}; use null or false")
-        return self.device.type == "cuda" and not own and (self.options.compile if asked is None else asked)
-
-    def _own_kernels(self) -> Any:
-        """The module of our Triton kernels where the model takes them, else None.
-
-        Unless told otherwise it does in a step that is compiled or one CUDA graph: eager, the host takes longer to send
-        them than torch's own.
-        """
-        asked = self.settings.own_kernels
-        wanted = self.options.compile or self._cuda_graph() if asked is None else asked
-        why_not = f"{self.options.name} has none" if self.device.type != "cuda" else None
-        if why_not is None and wanted:
-            if find_spec("triton") is None:
-                why_not = "the package triton is not installed"
-            else:
-                from nanogpt_mac.gpt import fused
-
-                why_not = fused.fault(self.spec)
-        if asked and why_not:
-            raise InputError(f"backend.own_kernels=true: {why_not}; use null or false")
-        return fused if why_not is None and wanted else None
-
-    def _adamw(self, capturable: bool) -> tuple[AdamW, bool]:
-        """AdamW, fused wherever torch has it for this device unless told otherwise; whether it is."""
-        o = self.options
-        why_not = "was asked for" if self.settings.fused_adamw is False else self._fused_adamw_fault()
-        if why_not and self.settings.fused_adamw:
-            raise InputError(f"backend.fused_adamw=true: torch {torch.__version__} {why_not}; use null or false")
-        fused = not why_not
-        return AdamW(self.parameters, (o.beta1, o.beta2), o.weight_decay, fused, capturable), fused
-
-    def _fused_adamw_fault(self) -> str | None:
-        """What is wrong with torch's fused AdamW on this device, asked by trying it."""
-        p = torch.nn.Parameter(torch.ones(1, device=self.device))
-        optimizer: Any = AdamW({"p": p}, (0.9, 0.999), weight_decay=0.0, fused=True)
-        optimizer.take([torch.ones_like(p)])
-        optimizer.found_inf = torch.ones((), device=self.device)  # what GradScaler sets after an overflow
-        try:
-            optimizer.step(lr=1.0)
-        except RuntimeError:  # torch's own answer where a device has none
-            return f"has no fused AdamW on {self.device.type}"
-        if self.options.dtype == "float16" and p.item() != 1.0:  # MPS until pytorch PR 186360
-            return f"updates weights after a float16 overflow in its fused AdamW on {self.device.type}"
-        return None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanogpt_mac.backends.parts import NAMES
-from nanogpt_mac.backends.torch_backend import TorchBackend
+from nanogpt_mac.backends.torch_choices import Choices
 from nanogpt_mac.gpt import torch_gpt
 
 if torch.cuda.is_available():
@@ -22,7 +22,7 @@ with pytest.MonkeyPatch.context() as patch:
 @pytest.fixture(autouse=True)
 def own_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(TorchBackend, "_own_kernels", lambda self: fused)
+    monkeypatch.setattr(Choices, "own_kernels", fused)
     monkeypatch.setattr(fused, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))  # the interpreter runs one a time
 
 

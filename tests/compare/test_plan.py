@@ -288,7 +288,7 @@ def test_levers_are_those_with_an_effect(make):
 
 
 def test_precision_is_a_lever_where_products_change(make, monkeypatch):
-    from nanogpt_mac.backends import torch_backend
+    from nanogpt_mac.backends import torch_choices
 
     def of(machine, backend, *overrides):
         document, _ = make("levers=true", f"backend={backend}", *overrides, machine=machine)
@@ -299,7 +299,7 @@ def test_precision_is_a_lever_where_products_change(make, monkeypatch):
     assert of(MAC, "mps") == of(LINUX, "mlx") == of(CUDA, "cuda", "dtype=bfloat16") == []
     assert of(MAC, "mps", "matmul_precision=high") == ["highest"]
     for changes in (True, False):
-        monkeypatch.setattr(torch_backend, "_rounds", lambda changes=changes: changes)
+        monkeypatch.setattr(torch_choices, "products_round", lambda changes=changes: changes)
         assert of(LINUX, "cpu") == (["medium"] if changes else [])
 
 
