@@ -1,18 +1,15 @@
-"""The command line: everything that knows Hydra and OmegaConf.
+"""The command line, by way of Hydra and OmegaConf.
 
-It turns overrides into a typed config, every kind of bad input into one line and exit code 2, and a multirun sweep
-into one fresh process a member (sweep/).
+It turns overrides into a typed config, every kind of bad input into one line (diagnostics.py) and exit code 2, and a
+multirun sweep into one fresh process a member (sweep/).
 """
 
 from __future__ import annotations
 
-import difflib
-import errno
 import gc
 import importlib
 import io
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,15 +26,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
-from nanogpt_mac import composed, nanogpt_keys, ranks, signals
-from nanogpt_mac.backends import kinds
+from nanogpt_mac import composed, diagnostics, nanogpt_keys, ranks, signals
 from nanogpt_mac.backends.kinds import KINDS
-from nanogpt_mac.errors import InputError, cleaned, reason
+from nanogpt_mac.errors import InputError
 from nanogpt_mac.overrides import (
     GIVEN,
     escaped,
@@ -63,19 +59,9 @@ SCHEMAS = {  # conf/<command>.yaml -> what it must be; imported when it is that 
     "report": "nanogpt_mac.compare.config:ReportConfig",
     "bench": "nanogpt_mac.suites.config:BenchConfig",
 }
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit of the shell
 SCRIPTS = {"config": "train.py", "coverage": "mps_coverage.py"}  # others have the name of their config
 OPTIONS = ("help", "version", "cfg", "resolve", "package", "run", "multirun", "info")  # Hydra's, of one word
 GLOBAL_GROUPS = ("experiment", "optim")  # groups whose keys lie at the top level
-EXTRAS = {"optuna": "sweep", "joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"}
-"""Hydra's plugins and the extra of this package that brings each."""
-WANTED = {
-    "a valid bool": "true or false",
-    "converted to Integer": "a whole number",
-    "converted to Float": "a number",
-    "is not Optional": "a value other than null",
-}
-"""What OmegaConf says of a value that it cannot convert, and what to use."""
 
 _search_path: list[str] = []  # where the configs of the command under way lie, beside conf/
 
@@ -174,13 +160,10 @@ class Command:
         """
         if any(argument.startswith(("-", "hydra", "+hydra", "~hydra")) for argument in self.arguments):
             return None
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-            cfg = hydra.compose(self.name, overrides=self.arguments, return_hydra_config=True)
+        cfg = _composed(self.name, self.arguments)
         if cfg.hydra.mode == RunMode.MULTIRUN or cfg.hydra.run.dir != ".":
             return None
         HydraConfig.instance().set_config(cfg)
-        with open_dict(cfg):
-            del cfg["hydra"]
         return cfg
 
     def _through_hydra(self, app: Callable[[], None]) -> None:
@@ -219,14 +202,9 @@ class Command:
         self._refuse()
         running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command's own, which comes back
         try:
-            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-                beside = ",".join(map(literal, _search_path))
-                overrides = [*self.arguments, *([f"hydra.searchpath=[{beside}]"] if beside else [])]
-                cfg = hydra.compose(self.name, overrides=overrides, return_hydra_config=True)
-            groups = cfg.hydra.runtime.choices
-            with open_dict(cfg):
-                del cfg["hydra"]
-            return self._config(cfg, self.typed, resume=False, groups=groups)
+            beside = ",".join(map(literal, _search_path))
+            cfg = _composed(self.name, [*self.arguments, *([f"hydra.searchpath=[{beside}]"] if beside else [])])
+            return self._config(cfg, self.typed, resume=False, groups=cfg.hydra.runtime.choices)
         except (HydraException, OmegaConfBaseException) as error:
             raise InputError(self._one_line(error)) from error
         finally:
@@ -241,7 +219,7 @@ class Command:
         except (InputError, OmegaConfBaseException, BrokenPipeError) as error:
             self.mistake = error
         except Exception as error:
-            self.failure = _failure(error, config)
+            self.failure = diagnostics.failure(error, config)
             if self.failure is None:
                 raise
 
@@ -254,6 +232,8 @@ class Command:
         self, cfg: DictConfig, overrides: Sequence[str], resume: bool = True, groups: Collection[str] = ()
     ) -> Any:
         _refuse_new_keys(self.name, overrides, groups)
+        with open_dict(cfg):
+            cfg.pop("hydra", None)
         config: Any = mapped(OmegaConf.to_object(cfg), found_again)  # resolves the interpolations of files
         if resume and self.name == "config" and config.init_from == "resume" and config.run is not None:
             config = _resumed(config, overrides)
@@ -271,37 +251,12 @@ class Command:
             return f"{match[1]}{match[2]}={listed([unescaped(str(element)) for element in value])}"
         return f"{match[1]}{match[2]}={unescaped(str(value))}" if value is not None else override
 
+    def _one_line(self, error: Exception) -> str:
+        return diagnostics.mistake(error, self.typed, _keys(self.name))
+
     def _say(self, words: str, code: int) -> int:
         print(f"{Path(self.program).name}: {words}", file=sys.stderr)
         return code
-
-    def _one_line(self, error: Exception) -> str:
-        """Name the key, the value and what to use instead; Hydra's own words are kept where they already do."""
-        cause: BaseException = error
-        while cause.__cause__ is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__
-        if isinstance(cause, InputError):
-            return str(cause)
-        text = str(error)
-        given = {o.lstrip("+~").split("=")[0]: o for o in self.typed if "=" in o}
-        if isinstance(error, MissingConfigException):
-            absent = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
-            options = re.findall(r"^\t(\w+)$", text, re.MULTILINE)
-            if absent and absent[1] in ("hydra/launcher", "hydra/sweeper") and absent[2] in EXTRAS:
-                return f"{absent[1]}={absent[2]}: needs pip install 'nanogpt-mac[{EXTRAS[absent[2]]}]'"
-            if absent:
-                return f"{absent[1]}={absent[2]}: use one of {', '.join(options)}"
-        if isinstance(cause, MissingMandatoryValue):
-            return f"{cause.full_key}: must be given ({cause.full_key}=...)"
-        key = getattr(cause, "full_key", None) or next(iter(re.findall(r"Could not override '([^']+)'", text)), None)
-        if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-            named = next((text for name, text in given.items() if f"{name}.".startswith(f"{key}.")), key)
-            return f"{named}: there is no such key{_suggestion(str(key), self.name)}"
-        if isinstance(cause, OverrideParseException):
-            return f"{cause.override}: not an override; use key=value, with quotes around anything unusual"
-        words = cleaned(str(cause).split("\n    full_key")[0]) or type(cause).__name__
-        words = next((f"use {wanted}" for said, wanted in WANTED.items() if said in words), words)
-        return f"{given[key]}: {words}" if key in given else words
 
 
 @dataclass(frozen=True)
@@ -355,6 +310,12 @@ class _Job:
         return member.returned(found, basic=plugin.name_of(hydra_config.sweeper) == "basic")
 
 
+def _composed(command: str, overrides: Sequence[str]) -> DictConfig:
+    """conf/<command>.yaml with `overrides`, and Hydra's own config in it."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        return hydra.compose(command, overrides=list(overrides), return_hydra_config=True)
+
+
 def _beside_conf(hydra_config: HydraConf) -> list[str]:
     """The folders of configs that --config-dir and hydra.searchpath have added."""
     sources = hydra_config.runtime.config_sources
@@ -370,8 +331,7 @@ def _helped(command: str, arguments: Sequence[str]) -> bool:
     overrides = [a for a in arguments if a not in ("--help", "-h")]
     if len(overrides) == len(arguments) or any(a.startswith(("-", "hydra.")) for a in overrides):
         return False
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfg = hydra.compose(command, overrides=overrides, return_hydra_config=True)
+    cfg = _composed(command, overrides)
     template = Template(cfg.hydra.help.template)
     with open_dict(cfg):
         del cfg["hydra"]
@@ -380,25 +340,6 @@ def _helped(command: str, arguments: Sequence[str]) -> bool:
     lines = (f"{group}: {', '.join(sorted(options))}\n" for group, options in sorted(groups.items()))
     print(template.substitute(APP_CONFIG_GROUPS="".join(lines), CONFIG=OmegaConf.to_yaml(cfg)))
     return True
-
-
-def _failure(error: Exception, config: Any) -> str | None:
-    """What to say of memory or a disk that is full; None for any other error."""
-    if isinstance(error, OSError) and error.errno in FULL:
-        named = Path(error.filename) if error.filename else Path.cwd()
-        where = next(place for place in (*named.absolute().parents, Path("/")) if place.is_dir())  # of what is left
-        return f"{where}: {error.strerror}; make room there, or name another folder (run_dir=...), and start again"
-    from nanogpt_mac import supervise  # only now: pydantic, for which `--help` has no time
-
-    words = f"{type(error).__name__}: {reason(error)}"
-    signs = (supervise.OOM, kinds.signs().get("oom"))
-    if not isinstance(error, MemoryError) and not any(sign.search(f"{words}\n{error}") for sign in signs if sign):
-        return None
-    sizes = {"batch_size": getattr(config, "batch_size", 1)}
-    if hasattr(config, "model"):
-        sizes["model.block_size"] = config.model.block_size
-    lower = " or ".join(f"{key} below {value}" for key, value in sizes.items() if value > 1)
-    return f"out of memory ({words}); use {lower or 'a smaller model'}"
 
 
 @contextmanager
@@ -439,10 +380,11 @@ def _tidied(typed: Sequence[str], command: str) -> list[str]:
 
 def _refuse_new_keys(command: str, overrides: Sequence[str], groups: Collection[str]) -> None:
     """Hydra lets `+key=value` add a key that nothing reads; `groups` are those that were chosen from."""
+    keys = _keys(command)
     for override in overrides:
         key = override.lstrip("+").split("=")[0]
-        if override.startswith("+") and key not in groups and key not in _keys(command):
-            raise InputError(f"{override.lstrip('+')}: there is no such key{_suggestion(key, command)}")
+        if override.startswith("+") and key not in groups and key not in keys:
+            raise InputError(f"{override.lstrip('+')}: there is no such key{diagnostics.suggestion(key, keys)}")
 
 
 def _resumed(given: Any, overrides: Sequence[str]) -> Any:
@@ -466,12 +408,6 @@ def _resumed(given: Any, overrides: Sequence[str]) -> Any:
     resumed.init_from, resumed.run, resumed.run_dir = "resume", given.run, given.run_dir
     resumed.shared_machine = given.shared_machine  # of this run, not of the sweep that it may come from
     return resumed
-
-
-def _suggestion(key: str, command: str) -> str:
-    keys = _keys(command)
-    close = difflib.get_close_matches(key, keys, n=3, cutoff=0.5) or [k for k in keys if k.endswith(f".{key}")]
-    return f"; did you mean {', '.join(close)}?" if close else "; --help lists the keys"
 
 
 def _keys(command: str) -> list[str]:

@@ -16,6 +16,7 @@ import pytest
 from fakes.support import CACHE, ROOT, options
 from fakes.warm import Warm
 
+from nanogpt_mac import cli
 from nanogpt_mac.backends import entry, here, kinds
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.gpt.spec import GPTSpec
@@ -132,5 +133,24 @@ def command(tmp_path, request):
             return request.getfixturevalue("warm").run([path, *overrides], tmp_path, timeout)
         argv, env = [sys.executable, path, *overrides], {**os.environ, **environment}
         return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run
+
+
+@pytest.fixture
+def compose(tmp_path, monkeypatch, capsys):
+    """Run the command line in this process with a task that only keeps the config; (exit code, config, stderr)."""
+
+    def run(*overrides, command="config", task=None):
+        kept = []
+
+        def keep(config):
+            kept.append(config)
+            return 0
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+        code = cli.main(command, task or keep)
+        return code, kept[0] if kept else None, capsys.readouterr().err
 
     return run

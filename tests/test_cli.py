@@ -1,7 +1,6 @@
 """The command line as a user meets it: what it accepts, and the one line it answers to everything else."""
 
 import contextlib
-import errno
 import re
 import resource
 import subprocess
@@ -10,30 +9,11 @@ import sys
 import pytest
 from fakes.support import ROOT
 
-from nanogpt_mac import cli, supervise
+from nanogpt_mac import cli
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.config import Config, validate
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.overrides import merged
-
-
-@pytest.fixture
-def compose(tmp_path, monkeypatch, capsys):
-    """Run the command line in this process with a task that only keeps the config; (exit code, config, stderr)."""
-
-    def run(*overrides, command="config", task=None):
-        kept = []
-
-        def keep(config):
-            kept.append(config)
-            return 0
-
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
-        code = cli.main(command, task or keep)
-        return code, kept[0] if kept else None, capsys.readouterr().err
-
-    return run
 
 
 def test_the_command_that_the_user_asked_for_parses(compose):
@@ -77,25 +57,6 @@ def test_every_corpus_composes(compose, data):
 
 
 BACKENDS = ("auto", *KINDS)
-MISTAKES = [
-    (["max_itters=5"], r"max_itters=5: there is no such key; did you mean max_iters"),
-    (["model.n_hed=3"], r"model.n_hed=3: there is no such key; did you mean model.n_head"),
-    (["n_head=3"], r"n_head=3: written as for nanoGPT; use: python train\.py model\.n_head=3"),
-    (["+extra=1"], r"extra=1: there is no such key"),
-    (["foo.bar=1"], r"foo\.bar=1: there is no such key"),
-    (["backend=tpu"], f"backend=tpu: use one of {', '.join(sorted(BACKENDS))}"),
-    (["data=enwik8"], r"data=enwik8: use one of .*shakespeare_char"),
-    (["experiment=fast"], r"experiment=fast: use one of .*quick, smoke"),
-    (["max_iters=abc"], r"max_iters=abc: use a whole number$"),
-    (["max_iters=1.5"], r"max_iters=1\.5: use a whole number$"),
-    (["model.bias=perhaps"], r"model\.bias=perhaps: use true or false$"),
-    (["model.bias=2"], r"model\.bias=2: use true or false$"),
-    (["model.bias=null"], r"model\.bias=null: use a value other than null$"),
-    (["backend.own_kernels=-1"], r"backend\.own_kernels=-1: use true or false$"),
-    (["learning_rate=fast"], r"learning_rate=fast: use a number$"),
-    (["max_iters"], r"max_iters"),
-    (["model=[1"], r"model=\[1"),
-]
 VALUES = [
     (["max_iters=0"], "max_iters=0: must be at least 1"),
     (["eval_interval=-1"], "eval_interval=-1: must be at least 0"),
@@ -129,14 +90,6 @@ VALUES = [
     (["hydra.run.dir=data.txt"], "run_dir=data.txt: cannot be made: "),
     (["seed=99999999999999999999999"], "seed=99999999999999999999999: must be at least 0 and below 2\\*\\*63"),
 ]
-
-
-@pytest.mark.parametrize(("overrides", "line"), MISTAKES)
-def test_a_mistake_is_one_line_with_the_key_the_value_and_what_is_allowed(compose, tmp_path, overrides, line):
-    code, config, err = compose(*overrides)
-    assert (code, config) == (2, None)
-    assert re.fullmatch(rf"train\.py: .*{line}.*\n", err), err
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("overrides", "line"), VALUES)
@@ -185,17 +138,6 @@ def test_flags_that_exclude_each_other_are_one_line(compose, flags):
     assert re.fullmatch(r"train\.py: .*--cfg.*\n", err)
 
 
-@pytest.mark.parametrize(("group", "name", "extra"), [("launcher", "ray", "ray"), ("sweeper", "optuna", "sweep")])
-def test_a_plugin_that_is_not_installed_names_its_extra(compose, monkeypatch, group, name, extra):
-    from hydra.core.config_store import ConfigStore
-
-    node = ConfigStore.instance().repo["hydra"][group]
-    monkeypatch.delitem(node, f"{name}.yaml", raising=False)
-    code, _, err = compose("-m", f"hydra/{group}={name}", "seed=1,2")
-    assert code == 2
-    assert err == f"train.py: hydra/{group}={name}: needs pip install 'nanogpt-mac[{extra}]'\n"
-
-
 def test_own_groups_of_configs_reach_what_is_composed_inside(compose, tmp_path):
     """As in compare.py, which composes its variants from the overrides of its command line."""
     (tmp_path / "mine" / "recipe").mkdir(parents=True)
@@ -210,11 +152,6 @@ def test_own_groups_of_configs_reach_what_is_composed_inside(compose, tmp_path):
         assert compose(*place, "+recipe=slow", task=task)[0] == 0
         assert (inside.pop().learning_rate, inside) == (3e-6, [])
     assert compose("+recipe=slow")[0] == 2
-
-
-def test_sample_needs_a_run(compose):
-    code, _, err = compose(command="sample")
-    assert (code, err) == (2, "train.py: run: must be given (run=...)\n")
 
 
 @pytest.mark.parametrize(
@@ -332,46 +269,3 @@ def test_compose_is_the_command_line_without_a_run():
     ):
         with pytest.raises(InputError, match=words):
             cli.compose([override])
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError("Unable to allocate 298. GiB for an array with shape (200000, 200000) and data type float64"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
-        RuntimeError("[metal::malloc] Attempting to allocate 99 bytes. Insufficient Memory (00000008)"),
-        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB). Use PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 to"),
-        RuntimeError("std::bad_alloc"),
-    ],
-)
-def test_memory_that_runs_out_is_one_line_with_what_to_lower(compose, error):
-    def task(config):
-        raise error
-
-    code, _, said = compose("experiment=smoke", task=task)
-    assert code == 1
-    assert re.fullmatch(
-        r"train\.py: out of memory \(.*\); use batch_size below 4 or model\.block_size below 32\n", said
-    )
-    assert "WATERMARK" not in said
-    assert supervise._why(1, said, {})[0] == "oom"
-
-
-def test_another_fault_keeps_its_traceback(compose):
-    def task(config):
-        raise RuntimeError("the size of tensor a must match")
-
-    with pytest.raises(RuntimeError, match="the size of tensor a must match"):
-        compose(task=task)
-
-
-def test_a_full_disk_is_one_line_with_the_folder(compose, tmp_path):
-    def task(config):
-        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "runs/x/metrics.jsonl"))
-
-    code, _, said = compose(task=task)
-    assert (code, said) == (
-        1,
-        f"train.py: {tmp_path}: No space left on device; make room there, or name another folder "
-        "(run_dir=...), and start again\n",
-    )
