@@ -80,8 +80,7 @@ def _add_kinds(report: CheckedReport) -> None:
         table = None
     for row in rows:
         op = row.name.removeprefix("aten.")
-        entry = table.entries.get(op) if table and row.name.startswith("aten.") else None
-        row.kind = entry.kind.value if entry else None
+        row.kind = table.kind(op) if table and row.name.startswith("aten.") else None
 
 
 def _child(given: Any) -> dict[str, Any]:

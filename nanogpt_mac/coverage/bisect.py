@@ -153,9 +153,7 @@ def _reader(config: CoverageConfig) -> Callable[[wheel.Torch], Looked]:
     def look(torch: wheel.Torch) -> Looked:
         table = load_found(torch, config.python, config.binary, config.nightly_index)
         names = ours if ours is not None else named(table, str(config.bisect))
-        return Looked(
-            {op: table.entries[op].kind.value if op in table.entries else "absent" for op in names}, table.git
-        )
+        return Looked({op: table.kind(op) or "absent" for op in names}, table.git)
 
     return look
 

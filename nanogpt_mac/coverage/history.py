@@ -57,7 +57,7 @@ def history(config: CoverageConfig, ours: Iterable[str] = (), whose: str = "") -
         releases.append(release)
         tables.append(table)
     overloads = sorted({op for table in tables if table for op in table.entries})
-    kinds = {op: tuple(_kind(table, op) for table in tables) for op in overloads}
+    kinds = {op: tuple(table.kind(op) if table else None for table in tables) for op in overloads}
     ordered = tuple(sorted(set(ours)))
     return History(asked=asked, releases=tuple(releases), overloads=kinds, ours=ordered, whose=whose)
 
@@ -92,11 +92,6 @@ def read(name: str, torch: wheel.Torch | InputError, config: CoverageConfig) -> 
 def checked() -> dict[str, tuple[str, ...]]:
     """What the binaries of releases said of their tables."""
     return {version: tuple(lines) for version, lines in json.loads(CHECKED.read_text()).items()}
-
-
-def _kind(table: Table | None, op: str) -> str | None:
-    entry = table.entries.get(op) if table else None
-    return entry.kind.value if entry else None
 
 
 def _ours(config: CoverageConfig) -> tuple[list[str], str]:
@@ -190,10 +185,9 @@ def page(made: History) -> Page:
         code, verdict = CANNOT_TELL, f"no torch could be read: {made.releases[0].error}"
     else:
         first, last = readable[0], readable[-1]
-        gained = sum(_runs(kinds[_at(made, last)]) and not _runs(kinds[_at(made, first)]) for kinds in _common(made))
-        verdict = f"{len(readable)} torches read, {first.version} to {last.version}: {gained} overloads gained"
-        lost = sum(_runs(kinds[_at(made, first)]) and not _runs(kinds[_at(made, last)]) for kinds in _common(made))
-        verdict += f", {lost} lost"
+        ran = [(kinds[_at(made, first)] in RUNS, kinds[_at(made, last)] in RUNS) for kinds in _common(made)]
+        verdict = f"{len(readable)} torches read, {first.version} to {last.version}: "
+        verdict += f"{ran.count((False, True))} overloads gained, {ran.count((True, False))} lost"
         code = CANNOT_TELL if unreadable else OK
         if unreadable:
             verdict += f"; {some(unreadable)} could not be read"
@@ -218,10 +212,6 @@ def page(made: History) -> Page:
     facts = made.document() | {"scope": "history"}
     charts = {releases.id: [chart(made)]} if len(readable) > 1 else {}
     return Page(f"MPS coverage, {made.asked}", lines, [releases, changes], code, verdict, facts, charts)
-
-
-def _runs(kind: str | None) -> bool:
-    return kind in RUNS
 
 
 def _at(made: History, release: Release) -> int:
@@ -268,9 +258,9 @@ def _changes(made: History) -> list[list[str]]:
             kind = kinds[i]
             if path and kind != before:
                 path.append(f"{names[i]}: {kind or 'absent'}")
-                if _runs(kind) and before is not None and not _runs(before):
+                if kind in RUNS and before is not None and before not in RUNS:
                     gained.append(names[i])
-                if _runs(before) and kind is not None and not _runs(kind):
+                if before in RUNS and kind is not None and kind not in RUNS:
                     lost.append(names[i])
             elif not path:
                 path.append(kind or "absent")
@@ -285,7 +275,7 @@ def chart(made: History) -> Chart:
     """Overloads over releases, by where they run."""
     releases = [r for r in made.releases if not r.error]
     title = "Overloads by where they run"
-    names = [r.version if Version(r.version).is_devrelease is False else "nightly" for r in releases]
+    names = ["nightly" if Version(r.version).is_devrelease else r.version for r in releases]
     rows = [[r.version, *(str(_count(r, kinds)) for kinds in _GROUPS.values())] for r in releases]
     description = "Lines. " + "; ".join(f"{row[0]}: {', '.join(row[1:])}" for row in rows) + "."
     with svg.style():

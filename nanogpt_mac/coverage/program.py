@@ -19,7 +19,7 @@ from nanogpt_mac.coverage.page import CANNOT_TELL, LOST, OK, Page, section, some
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.fallbacks.findings import ADVICE
 from nanogpt_mac.operators.dispatch import Dispatch
-from nanogpt_mac.operators.table import Kind, Table, load
+from nanogpt_mac.operators.table import RUNS, Table, load
 from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.fallbacks import FindingKind
 from nanogpt_mac.records.program import Iterations, Judged, Program, ProgramFinding
@@ -37,7 +37,7 @@ _DRAIN = (
 
 def check(config: CoverageConfig) -> Page:
     """Runs the program that `config.script` names, and reports. InputError where there is none, or no device."""
-    return page(run(config, sys.executable, simulator.environment(fallback=True)), config)
+    return page(run(config, sys.executable, simulator.environment(fallback=True)))
 
 
 def run(config: CoverageConfig, python: str, environment: Mapping[str, str], torch: str | None = None) -> Program:
@@ -194,8 +194,7 @@ def judged(made: Program, table: Table) -> Program:
     away = {f.op: f.kind.value for f in made.findings if f.kind not in (FindingKind.SYNC, FindingKind.HIDDEN)}
     rows = []
     for op, calls in sorted(made.reached.items()):
-        entry = table.entries.get(op) or table.entries.get(op.removesuffix(".default"))
-        there = entry.kind.value if entry else "absent"
+        there = table.kind(op) or table.kind(op.removesuffix(".default")) or "absent"
         rows.append(Judged(op=op, calls=calls, here=away.get(op, "runs"), there=there))
     return made.model_copy(update={"against": table.version, "judged": tuple(rows)})
 
@@ -203,11 +202,7 @@ def judged(made: Program, table: Table) -> Program:
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def _runs(kind: str) -> bool:
-    return kind in (Kind.NATIVE, Kind.DELEGATE, Kind.PYTHON, Kind.COMPOSITE)
-
-
-def page(made: Program, config: CoverageConfig) -> Page:
+def page(made: Program) -> Page:
     """Exit code 0: every operator stays on the device; 1: one does not; 2: it cannot be told."""
     code, verdict = _verdict(made)
     name = shlex.join(made.program)
@@ -238,7 +233,7 @@ def page(made: Program, config: CoverageConfig) -> Page:
         section("What to do", ["where", "advice"], [[some(places), what] for what, places in advice.items()])
     )
     if made.against:
-        changed = [j for j in made.judged if _runs(j.there) != (j.here == "runs")]
+        changed = [j for j in made.judged if (j.there in RUNS) != (j.here == "runs")]
         rows = [[j.op, str(j.calls), j.here, j.there] for j in changed]
         title = f"Under torch {made.against}"
         sections.append(section(title, ["op", "calls", "here", "there"], rows, empty="every operator fares as here"))
@@ -253,7 +248,7 @@ def _verdict(made: Program) -> tuple[int, str]:
     drains = [f.where or f.op for f in made.findings if f.each_iteration]
     waits = f"; the host waits in each iteration at {some(list(dict.fromkeys(drains)))}" if drains else ""
     if made.against:
-        lost = [j.op for j in made.judged if not _runs(j.there)]
+        lost = [j.op for j in made.judged if j.there not in RUNS]
         if lost:
             return (
                 LOST,

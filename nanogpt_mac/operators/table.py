@@ -85,6 +85,11 @@ class Table:
     entries: dict[str, Entry]
     disagreements: list[str] = field(default_factory=list)
 
+    def kind(self, op: str) -> str | None:
+        """A `Kind` as it is written down; None where this torch has no such overload."""
+        entry = self.entries.get(op)
+        return entry.kind.value if entry else None
+
     def counts(self) -> dict[str, int]:
         count = Counter(entry.kind for entry in self.entries.values())
         return {kind.value: count[kind] for kind in Kind}

@@ -14,8 +14,8 @@ def test_another_torch_judges_what_was_seen(tables):
     seen |= {"torch": "2.13.0", "python": "3.11", "device": "mps", "seconds": 1.0, "watched_s": 0.1, "steps": 0}
     seen |= {"kernels": 2, "waits": 0, "reached": {"alpha": 1, "beta": 2}, "mapped": []}
     made = program.document(seen, ["x.py"], ROOT, 0)
-    assert program.page(program.judged(made, old), CoverageConfig()).exit_code == 0
-    page = program.page(program.judged(made, new), CoverageConfig())
+    assert program.page(program.judged(made, old)).exit_code == 0
+    page = program.page(program.judged(made, new))
     assert page.exit_code == 1
     assert "1 operators of this program do not run on MPS" in page.verdict
     assert "beta" in page.verdict
