@@ -23,8 +23,8 @@ from nanogpt_mac.config import Config, backend_options
 from nanogpt_mac.corpus import TINY_SHAKESPEARE_SYMBOLS
 from nanogpt_mac.coverage.model_ops import PHASES, Task, Trace
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.fallbacks import profiled
 from nanogpt_mac.fallbacks.phases import Phased
-from nanogpt_mac.fallbacks.profiled import DEVICE, MARK, name_of, parents_of, tensors_of, walk
 from nanogpt_mac.fallbacks.signs import short
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.simulator.optable import NO_DEVICE_CHECK, installed_table
@@ -89,35 +89,31 @@ class Profiled(Phased):
             yield
         torch.mps.synchronize()
         results: Any = profiler.profiler
-        self._sort(list(walk(results.kineto_results.experimental_event_tree())))
+        self._sort(list(profiled.walk(results.kineto_results.experimental_event_tree())))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         before, self.current = self.current, name
         try:
-            with torch.profiler.record_function(MARK + name):
+            with torch.profiler.record_function(profiled.MARK + name):
                 yield
         finally:
             self.current = before
 
     def _sort(self, events: list[Any]) -> None:
-        windows = [
-            (e.start_time_ns, e.end_time_ns, e.name.removeprefix(MARK)) for e in events if e.name.startswith(MARK)
-        ]
+        phase_of = profiled.phases_of(events)
         for event in events:
-            begun = [w for w in windows if w[0] <= event.start_time_ns <= w[1]]
-            phase = max(begun)[2] if begun else ""  # the innermost, on whatever thread
-            if not phase:
+            if not (phase := phase_of(event)):
                 continue
-            if self._reaches(event) and not any(self._reaches(above) for above in parents_of(event)):
-                self.counts.setdefault(phase, Counter())[name_of(event)] += 1
-            if _waits(event) and not any(_waits(above) for above in parents_of(event)):
+            if self._reaches(event) and not any(self._reaches(above) for above in profiled.parents_of(event)):
+                self.counts.setdefault(phase, Counter())[profiled.name_of(event)] += 1
+            if _waits(event) and not any(_waits(above) for above in profiled.parents_of(event)):
                 self.waits[phase] += 1
 
     def _reaches(self, event: Any) -> bool:
-        if not event.name.startswith("aten::") or name_of(event) not in self.registered:
-            return False
-        return any(t.device.type == DEVICE for t in tensors_of(event))
+        return (
+            event.name.startswith("aten::") and profiled.name_of(event) in self.registered and profiled.on_device(event)
+        )
 
 
 def takes_tensors(op: str) -> bool:
@@ -129,13 +125,9 @@ def takes_tensors(op: str) -> bool:
 
 def _waits(event: Any) -> bool:
     """Whether the host waits for the device in a call: a value is read, or a copy between them blocks."""
-    name, tensors = short(event.name), tensors_of(event)
-    if name == "_local_scalar_dense":
-        return any(t.device.type == DEVICE for t in tensors)
-    if name != "copy_" or len(tensors) < 2 or len({t.device.type == DEVICE for t in tensors[:2]}) == 1:
-        return False
-    inputs = event.extra_fields.inputs
-    return not (len(inputs) > 2 and inputs[2] is True)
+    if short(event.name) == "_local_scalar_dense":
+        return profiled.on_device(event)
+    return profiled.crossing(event) is not None and not profiled.non_blocking(event)
 
 
 def _trace(task: Task) -> Trace:

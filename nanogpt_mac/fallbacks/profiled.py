@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import linecache
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
 from types import ModuleType
@@ -80,9 +80,7 @@ class Reader:
         self.events = sorted(walk(roots), key=lambda e: e.start_time_ns)
         self.operators = [e for e in self.events if is_operator(e)]
         self.generated, self.backend = generated, backend
-        self.windows = [
-            (e.start_time_ns, e.end_time_ns, e.name.removeprefix(MARK)) for e in self.events if e.name.startswith(MARK)
-        ]
+        self._phase = phases_of(self.events)
         self.found = Profile(overloads=overloads)
         self.records: dict[int, Record] = {}  # by the event's id
         self.forward: dict[int, Any] = {}  # autograd's sequence number to the forward operator that made the node
@@ -92,7 +90,7 @@ class Reader:
         last: dict[str, Any] = {}
         for event in self.operators:
             phase = self._phase(event)
-            if any(t.device.type == DEVICE for t in tensors_of(event)):
+            if on_device(event):
                 counts[phase] += 1
             if event.extra_fields.sequence_number >= 0 and phase != "backward":
                 self.forward[event.extra_fields.sequence_number] = event
@@ -102,9 +100,7 @@ class Reader:
         self.found.operators = {phase: counts[phase] for phase in (*PHASES, CONTROL)}
         for event in self.operators:
             if short(event.name) == "_to_cpu":
-                above = operator_above(event)
-                if above is not None:
-                    self._keep(Sign.FALLBACK, above)
+                self._fell_back(event)
         for event in self.operators:
             self._transfer(event)
         self.found.records = [r for r in self.records.values() if not self._is_meant(r)]
@@ -112,18 +108,23 @@ class Reader:
 
     # -- what an operator did -------------------------------------------------------------------------------------
 
+    def _fell_back(self, event: Any) -> None:
+        above = operator_above(event)
+        if above is not None:
+            self._keep(Sign.FALLBACK, above)
+
     def _transfer(self, event: Any) -> None:
         """Keeps a copy between the devices, or a wait for values, unless an outer operator accounts for it."""
         name = short(event.name)
         size = 0
         if name == "copy_":
-            crossing = _crossing(event)
-            if crossing is None or not crossing[1] or any(_crossing(e) for e in parents_of(event)):
+            crosses = crossing(event)
+            if crosses is None or not crosses[1] or any(crossing(e) for e in parents_of(event)):
                 return
-            to_host, size = crossing
-            if not to_host and _non_blocking(event):
+            to_host, size = crosses
+            if not to_host and non_blocking(event):
                 return  # waits for nothing
-        elif reads_values(name, event.overload_name) and any(t.device.type == DEVICE for t in tensors_of(event)):
+        elif reads_values(name, event.overload_name) and on_device(event):
             to_host = True
         else:
             return
@@ -170,7 +171,7 @@ class Reader:
             name_of(event),
             phase,
             event.duration_time_ns / 1e6,
-            list(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors)),
+            dtypes_of(tensors),
             shapes_of(tensors),
             None if generated else place(frames),
             evidence,
@@ -193,11 +194,6 @@ class Reader:
 
     # -- where it came from ---------------------------------------------------------------------------------------
 
-    def _phase(self, event: Any) -> str:
-        """The innermost phase under way when it began, on whatever thread."""
-        begun = [w for w in self.windows if w[0] <= event.start_time_ns <= w[1]]
-        return max(begun)[2] if begun else ""
-
     def _origin(self, event: Any, phase: str) -> tuple[Any, list[str]]:
         """The operator that Python called: this one, or the forward one whose gradient it is; and what is known."""
         origin, evidence = event, []
@@ -215,6 +211,12 @@ class Reader:
 
 
 # -- events -----------------------------------------------------------------------------------------------------------
+
+
+def phases_of(events: list[Any]) -> Callable[[Any], str]:
+    """Of an event, the innermost phase under way when it began, on whatever thread; "" outside of all."""
+    windows = [(e.start_time_ns, e.end_time_ns, e.name.removeprefix(MARK)) for e in events if e.name.startswith(MARK)]
+    return lambda event: max((w for w in windows if w[0] <= event.start_time_ns <= w[1]), default=("",))[-1]
 
 
 def walk(roots: list[Any]) -> Iterator[Any]:
@@ -261,13 +263,23 @@ def tensors_of(event: Any) -> list[Any]:
     return found
 
 
+def on_device(event: Any) -> bool:
+    """Whether one of its tensor arguments lies on the device."""
+    return any(t.device.type == DEVICE for t in tensors_of(event))
+
+
+def dtypes_of(tensors: Iterable[Any]) -> list[str]:
+    """The different ones."""
+    return list(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors))
+
+
 def shapes_of(tensors: list[Any]) -> list[list[int]]:
     """Of every tensor; of long lists of them the different ones."""
     shapes = [tuple(t.sizes) for t in tensors]
     return [list(s) for s in (shapes if len(shapes) <= _MANY else dict.fromkeys(shapes))]
 
 
-def _crossing(event: Any) -> tuple[bool, int] | None:
+def crossing(event: Any) -> tuple[bool, int] | None:
     """Of a copy between the devices: whether it goes to the host, and its bytes."""
     if not is_operator(event) or short(event.name) != "copy_":
         return None
@@ -281,7 +293,7 @@ def _crossing(event: Any) -> tuple[bool, int] | None:
     return source.device.type == DEVICE, numel * source.dtype.itemsize
 
 
-def _non_blocking(event: Any) -> bool:
+def non_blocking(event: Any) -> bool:
     inputs = event.extra_fields.inputs
     return len(inputs) > 2 and inputs[2] is True
 

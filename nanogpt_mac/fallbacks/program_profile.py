@@ -17,12 +17,12 @@ import torch
 
 from nanogpt_mac.fallbacks.observed import Sign
 from nanogpt_mac.fallbacks.profiled import (
-    DEVICE,
     MARK,
     Reader,
     Record,
+    dtypes_of,
     name_of,
-    operator_above,
+    on_device,
     reads_values,
     shapes_of,
     tensors_of,
@@ -149,11 +149,6 @@ class _Window(Reader):
         for number in self.records.keys() - self.place_of.keys():
             self.place_of[number] = around.place
 
-    def _fell_back(self, event: Any) -> None:
-        above = operator_above(event)
-        if above is not None:
-            self._keep(Sign.FALLBACK, above)
-
     def _annotation(self, event: Any, name: str, around: _Around) -> _Around:
         number = name[len(MARK) :]
         if number.isdecimal():
@@ -183,7 +178,7 @@ class _Window(Reader):
         if around.reached:
             return around
         full = name_of(event)
-        if not _registered(full) or not any(t.device.type == DEVICE for t in tensors_of(event)):
+        if not _registered(full) or not on_device(event):
             return around
         self.ledger.reached[full] += 1
         if _computes(full):
@@ -237,13 +232,9 @@ class _Window(Reader):
             self._add(self._keep(Sign.SYNC, event), 0)
 
     def _record(self, sign: Sign, event: Any, phase: str) -> Record:
-        tensors = tensors_of(event)
-        dtypes = list(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors))
-        ms = event.duration_time_ns / 1e6
-        return Record(sign, name_of(event), phase, ms, dtypes, shapes_of(tensors), None, [], began=event.start_time_ns)
-
-    def _phase(self, event: Any) -> str:
-        return ""
+        tensors, ms = tensors_of(event), event.duration_time_ns / 1e6
+        given = dtypes_of(tensors), shapes_of(tensors)
+        return Record(sign, name_of(event), phase, ms, *given, None, [], began=event.start_time_ns)
 
 
 # -- operators --------------------------------------------------------------------------------------------------------

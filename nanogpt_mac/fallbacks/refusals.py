@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nanogpt_mac.fallbacks.observed import Refused
-from nanogpt_mac.fallbacks.profiled import DEVICE, Record
+from nanogpt_mac.fallbacks.profiled import DEVICE, Record, dtypes_of
 from nanogpt_mac.fallbacks.signs import NOT_ON_CPU, Frame, place, relative, short
 
 # Of torch, between the call of an operator and the mode that looks at it.
@@ -42,7 +42,7 @@ class Locator(TorchDispatchMode):
                     type=type(error).__name__,
                     text=_line(error),
                     op=short(str(func)).replace("aten.", "", 1),
-                    dtypes=list(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors)),
+                    dtypes=dtypes_of(tensors),
                     shapes=[list(t.shape) for t in tensors],
                     where=place(_frames()),
                     cpu=runs_on_cpu(func, args, kwargs),
