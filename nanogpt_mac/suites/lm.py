@@ -3,53 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
 from nanogpt_mac import corpus
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.nets import LMSpec
-from nanogpt_mac.config import BackendConfig
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.bench import NetReading, Reading, State, Task
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
-from nanogpt_mac.suites.nets.measured import Measuring, NetRow, Settings
-from nanogpt_mac.suites.nets.suite import Nets, asked
-from nanogpt_mac.suites.suite import Measure, Plan, row_seconds
+from nanogpt_mac.suites.nets import suite
+from nanogpt_mac.suites.nets.measured import Measuring, NetRow
+from nanogpt_mac.suites.suite import Measure, Plan
 
 ITERATIONS = 20  # what is called an epoch here: a corpus takes hours
-MOST_ROW_S = 60.0
 LEVELS = {"char": "characters", "gpt2": "GPT-2's BPE", "bpe": "a BPE trained on it"}
 # blocks, width, heads, context, batch, steps that float64 follows. full is mlx-examples' own.
 SIZES = {"small": (2, 128, 4, 128, 8, 3), "full": (12, 1024, 16, 1024, 2, 1)}
 TRAINED, ASKED = "training", "inference"
 
 
-class Work(Record):
-    """What the children of suite=lm must know. `data` names the corpus and its tokens."""
+class Work(suite.Work):
+    """`data` names the corpus and its tokens."""
 
     corpus: dict[str, str | int | float | None]
-    data: str
     vocab: int
     everywhere: bool  # whether CPUs measure the full size too
-    epochs: int
-    placement: str
-    sync: str
-    seed: int
-    backend: dict[str, Any]  # settings of back ends
     iterations: int = ITERATIONS
 
 
-class LM(Nets):
+class LM(suite.Nets):
     def plan(self, config: BenchConfig) -> Plan:
         found, missing = ways.here_for(config, "nets")
         sizes = ["small", "full"] if config.lm_size == "auto" else [config.lm_size]
         if config.lm_size == "auto" and not any(way.accelerator for way in found):
             sizes = ["small"]
-        chunks = asked(config, tuple((f"{size} {TRAINED}", f"{size} {ASKED}") for size in sizes))
+        chunks = suite.asked(config, tuple((f"{size} {TRAINED}", f"{size} {ASKED}") for size in sizes))
         tokens = corpus.prepare(config.data)
         for size in sizes:
             *_, context, batch, _ = SIZES[size]
@@ -58,24 +48,18 @@ class LM(Nets):
                     f"data={config.data.name}: its {len(tokens.train)} tokens are too few for lm_size={size}; use a "
                     "longer text, or lm_size=small"
                 )
-        work = Work(
+        work = Work.of(
+            config,
             corpus=asdict(config.data),
             data=f"{tokens.label}, {LEVELS[config.data.tokenizer]} ({tokens.encoder.vocab_size:,} tokens)",
             vocab=tokens.encoder.vocab_size,
             everywhere=config.lm_size == "full",
-            epochs=config.epochs,
-            placement=config.placement,
-            sync=config.sync,
-            seed=config.seed,
-            backend=asdict(config.backend) | {"name": "auto"},
         )
-        rounds = config.rounds or 5
-        row_s = row_seconds(config, sum(map(len, chunks)), len(found), rounds, most=MOST_ROW_S)
-        return Plan(found, chunks, rounds, row_s, missing, work.model_dump())
+        return suite.plan(config, found, missing, chunks, work)
 
     def measuring(self, task: Task) -> Measure:
         work = Work.model_validate(task.work)
-        arrays = ways.arrays(task.way, BenchConfig(backend=BackendConfig(**work.backend)))
+        arrays = ways.arrays(task.way, work.config)
         tokens = corpus.prepare(corpus.DataConfig(**work.corpus))  # type: ignore[arg-type]
 
         def row(name: str) -> NetRow:
@@ -86,8 +70,7 @@ class LM(Nets):
             per_epoch = min(len(inputs), work.iterations * batch)
             return NetRow(spec, batch, inputs, targets, asking[:batch], None, per_epoch, what == TRAINED, steps)
 
-        settings = Settings(work.epochs, work.placement, work.sync, work.seed)
-        measure = Measuring(task, arrays, kinds.KINDS[task.way.backend].load_nets(), row, settings)
+        measure = Measuring(task, arrays, kinds.KINDS[task.way.backend].load_nets(), row, work.settings)
 
         def unless_too_large(name: str) -> Reading:
             if name.startswith("full") and not (task.way.accelerator or work.everywhere):

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.nets import MLPSpec
-from nanogpt_mac.config import BackendConfig
 from nanogpt_mac.corpus import mnist
-from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.bench import Task
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
-from nanogpt_mac.suites.nets import by_hand
-from nanogpt_mac.suites.nets.measured import Measuring, NetRow, Settings
-from nanogpt_mac.suites.nets.suite import Nets, asked
-from nanogpt_mac.suites.suite import Plan, row_seconds
+from nanogpt_mac.suites.nets import by_hand, suite
+from nanogpt_mac.suites.nets.measured import Measuring, NetRow
+from nanogpt_mac.suites.suite import Plan
 
 DEEP, WIDE = (784, 32, 32, 10), (784, 128, 10)  # richiksc's; that of the hand-written Metal kernels
 MAIN_BATCH = 256
 SWEEP = tuple(2**power for power in range(3, 15))  # 8 to 16384
 WIDE_BATCHES = (8, 32, 128)
-MOST_ROW_S = 60.0
 
 
-class Work(Record):
-    """What the children of suite=mlp must know."""
-
+class Work(suite.Work):
     folder: str
     given: bool
     stand_in: bool
-    data: str
     images: int
-    epochs: int
-    placement: str
-    sync: str
-    seed: int
-    backend: dict[str, Any]  # settings of back ends
 
 
 def _name(widths: tuple[int, ...], what: str) -> str:
@@ -57,33 +43,26 @@ CHUNKS: tuple[tuple[str, ...], ...] = (
 )
 
 
-class MLP(Nets):
+class MLP(suite.Nets):
     def plan(self, config: BenchConfig) -> Plan:
-        chunks = asked(config, CHUNKS)
+        chunks = suite.asked(config, CHUNKS)
         found, missing = ways.here_for(config, "nets", lambda found: by_hand.asked(config, found))
         folder = Path(config.mnist or Path(config.data.dir) / "mnist")
         images = mnist.load(folder, given=config.mnist is not None)
-        rounds = config.rounds or 5
-        work = Work(
+        work = Work.of(
+            config,
             folder=str(folder.resolve()),
             given=config.mnist is not None,
             stand_in=images.stand_in,
             data=images.label,
             images=config.images,
-            epochs=config.epochs,
-            placement=config.placement,
-            sync=config.sync,
-            seed=config.seed,
-            backend=asdict(config.backend) | {"name": "auto"},
         )
-        row_s = row_seconds(config, sum(map(len, chunks)), len(found), rounds, most=MOST_ROW_S)
-        return Plan(found, chunks, rounds, row_s, missing, work.model_dump())
+        return suite.plan(config, found, missing, chunks, work)
 
     def measuring(self, task: Task) -> Measuring:
         work = Work.model_validate(task.work)
-        config = BenchConfig(backend=BackendConfig(**work.backend))
-        ours = by_hand.of_way(task.way, config)
-        arrays, make = ours or (ways.arrays(task.way, config), kinds.KINDS[task.way.backend].load_nets())
+        ours = by_hand.of_way(task.way, work.config)
+        arrays, make = ours or (ways.arrays(task.way, work.config), kinds.KINDS[task.way.backend].load_nets())
         images = mnist.stand_in() if work.stand_in else mnist.load(Path(work.folder), given=True)
         inputs, answers = _shares(images.train[: work.images]), images.train_classes[: work.images].astype(np.int32)
         tests, classes = _shares(images.test), images.test_classes.astype(np.int32)
@@ -95,8 +74,7 @@ class MLP(Nets):
             batch = int(what.split()[1]) if trained else MAIN_BATCH
             return NetRow(spec, batch, inputs, answers, tests, classes, len(inputs), trained)
 
-        settings = Settings(work.epochs, work.placement, work.sync, work.seed)
-        return Measuring(task, arrays, make, row, settings)
+        return Measuring(task, arrays, make, row, work.settings)
 
 
 def _shares(pixels: np.ndarray) -> np.ndarray:

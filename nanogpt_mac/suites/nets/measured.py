@@ -84,7 +84,7 @@ class Measuring(suite.Measuring):
             net = self.make(self.arrays, row.spec, feed, row.inputs, row.targets)
         except NotImplementedError as absent:
             raise suite.RefusedError(State.ABSENT, reason(absent)) from absent
-        one = _One(self.task, name, row, net, self)
+        one = _One(name, row, net, self)
         return one.trained() if row.trained else one.asked()
 
 
@@ -94,15 +94,9 @@ def _wrong(why: str) -> suite.RefusedError:
 
 
 class _One:
-    def __init__(self, task: Task, name: str, row: NetRow, net: Net, of: Measuring) -> None:
-        self.task, self.name, self.row, self.net, self.arrays, self.settings = (
-            task,
-            name,
-            row,
-            net,
-            of.arrays,
-            of.settings,
-        )
+    def __init__(self, name: str, row: NetRow, net: Net, of: Measuring) -> None:
+        self.name, self.row, self.net = name, row, net
+        self.task, self.arrays, self.settings = of.task, of.arrays, of.settings
 
     def order(self, epoch: int) -> np.ndarray:
         """The rows of an epoch, the same for every way and in every round; epoch 0 is the one that is checked."""

@@ -1,15 +1,49 @@
-"""What suite=mlp and suite=lm share: which rows are asked for, the report, the CSV files in the original's columns."""
+"""What suite=mlp and suite=lm share: the plan, what children know, the report, CSV in the original's columns."""
 
 from __future__ import annotations
 
 import csv
 import io
 import statistics
+from dataclasses import asdict
+from typing import Any, Self
 
+from nanogpt_mac.config import BackendConfig
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.records.bench import Bench, NetBench, NetReading, State
+from nanogpt_mac.records.base import Record
+from nanogpt_mac.records.bench import Bench, NetBench, NetReading, State, Way
 from nanogpt_mac.suites import suite
 from nanogpt_mac.suites.config import BenchConfig
+from nanogpt_mac.suites.nets.measured import Settings
+from nanogpt_mac.suites.suite import Plan, row_seconds
+
+MOST_ROW_S = 60.0
+
+Chunks = list[tuple[str, ...]]
+
+
+class Work(Record):
+    """What the children of both must know; each suite adds its own. `data` says what is trained on."""
+
+    data: str
+    epochs: int
+    placement: str
+    sync: str
+    seed: int
+    backend: dict[str, Any]  # settings of back ends
+
+    @classmethod
+    def of(cls, config: BenchConfig, **own: Any) -> Self:
+        given = {key: getattr(config, key) for key in ("epochs", "placement", "sync", "seed")}
+        return cls(**given, backend=asdict(config.backend) | {"name": "auto"}, **own)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.epochs, self.placement, self.sync, self.seed)
+
+    @property
+    def config(self) -> BenchConfig:
+        return BenchConfig(backend=BackendConfig(**self.backend))
 
 
 class Nets(suite.Suite):
@@ -41,13 +75,19 @@ class Nets(suite.Suite):
         return found
 
 
+def plan(config: BenchConfig, found: tuple[Way, ...], missing: dict[str, str], chunks: Chunks, work: Work) -> Plan:
+    rounds = config.rounds or 5
+    row_s = row_seconds(config, sum(map(len, chunks)), len(found), rounds, most=MOST_ROW_S)
+    return Plan(found, chunks, rounds, row_s, missing, work.model_dump())
+
+
 def _csv(columns: list[str], lines: list[list[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *lines])
     return text.getvalue()
 
 
-def asked(config: BenchConfig, chunks: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
+def asked(config: BenchConfig, chunks: tuple[tuple[str, ...], ...]) -> Chunks:
     """The rows of `chunks` whose names have `config.rows` in them, or at their end where that is a number."""
     if config.dtype != "float32":
         raise InputError(f"dtype={config.dtype}: suite={config.suite} trains in float32; leave it out")
