@@ -10,15 +10,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import psutil
+
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.arrays import Arrays
 from nanogpt_mac.errors import InputError, reason
+from nanogpt_mac.measure import calls
 from nanogpt_mac.records.bench import Bench, Reading, State, Task, Way
+from nanogpt_mac.report.words import size
 from nanogpt_mac.suites.config import BenchConfig
 
 if TYPE_CHECKING:  # children need neither
     from nanogpt_mac.report.charts import Chart
     from nanogpt_mac.report.table import Report
+
+SHARE = 0.5  # of the free memory that a row may take
 
 Measure = Callable[[str], Reading]
 
@@ -59,6 +65,22 @@ class Measuring(ABC):
     @abstractmethod
     def figures(self, row: str) -> dict[str, Any]:
         """All that a right row's reading has beside its name and state."""
+
+    def must_fit(self, on_device: float, on_host: float) -> None:
+        """Refused: a row that takes so many bytes, more than half of what is free."""
+        for where, needed, free in (
+            ("", on_device, self.arrays.free_memory()),
+            (" in main memory", on_host, psutil.virtual_memory().available),
+        ):
+            if needed > SHARE * free:
+                why = f"it needs {size(needed)}{where}, more than half of the {size(free)} that are free"
+                raise RefusedError(State.SKIPPED, why)
+
+    def timed(self, call: Callable[[int], calls.Outputs], copies: int, made: int) -> calls.Measured:
+        """`call` of copy after copy of the inputs, each of which makes `made` bytes; the last of each copy are kept."""
+        keep = copies if self.arrays.outputs_last else 1
+        most = max(1, min(calls.MOST_QUEUED, int(self.arrays.free_memory() / 4 / max(made, 1))))
+        return calls.measure(call, self.arrays, self.task.row_s, keep, most)
 
     def __call__(self, row: str) -> Reading:
         self.spent = {}

@@ -7,19 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import psutil
 
 from nanogpt_mac.backends.arrays import Arrays
 from nanogpt_mac.backends.base import loaded
 from nanogpt_mac.machine.gemm import DTYPES
-from nanogpt_mac.measure import calls
 from nanogpt_mac.records.bench import GemmReading, State, Task
-from nanogpt_mac.report.words import rate, seconds, size
+from nanogpt_mac.report.words import rate, seconds
 from nanogpt_mac.suites import suite, ways
 from nanogpt_mac.suites.config import BenchConfig
 from nanogpt_mac.suites.gemm import by_hand, check
 from nanogpt_mac.suites.gemm.suite import Work
-from nanogpt_mac.suites.ops.measured import SHARE
 from nanogpt_mac.suites.suite import RefusedError
 
 ABOVE_PEAK = 1.1  # of the highest published peak: a chip may have a faster clock, but not this much
@@ -74,13 +71,9 @@ class Measuring(suite.Measuring):
             return known | self._checked(a, b, first, dtype) | {"counts": dict(counts or {})}
         self._checked(a, b, first, dtype)
         del first
-        measured = calls.measure(
-            lambda number: (self.product(natives[number % 2], native_b),),
-            self.arrays,
-            self.task.row_s,
-            # Both are checked: a result that stays the same cannot be right for two calls that differ.
-            keep=2 if self.arrays.outputs_last else 1,
-            most=max(1, min(calls.MOST_QUEUED, int(self.arrays.free_memory() / 4 / (m * n * DTYPES[dtype])))),
+        # Both are checked: a result that stays the same cannot be right for two calls that differ.
+        measured = self.timed(
+            lambda number: (self.product(natives[number % 2], native_b),), copies=2, made=m * n * DTYPES[dtype]
         )
         if measured.fault:
             raise RefusedError(State.WRONG, measured.fault)
@@ -115,14 +108,8 @@ class Measuring(suite.Measuring):
         if known and flops / known > LONGEST * self.task.row_s:
             limit, had = seconds(LONGEST * self.task.row_s), rate(known, "FLOP/s")
             raise RefusedError(State.SKIPPED, f"one takes more than {limit} at the {had} of the largest measured")
-        for where, free, each in (
-            ("", self.arrays.free_memory(), DTYPES[dtype]),
-            (" in main memory", psutil.virtual_memory().available, 4 + (0 if way.accelerator else DTYPES[dtype])),
-        ):
-            needed = each * (2 * m * k + k * n + 3 * m * n)
-            if needed > SHARE * free:
-                why = f"it needs {size(needed)}{where}, more than half of the {size(free)} that are free"
-                raise RefusedError(State.SKIPPED, why)
+        numbers, each = 2 * m * k + k * n + 3 * m * n, DTYPES[dtype]
+        self.must_fit(each * numbers, (4 if way.accelerator else 4 + each) * numbers)
 
     def _checked(self, a: np.ndarray, b: np.ndarray, got: Any, dtype: str, when: str = "") -> dict[str, Any]:
         """How far a product is off. Refused: it is not one, or less precise than its dtype says."""

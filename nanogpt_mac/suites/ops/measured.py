@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from nanogpt_mac.backends.arrays import Arrays, Op
 from nanogpt_mac.files import write_json
@@ -36,7 +35,6 @@ from nanogpt_mac.suites.suite import RefusedError
 
 LAST_CACHE = 128 << 20  # bytes; the largest of today: 96 MB of an M Ultra, 60 MB of an H200
 MOST_COPIES, FEW_COPIES = 64, 8  # a row that needs more to get past the cache is warm; the latter at small sizes
-SHARE = 0.5  # of the free memory that a row may take
 TOLD_APART = 64 << 20  # bytes of results whose bits are compared
 CITED, MEASURED = 0.9, 1 / 3  # of a floor that a time may lie at, by where the bandwidth comes from
 NEW, NEW_MS = 3.0, 0.05  # how much longer a call with new inputs may take, and what it may take in any case, ms
@@ -104,20 +102,14 @@ class Measuring(suite.Measuring):
         with self._for("checks"):
             deterministic = one.same_bits() if row.output_bytes + row.gradient_bytes <= TOLD_APART else None
         del outputs
-        one.forget(0)
+        one.first = None
         if self.task.way.simulated:
             return {"deterministic": deterministic, "counts": one.counted(1), "copies": 1}
         with self._for("inputs"):
             known = [one.natives(1 + k) for k in range(copies)]
-        made = row.output_bytes + row.gradient_bytes
         with self._for("measuring"):
-            measured = calls.measure(
-                lambda number: one.call(known[number % copies]),
-                self.arrays,
-                self.task.row_s,
-                keep=copies if self.arrays.outputs_last else 1,
-                most=max(1, min(calls.MOST_QUEUED, int(self.arrays.free_memory() / 4 / max(made, 1)))),
-            )
+            made = row.output_bytes + row.gradient_bytes
+            measured = self.timed(lambda number: one.call(known[number % copies]), copies, made)
         worst = self._check(one, measured.last, 1 + measured.number % copies, " of the last timed call")
         if measured.before is not None:
             worst = max(
@@ -163,12 +155,7 @@ class Measuring(suite.Measuring):
         needed = (copies + 4) * row.input_bytes + (copies + 1) * results
         if row.op.startswith("conv"):  # a CPU may unfold what every kernel sees
             needed += row.input_bytes * math.prod(row.inputs[1].shape[1:-1])
-        for where, free in (("", self.arrays.free_memory()), (" in main memory", psutil.virtual_memory().available)):
-            if needed > SHARE * free:
-                raise RefusedError(
-                    State.SKIPPED,
-                    f"it needs {size(needed)}{where}, more than half of the {size(free)} that are free",
-                )
+        self.must_fit(needed, needed)
         return copies, copies * moved >= LAST_CACHE
 
     def _check(self, one: _One, outputs: Natives, k: int, when: str = "") -> float:
@@ -282,9 +269,6 @@ class _One:
         self.arrays.wait(self.call(inputs))
         found = self.arrays.counted()
         return None if found is None else dict(found)
-
-    def forget(self, k: int) -> None:
-        self.first = None
 
 
 def _diagnosis(one: _One, got: Sequence[np.ndarray], which: int, k: int, worst: Off) -> str:
