@@ -78,20 +78,15 @@ def write(path: Path, data: str | bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_aside(path: Path, data: str | bytes, durable: bool = False) -> None:
+def write_aside(path: Path, data: str | bytes) -> None:
     """Write `path` so that a reader sees the old file or the new one, never half of one.
 
-    `durable` waits for the disk, so that this holds after a power cut as well. OSError leaves the old file.
+    OSError leaves the old file.
     """
     aside = path.with_name(f".{path.name}-{os.getpid()}")
     with unfinished(aside), named(path):
-        if durable:
-            write(aside, data)
-        else:
-            aside.write_bytes(data.encode() if isinstance(data, str) else data)
+        aside.write_bytes(data.encode() if isinstance(data, str) else data)
         aside.replace(path)
-    if durable:
-        sync_folder(path.parent)
 
 
 def write_json(path: Path, document: Any) -> None:

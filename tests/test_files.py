@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import threading
@@ -61,16 +60,6 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     finally:
         stop.set()
         writer.join()
-
-
-def test_a_durable_write_syncs_the_file_before_its_name_and_the_folder_after(tmp_path, monkeypatch):
-    done = []
-    fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("sync"), fsync(fd))[1])
-    monkeypatch.setattr(Path, "replace", lambda self, to: (done.append("replace"), replace(self, to))[1])
-    files.write_aside(tmp_path / "a", b"1", durable=True)
-    assert done == ["sync", "replace", "sync"]
-    assert (tmp_path / "a").read_bytes() == b"1"
 
 
 def test_numbers_that_json_does_not_have_keep_their_names(tmp_path):

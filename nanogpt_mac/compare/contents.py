@@ -20,6 +20,7 @@ from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
 from nanogpt_mac.report.words import (
     DASH,
     beside,
+    compared,
     count,
     interval,
     listed,
@@ -29,7 +30,6 @@ from nanogpt_mac.report.words import (
     percent,
     plural,
     rate,
-    ratio,
     seconds,
     size,
     text,
@@ -149,10 +149,7 @@ def relative(variant: VariantResult, comparison: Comparison) -> str:
     """1.231 [1.225, 1.238]: time over the fastest's, with the word tie where the interval contains 1."""
     if mark(variant, comparison) is Mark.BEST:
         return "tie" if comparison.verdict.ties else "fastest"
-    found = variant.ratio
-    return (
-        DASH if found is None else beside(ratio(found.value), interval(found.ci, ratio)) + (" tie" if found.tie else "")
-    )
+    return compared(variant.ratio)
 
 
 def _table(
@@ -407,12 +404,11 @@ def _lever(lever: LeverRow, comparison: Comparison) -> Row:
     value = (
         str(lever.value).lower() if isinstance(lever.value, bool) else text(lever.value)
     )  # as the command line has it
-    found = lever.ratio
     cells = [
         text(lever.what or lever.name) + said,
         label(base) if base else text(lever.base),
         f"{text(lever.key)}={value}",
-        beside(ratio(found.value), interval(found.ci, ratio)) + (" tie" if found.tie else "") if found else DASH,
+        compared(lever.ratio),
         DASH if lever.worth_percent is None else f"{lever.worth_percent:+.1f} %",
     ]
     return Row(cells, _MARKS[variant.state] if variant and bad else Mark.NONE)

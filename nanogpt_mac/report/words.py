@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nanogpt_mac.records.figures import Ratio
 
 DASH = "—"
 
@@ -76,6 +80,11 @@ def ratio(value: object) -> str:
 def interval(bounds: Sequence[float] | None, how: Callable[[object], str] = ms) -> str:
     """[low, high]"""
     return DASH if bounds is None else f"[{how(bounds[0])}, {how(bounds[1])}]"
+
+
+def compared(found: Ratio | None) -> str:
+    """1.231 [1.225, 1.238], with the word tie where the interval contains 1."""
+    return DASH if found is None else beside(ratio(found.value), interval(found.ci, ratio)) + " tie" * bool(found.tie)
 
 
 def beside(value: str, more: str) -> str:

@@ -31,7 +31,6 @@ def MTLSize(width: int, height: int, depth: int) -> tuple[int, int, int]:
     return width, height, depth
 
 
-MOST_THREADS = 1024  # of a threadgroup
 MOST_BYTES = 4096  # of setBytes
 MOST_SHARED = 32 * 1024  # bytes of threadgroup memory
 MOST_INDEX = 30  # of a buffer

@@ -16,7 +16,7 @@ from nanogpt_mac.report import charts as kit
 from nanogpt_mac.report.charts import BAR, Chart, RowsChart
 from nanogpt_mac.report.svg import COLOURS
 from nanogpt_mac.report.table import Mark, Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, beside, interval, listed, ms, percent, ratio
+from nanogpt_mac.report.words import DASH, beside, compared, interval, listed, ms, percent, ratio
 from nanogpt_mac.suites import contents
 from nanogpt_mac.suites.contents import BAD
 from nanogpt_mac.suites.nets import by_hand
@@ -133,8 +133,7 @@ def _speeds(found: Results) -> Section:
         for way in others:
             confidence = stats.confidence_for(len(found.bench.ways))
             pair = stats.paired_ratio(found.medians(row, found.base.name), found.medians(row, way.name), confidence)
-            tie = " tie" if pair and pair.tie else ""
-            cells.append(beside(ratio(pair.value), interval(pair.ci, ratio)) + tie if pair else DASH)
+            cells.append(compared(pair))
         rows.append(Row(cells))
     note = f"Times as fast as {found.base.label}, run by run, with an interval from two runs on."
     table = Table(f"Speed against {found.base.label} ({found.data})", ["row", *(way.label for way in others)], rows)

@@ -29,7 +29,7 @@ from nanogpt_mac.suites.ops.rows import SLOPE, Row
 
 def expected(row: Row, inputs: Sequence[Array], cotangent: Array | None = None) -> list[Expected]:
     """Of every output and, with a cotangent, of every gradient after it."""
-    function = _OPERATIONS[row.op]
+    function = OPERATIONS[row.op]
     outputs, gradients = function(row, *inputs, *([] if cotangent is None else [cotangent]))
     return [*outputs, *(gradients[i] for i in row.of)] if cotangent is not None else list(outputs)
 
@@ -426,7 +426,7 @@ def _adamw(row: Row, p: Array, g: Array, m: Array, v: Array) -> Both:
     return [new, by_first(p.shape, moment, g, m), by_first(p.shape, square, g, v)], {}
 
 
-_OPERATIONS: dict[str, Callable[..., Both]] = {
+OPERATIONS: dict[str, Callable[..., Both]] = {
     "adamw": _adamw,
     "argmax": _argmax,
     "bce": _bce,
@@ -458,4 +458,3 @@ _OPERATIONS: dict[str, Callable[..., Both]] = {
     "sort_with_indices": _sort,
     "sum": _sum,
 }
-OPERATIONS = tuple(_OPERATIONS)
