@@ -18,10 +18,10 @@ import yaml
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.backends.base import DTYPES, MATMUL_PRECISIONS, BackendOptions
-from nanogpt_mac.corpus import DataConfig
+from nanogpt_mac.corpus import DataConfig, vocab_size
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.files import write
-from nanogpt_mac.gpt.spec import ModelConfig
+from nanogpt_mac.gpt.spec import GPTSpec, ModelConfig
 from nanogpt_mac.overrides import key_of, path_field, text_field
 
 MOST_SEED = 2**63
@@ -280,6 +280,14 @@ def _check_backend(config: Config | SampleConfig) -> None:
     for key, (_, _, allowed) in kinds.settings().items():
         if allowed:
             check_one_of(f"backend.{key}", getattr(config.backend, key), allowed)
+
+
+def model_spec(config: Config) -> GPTSpec:
+    """The model of `config`. InputError where the corpus says how many tokens there are, and was never seen."""
+    vocabulary = config.model.vocab_size or vocab_size(config.data)
+    if vocabulary is None:
+        raise InputError("model.vocab_size=null: this corpus has its own, which is not known yet; use a number")
+    return GPTSpec(**asdict(config.model) | {"vocab_size": vocabulary})
 
 
 def backend_options(config: Config | SampleConfig, name: str, compiled: bool = False) -> BackendOptions:

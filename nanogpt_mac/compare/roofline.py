@@ -22,12 +22,10 @@ C wide, V symbols and e bytes an element of `dtype`:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanogpt_mac.config import Config
-from nanogpt_mac.corpus import vocab_size
+from nanogpt_mac.config import Config, model_spec
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine import chips
@@ -154,7 +152,7 @@ class Prediction:
 
 
 def predict(config: Config, chip_name: str) -> Prediction:
-    chip, spec = find_chip(chip_name), _spec(config)
+    chip, spec = find_chip(chip_name), model_spec(config)
     accumulation = config.gradient_accumulation_steps
     flops = float(spec.flops_per_token() * _tokens(config))
     traffic = bytes_per_iter(spec, config.batch_size, accumulation, config.dtype)["total"]
@@ -173,22 +171,13 @@ def predict(config: Config, chip_name: str) -> Prediction:
 
 
 def _tokens(config: Config) -> int:
-    return config.batch_size * config.gradient_accumulation_steps * _spec(config).block_size
-
-
-def _spec(config: Config) -> GPTSpec:
-    model = dataclasses.asdict(config.model)
-    if model["vocab_size"] is None:
-        model["vocab_size"] = vocab_size(config.data)
-        if model["vocab_size"] is None:
-            raise InputError(f"model.vocab_size=null: data={config.data.name} decides it; with chip= use a number")
-    return GPTSpec(**model)
+    return config.batch_size * config.gradient_accumulation_steps * model_spec(config).block_size
 
 
 def show(config: Config, names: Sequence[str] = ("all",)) -> None:
     """Print the floor of `config` on the named chips, or on every known one, as a table."""
     chosen = [predict(config, name) for name in (NAMES if "all" in names else names)]
-    spec, tokens = _spec(config), _tokens(config)
+    spec, tokens = model_spec(config), _tokens(config)
     columns = ["chip", "GPU cores", "floor ms", "range ms", "compute ms", "memory ms", "bound by", "TFLOP/s", "GB/s",
                "full recipe"]  # fmt: skip
     work = (

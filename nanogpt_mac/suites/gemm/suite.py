@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from nanogpt_mac.backends import kinds
+from nanogpt_mac.config import model_spec
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine import chips, gemm, peaks, probe
@@ -17,7 +18,6 @@ from nanogpt_mac.records.base import Record
 from nanogpt_mac.records.bench import Bench, GemmBench, GemmReading, State, Task, Way
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig
-from nanogpt_mac.suites.ops.suite import model_spec
 from nanogpt_mac.suites.suite import Measure, Plan, Suite, asked, row_seconds
 
 SQUARES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
-from nanogpt_mac import corpus
-from nanogpt_mac.config import BackendConfig
+from nanogpt_mac.config import BackendConfig, model_spec
 from nanogpt_mac.errors import InputError
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.machine import bandwidth, probe
@@ -58,14 +57,6 @@ class Ops(Suite):
         if task.way.accelerator:  # one whose bandwidth no table has has no floor
             return Measuring(task, arrays, rows, work, cited or math.inf, CITED)
         return Measuring(task, arrays, rows, work, work.bandwidth, MEASURED)
-
-
-def model_spec(config: BenchConfig) -> GPTSpec:
-    sizes = asdict(config.model)
-    sizes["vocab_size"] = sizes["vocab_size"] or corpus.vocab_size(config.data)
-    if sizes["vocab_size"] is None:
-        raise InputError("model.vocab_size=null: this corpus has its own, which is not known yet; give the number")
-    return GPTSpec(**sizes)
 
 
 def _chunks(rows: dict[str, Row]) -> list[tuple[str, ...]]:
