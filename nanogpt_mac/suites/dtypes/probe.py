@@ -14,8 +14,8 @@ from nanogpt_mac.child import shortened
 from nanogpt_mac.records.bench import DtypeReading, Outcome, State, Task
 from nanogpt_mac.suites.gemm.check import rounded
 from nanogpt_mac.suites.ops import reference
+from nanogpt_mac.suites.ops.checked import Expected, Pieces, Product
 from nanogpt_mac.suites.ops.inputs import Drawn
-from nanogpt_mac.suites.ops.reference import Expected, Pieces, Product
 from nanogpt_mac.suites.ops.rows import Input, Row
 
 FLOATS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}

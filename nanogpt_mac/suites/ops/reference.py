@@ -29,22 +29,27 @@ from nanogpt_mac.suites.ops.rows import SLOPE, Row
 
 def expected(row: Row, inputs: Sequence[Array], cotangent: Array | None = None) -> list[Expected]:
     """Of every output and, with a cotangent, of every gradient after it."""
-    function = OPERATIONS[row.op]
-    outputs, gradients = function(row, *inputs, *([] if cotangent is None else [cotangent]))
-    return [*outputs, *(gradients[i] for i in row.of)] if cotangent is not None else list(outputs)
+    outputs, gradients = OPERATIONS[row.op](row, *inputs)
+    if cotangent is None:
+        return list(outputs)
+    found = gradients(cotangent)
+    return [*outputs, *(found[i] for i in row.of)]
 
 
-Both = tuple[Sequence[Expected], dict[int, Expected]]
+Gradients = Callable[[Array], dict[int, Expected]]  # of the cotangent, by the numbers of the inputs
+Both = tuple[Sequence[Expected], Gradients]
+
+
+def _none(g: Array) -> dict[int, Expected]:
+    return {}
 
 
 def _map(function: Callable[[Array], Array], slope: Callable[[Array], Array], scale: Callable[[Array], Array]) -> Any:
     """An operation on each number by itself, its derivative, and what it is a sum of."""
 
-    def both(row: Row, x: Array, g: Array | None = None) -> Both:
+    def both(row: Row, x: Array) -> Both:
         out = by_first(x.shape, lambda x: (function(x), scale(x)), x)
-        if g is None:
-            return [out], {}
-        return [out], {0: by_first(x.shape, lambda x, g: (g * slope(x), g * (1 + np.abs(x))), x, g)}
+        return [out], lambda g: {0: by_first(x.shape, lambda x, g: (g * slope(x), g * (1 + np.abs(x))), x, g)}
 
     return both
 
@@ -60,7 +65,7 @@ def _one(x: Array) -> Array:
 ALPHA, LAMBDA = 1.6732632423543772, 1.0507009873554805  # Klambauer et al. 2017, "Self-Normalizing Neural Networks"
 
 
-def _gelu(row: Row, x: Array, g: Array | None = None) -> Both:
+def _gelu(row: Row, x: Array) -> Both:
     from scipy.special import erf
 
     def tanh(x: Array) -> tuple[Array, Array]:
@@ -74,21 +79,23 @@ def _gelu(row: Row, x: Array, g: Array | None = None) -> Both:
         return x * phi, phi + x * np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
 
     f = tanh if row.settings["tanh"] else exact
-    both: Both = _map(lambda x: f(x)[0], lambda x: f(x)[1], _one)(row, x, g)
+    both: Both = _map(lambda x: f(x)[0], lambda x: f(x)[1], _one)(row, x)
     return both
 
 
-def _prelu(row: Row, x: Array, a: Array, g: Array | None = None) -> Both:
+def _prelu(row: Row, x: Array, a: Array) -> Both:
     slope = float(a[0])
+
+    def gradients(g: Array) -> dict[int, Expected]:
+        dx = by_first(x.shape, lambda x, g: (g * np.where(x > 0, 1, slope), np.abs(g) * max(1, abs(slope))), x, g)
+        terms = added(lambda rows: (np.minimum(x[rows], 0).astype(np.float64) * g[rows]).sum(), len(x), x[0].size)
+        return {0: dx, 1: total(terms.reshape(1), x.size)}
+
     out = by_first(x.shape, lambda x: (np.where(x > 0, x, slope * x), np.abs(x) * max(1, abs(slope))), x)
-    if g is None:
-        return [out], {}
-    dx = by_first(x.shape, lambda x, g: (g * np.where(x > 0, 1, slope), np.abs(g) * max(1, abs(slope))), x, g)
-    terms = added(lambda rows: (np.minimum(x[rows], 0).astype(np.float64) * g[rows]).sum(), len(x), x[0].size)
-    return [out], {0: dx, 1: total(terms.reshape(1), x.size)}
+    return [out], gradients
 
 
-def _softmax(row: Row, x: Array, g: Array | None = None) -> Both:
+def _softmax(row: Row, x: Array) -> Both:
     assert row.settings["axis"] == -1
 
     def forward(x: Array) -> tuple[Array, Array]:
@@ -104,20 +111,21 @@ def _softmax(row: Row, x: Array, g: Array | None = None) -> Both:
 
     depth = x.shape[-1]
     out = by_first(x.shape, forward, x, depth=depth)
-    return [out], {} if g is None else {0: by_first(x.shape, backward, x, g, depth=depth)}
+    return [out], lambda g: {0: by_first(x.shape, backward, x, g, depth=depth)}
 
 
-def _sum(row: Row, x: Array, g: Array | None = None) -> Both:
+def _sum(row: Row, x: Array) -> Both:
     axis = row.settings["axis"]
     if axis in (None, 0):
         sums = added(lambda rows: x[rows].sum(axis, dtype=np.float64), len(x), x[0].size)
     else:
         sums = _along(lambda part: part.sum(axis, dtype=np.float64), axis, x, joined=0)
-    out = total(sums, x.size / sums.size)
-    if g is None:
-        return [out], {}
-    spread = np.broadcast_to(g if axis is None else np.expand_dims(g, axis), x.shape)
-    return [out], {0: exactly(x.shape, lambda rows: spread[rows])}
+
+    def gradients(g: Array) -> dict[int, Expected]:
+        spread = np.broadcast_to(g if axis is None else np.expand_dims(g, axis), x.shape)
+        return {0: exactly(x.shape, lambda rows: spread[rows])}
+
+    return [total(sums, x.size / sums.size)], gradients
 
 
 def _along(function: Callable[..., Array], axis: int, *arrays: Array, joined: int | None = None) -> Array:
@@ -131,60 +139,58 @@ def _along(function: Callable[..., Array], axis: int, *arrays: Array, joined: in
 
 def _argmax(row: Row, x: Array) -> Both:
     axis = row.settings["axis"]
-    return [whole(_along(lambda part: part.argmax(axis), axis, x, joined=0))], {}
+    return [whole(_along(lambda part: part.argmax(axis), axis, x, joined=0))], _none
 
 
-def _sort(row: Row, x: Array, g: Array | None = None) -> Both:
+def _sort(row: Row, x: Array) -> Both:
     axis = row.settings["axis"]
-    if g is None and row.op == "sort":
-        return [whole(_along(lambda part: np.sort(part, axis), axis, x))], {}
+    if row.op == "sort" and not row.backward:
+        return [whole(_along(lambda part: np.sort(part, axis), axis, x))], _none
     order = _along(lambda part: part.argsort(axis), axis, x)
     values = whole(_along(lambda part, by: np.take_along_axis(part, by, axis), axis, x, order))
-    if g is None:
-        return [values, whole(order)], {}
 
     def back(order: Array, g: Array) -> Array:
         dx = np.zeros_like(g)
         np.put_along_axis(dx, order, g, axis)
         return dx
 
-    return [values], {0: whole(_along(back, axis, order, g))}
+    return [values, whole(order)][: 1 + row.further_outputs], lambda g: {0: whole(_along(back, axis, order, g))}
 
 
-def _bce(row: Row, p: Array, t: Array, g: Array | None = None) -> Both:
-
+def _bce(row: Row, p: Array, t: Array) -> Both:
     def lost(rows: slice) -> Array:
         a = p[rows].astype(np.float64)
         return np.where(t[rows] > 0, np.log(a), np.log1p(-a)).sum()
 
-    out = total(-added(lost, len(p), p.size // len(p)) / p.size, p.size)
-    if g is None:
-        return [out], {}
-    each = float(g) / p.size
+    def gradients(g: Array) -> dict[int, Expected]:
+        each = float(g) / p.size
 
-    def slope(p: Array, t: Array) -> tuple[Array, Array]:
-        d = each * (p - t) / (p * (1 - p))
-        return d, np.abs(d) / np.minimum(p, 1 - p)
+        def slope(p: Array, t: Array) -> tuple[Array, Array]:
+            d = each * (p - t) / (p * (1 - p))
+            return d, np.abs(d) / np.minimum(p, 1 - p)
 
-    return [out], {0: by_first(p.shape, slope, p, t)}
+        return {0: by_first(p.shape, slope, p, t)}
+
+    return [total(-added(lost, len(p), p.size // len(p)) / p.size, p.size)], gradients
 
 
-def _cross_entropy(row: Row, x: Array, targets: Array, g: Array | None = None) -> Both:
+def _cross_entropy(row: Row, x: Array, targets: Array) -> Both:
     x64 = x.astype(np.float64)
     low = x64 - x64.max(-1, keepdims=True)
     sums = np.exp(low).sum(-1, keepdims=True)
     each = np.log(sums)[:, 0] - low[np.arange(len(x)), targets]
-    out = whole(np.asarray(each.mean()), (1 + np.abs(x64).max(-1)).mean(), len(x))
-    if g is None:
-        return [out], {}
-    p = np.exp(low) / sums
-    hot = np.zeros_like(p)
-    hot[np.arange(len(x)), targets] = 1
-    share = float(g) / len(x)
-    return [out], {0: whole((p - hot) * share, (p * (1 - low) + hot) * share, x.shape[-1])}
+
+    def gradients(g: Array) -> dict[int, Expected]:
+        p = np.exp(low) / sums
+        hot = np.zeros_like(p)
+        hot[np.arange(len(x)), targets] = 1
+        share = float(g) / len(x)
+        return {0: whole((p - hot) * share, (p * (1 - low) + hot) * share, x.shape[-1])}
+
+    return [whole(np.asarray(each.mean()), (1 + np.abs(x64).max(-1)).mean(), len(x))], gradients
 
 
-def _concat(row: Row, a: Array, b: Array, g: Array | None = None) -> Both:
+def _concat(row: Row, a: Array, b: Array) -> Both:
     axis = row.settings["axis"]
     cut = a.shape[axis]
     left, right = ((slice(None),) * axis + (part,) for part in (slice(None, cut), slice(cut, None)))
@@ -194,8 +200,7 @@ def _concat(row: Row, a: Array, b: Array, g: Array | None = None) -> Both:
             at = (rows, *(slice(None),) * (axis - 1), slice(start, start + x.shape[axis]))
             at = at if axis else (slice(start + rows.start, start + rows.stop),)
             pieces.append((at, partial(lambda x, rows: (x[rows], 0.0), x, rows)))
-    out = Pieces(row.output, pieces)
-    return [out], {} if g is None else {0: whole(g[left]), 1: whole(g[right])}
+    return [Pieces(row.output, pieces)], lambda g: {0: whole(g[left]), 1: whole(g[right])}
 
 
 # -- by index ---------------------------------------------------------------------------------------------------------
@@ -213,65 +218,65 @@ def _added(index: Array, rows: int, values: Array) -> Array:
     return added(sums, len(index), values.shape[1])
 
 
-def _gather(row: Row, table: Array, index: Array, g: Array | None = None) -> Both:
+def _gather(row: Row, table: Array, index: Array) -> Both:
     out = exactly(row.output, lambda rows: table[index[rows]])
-    if g is None:
-        return [out], {}
-    return [out], {0: total(_added(index, len(table), g), _most(index))}
+    return [out], lambda g: {0: total(_added(index, len(table), g), _most(index))}
 
 
 def _most(index: Array) -> int:
     return int(np.bincount(index).max())
 
 
-def _scatter(row: Row, into: Array, index: Array, values: Array, g: Array | None = None) -> Both:
+def _scatter(row: Row, into: Array, index: Array, values: Array) -> Both:
     out = into.copy()
     out[index] = values
-    if g is None:
-        return [whole(out)], {}
-    kept = g.copy()
-    kept[index] = 0
-    return [whole(out)], {0: whole(kept), 2: whole(g[index])}
+
+    def gradients(g: Array) -> dict[int, Expected]:
+        kept = g.copy()
+        kept[index] = 0
+        return {0: whole(kept), 2: whole(g[index])}
+
+    return [whole(out)], gradients
 
 
-def _scatter_sum(row: Row, into: Array, index: Array, values: Array, g: Array | None = None) -> Both:
+def _scatter_sum(row: Row, into: Array, index: Array, values: Array) -> Both:
     scale = np.abs(into) + _added(index, len(into), np.abs(values))
     out = whole(into + _added(index, len(into), values), scale, 1 + _most(index))
-    return [out], {} if g is None else {0: whole(g), 2: exactly(values.shape, lambda rows: g[index[rows]])}
+    return [out], lambda g: {0: whole(g), 2: exactly(values.shape, lambda rows: g[index[rows]])}
 
 
-def _scatter_max(row: Row, into: Array, index: Array, values: Array, g: Array | None = None) -> Both:
+def _scatter_max(row: Row, into: Array, index: Array, values: Array) -> Both:
     order = np.argsort(index, kind="stable")
     starts = np.flatnonzero(np.diff(index[order], prepend=-1))
     out = into.copy()
     touched = index[order][starts]
     out[touched] = np.maximum(into[touched], np.maximum.reduceat(values[order], starts, axis=0))
-    if g is None:
-        return [whole(out)], {}
-    won = exactly(values.shape, lambda rows: np.where(values[rows] == out[index[rows]], g[index[rows]], 0))
-    return [whole(out)], {0: whole(np.where(into == out, g, 0)), 2: won}
+
+    def gradients(g: Array) -> dict[int, Expected]:
+        won = exactly(values.shape, lambda rows: np.where(values[rows] == out[index[rows]], g[index[rows]], 0))
+        return {0: whole(np.where(into == out, g, 0)), 2: won}
+
+    return [whole(out)], gradients
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
 
 
-def _matmul(row: Row, a: Array, b: Array, g: Array | None = None) -> Both:
-    out = Product(a, b)
-    if g is None:
-        return [out], {}
+def _matmul(row: Row, a: Array, b: Array) -> Both:
     flat = (lambda x: x.reshape(-1, x.shape[-1])) if b.ndim == 2 else (lambda x: x)
-    return [out], {0: Product(g, b.swapaxes(-1, -2)), 1: Product(flat(a).swapaxes(-1, -2), flat(g))}
+    return [Product(a, b)], lambda g: {
+        0: Product(g, b.swapaxes(-1, -2)),
+        1: Product(flat(a).swapaxes(-1, -2), flat(g)),
+    }
 
 
-def _linear(row: Row, x: Array, w: Array, *rest: Array) -> Both:
-    biased = len(row.inputs) == 3
-    g = rest[-1] if len(rest) > biased else None
-    out = Product(x, w.T, rest[0] if biased else 0.0)
-    if g is None:
-        return [out], {}
-    x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    db = g2.sum(0, dtype=np.float64)
-    return [out], {0: Product(g, w), 1: Product(g2.T, x2), 2: total(db, len(g2))}
+def _linear(row: Row, x: Array, w: Array, b: Array | float = 0.0) -> Both:
+    def gradients(g: Array) -> dict[int, Expected]:
+        x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        db = g2.sum(0, dtype=np.float64)
+        return {0: Product(g, w), 1: Product(g2.T, x2), 2: total(db, len(g2))}
+
+    return [Product(x, w.T, b)], gradients
 
 
 def _windows(x: Array, lengths: tuple[int, ...]) -> Array:
@@ -281,7 +286,7 @@ def _windows(x: Array, lengths: tuple[int, ...]) -> Array:
     return np.moveaxis(seen, x.ndim - 1, -1)
 
 
-def _conv(row: Row, x: Array, w: Array, g: Array | None = None) -> Both:
+def _conv(row: Row, x: Array, w: Array) -> Both:
     lengths = w.shape[1:-1]
     depth = math.prod(w.shape[1:])
 
@@ -297,35 +302,32 @@ def _conv(row: Row, x: Array, w: Array, g: Array | None = None) -> Both:
         rows = blocks(len(x), math.prod(shape[1:-1]) * flat.shape[1])
         return Pieces(shape, [(at, partial(terms, at)) for at in rows], flat.shape[1])
 
-    out = through(x, w, row.output)
-    if g is None:
-        return [out], {}
-    around = np.pad(g, [(0, 0), *((k - 1, k - 1) for k in lengths), (0, 0)])
-    turned = np.moveaxis(np.flip(w, tuple(range(1, w.ndim - 1))), 0, -1)  # (length..., channels, outputs)
-    dx = through(around, np.moveaxis(turned, -2, 0), x.shape)
+    def gradients(g: Array) -> dict[int, Expected]:
+        around = np.pad(g, [(0, 0), *((k - 1, k - 1) for k in lengths), (0, 0)])
+        turned = np.moveaxis(np.flip(w, tuple(range(1, w.ndim - 1))), 0, -1)  # (length..., channels, outputs)
+        dx = through(around, np.moveaxis(turned, -2, 0), x.shape)
 
-    def kernels(rows: slice) -> Array:
-        """The kernels' gradients, and the squares of what they are products of."""
-        seen = _windows(x[rows].astype(np.float64), lengths).reshape(-1, depth)
-        g2 = g[rows].reshape(-1, len(w)).astype(np.float64)
-        found = np.empty((len(w) + 1, depth + 1))
-        found[:-1, :-1] = g2.T @ seen
-        found[:-1, -1], found[-1, :-1], found[-1, -1] = (g2**2).sum(0), (seen**2).sum(0), 0
-        return found
+        def kernels(rows: slice) -> Array:
+            """The kernels' gradients, and the squares of what they are products of."""
+            seen = _windows(x[rows].astype(np.float64), lengths).reshape(-1, depth)
+            g2 = g[rows].reshape(-1, len(w)).astype(np.float64)
+            found = np.empty((len(w) + 1, depth + 1))
+            found[:-1, :-1] = g2.T @ seen
+            found[:-1, -1], found[-1, :-1], found[-1, -1] = (g2**2).sum(0), (seen**2).sum(0), 0
+            return found
 
-    found = added(kernels, len(x), math.prod(row.output[1:-1]) * depth)
-    dw, scale = found[:-1, :-1], np.sqrt(found[:-1, -1:]) * np.sqrt(found[-1:, :-1])
-    summed = g.size / len(w)
-    return [out], {0: dx, 1: whole(dw.reshape(w.shape), scale.reshape(w.shape), summed)}
+        found = added(kernels, len(x), math.prod(row.output[1:-1]) * depth)
+        dw, scale = found[:-1, :-1], np.sqrt(found[:-1, -1:]) * np.sqrt(found[-1:, :-1])
+        return {0: dx, 1: whole(dw.reshape(w.shape), scale.reshape(w.shape), g.size / len(w))}
+
+    return [through(x, w, row.output)], gradients
 
 
 # -- of a Transformer -------------------------------------------------------------------------------------------------
 
 
-def _layer_norm(row: Row, x: Array, w: Array, *rest: Array) -> Both:
-    biased = len(row.inputs) == 3
-    b = rest[0].astype(np.float64) if biased else np.zeros(1)
-    g = rest[-1] if len(rest) > biased else None
+def _layer_norm(row: Row, x: Array, w: Array, b: Array | float = 0.0) -> Both:
+    b = np.asarray(b, np.float64)
     w64, depth = w.astype(np.float64), x.shape[-1]
 
     def z_of(x: Array) -> tuple[Array, Array]:
@@ -342,25 +344,21 @@ def _layer_norm(row: Row, x: Array, w: Array, *rest: Array) -> Both:
         sizes = np.abs(d) + np.abs(d).mean(-1, keepdims=True) + np.abs(z) * np.abs(d * z).mean(-1, keepdims=True)
         return (d - mean - z * along) * one, sizes * one * (1 + np.abs(z))
 
-    out = by_first(x.shape, forward, x, depth=depth)
-    if g is None:
-        return [out], {}
-    columns, g2 = x.reshape(-1, depth), g.reshape(-1, depth)
+    def gradients(g: Array) -> dict[int, Expected]:
+        columns, g2 = x.reshape(-1, depth), g.reshape(-1, depth)
 
-    def sums(rows: slice) -> Array:
-        terms = g2[rows] * z_of(columns[rows].astype(np.float64))[0]
-        return np.stack([terms.sum(0), np.abs(terms).sum(0), g2[rows].sum(0, dtype=np.float64)])
+        def sums(rows: slice) -> Array:
+            terms = g2[rows] * z_of(columns[rows].astype(np.float64))[0]
+            return np.stack([terms.sum(0), np.abs(terms).sum(0), g2[rows].sum(0, dtype=np.float64)])
 
-    dw, of_w, db = added(sums, len(columns), depth)
-    count = len(columns)
-    return [out], {
-        0: by_first(x.shape, backward, x, g, depth=depth),
-        1: whole(dw, of_w, count),
-        2: total(db, count),
-    }
+        (dw, of_w, db), count = added(sums, len(columns), depth), len(columns)
+        dx = by_first(x.shape, backward, x, g, depth=depth)
+        return {0: dx, 1: whole(dw, of_w, count), 2: total(db, count)}
+
+    return [by_first(x.shape, forward, x, depth=depth)], gradients
 
 
-def _sdpa(row: Row, q: Array, k: Array, v: Array, g: Array | None = None) -> Both:
+def _sdpa(row: Row, q: Array, k: Array, v: Array) -> Both:
     root, depth = math.sqrt(q.shape[-1]), q.shape[-1] + k.shape[-2]
     hidden = np.triu(np.ones((q.shape[2], k.shape[2]), bool), 1) if row.settings["causal"] else None
 
@@ -399,9 +397,7 @@ def _sdpa(row: Row, q: Array, k: Array, v: Array, g: Array | None = None) -> Bot
         return Pieces(shape, [(at, partial(terms, at)) for at in np.ndindex(*shape[:2])], depth)
 
     out = by_head(q.shape, forward, q, k, v)
-    if g is None:
-        return [out], {}
-    return [out], {i: by_head((q, k, v)[i].shape, backward(i), q, k, v, g) for i in range(3)}
+    return [out], lambda g: {i: by_head(x.shape, backward(i), q, k, v, g) for i, x in enumerate((q, k, v))}
 
 
 ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "decay": 0.1, "epsilon": 1e-8, "step": 10}
@@ -423,7 +419,7 @@ def _adamw(row: Row, p: Array, g: Array, m: Array, v: Array) -> Both:
         return p * (1 - o["lr"] * o["decay"]) - o["lr"] * update, np.abs(p) + o["lr"] * (1 + np.abs(m) + np.abs(g))
 
     new = by_first(p.shape, weight, p, g, m, v)
-    return [new, by_first(p.shape, moment, g, m), by_first(p.shape, square, g, v)], {}
+    return [new, by_first(p.shape, moment, g, m), by_first(p.shape, square, g, v)], _none
 
 
 OPERATIONS: dict[str, Callable[..., Both]] = {
