@@ -15,8 +15,8 @@ from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.bench import Bench, NetReading, Reading, State
 from nanogpt_mac.records.run import Times
 from nanogpt_mac.report.table import Report, Row, Section, Table
-from nanogpt_mac.report.words import DASH, interval, ms, percent, ratio, when
-from nanogpt_mac.suites.contents import Found, found_of
+from nanogpt_mac.report.words import DASH, beside, interval, ms, percent, ratio, when
+from nanogpt_mac.suites.contents import BAD, Found, found_of
 from nanogpt_mac.suites.run import suite_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def pairs(one: Bench, other: Bench) -> list[Pair]:
 
 def _figures(bench: Bench) -> dict[tuple[str, str, str], Found]:
     times: dict[tuple[str, str, str], list[Times]] = {}
-    bad = {(r.row, r.way) for r in bench.readings if r.state in (State.WRONG, State.FAILED)}
+    bad = {(r.row, r.way) for r in bench.readings if r.state in BAD}
     for reading in bench.readings:
         if reading.state is State.OK and (reading.row, reading.way) not in bad:
             for figure, each in _times(reading):
@@ -162,8 +162,8 @@ def _ways(found: Sequence[Pair], labels: dict[str, str]) -> Section:
 def _apart(found: Sequence[Pair], labels: dict[str, str]) -> Section:
     rows = [
         Row([
-            pair.row, labels[pair.way], pair.figure, f"{ms(pair.one.value)} {interval(pair.one.bounds)}",
-            f"{ms(pair.other.value)} {interval(pair.other.bounds)}", ratio(pair.ratio),
+            pair.row, labels[pair.way], pair.figure, beside(ms(pair.one.value), interval(pair.one.bounds)),
+            beside(ms(pair.other.value), interval(pair.other.bounds)), ratio(pair.ratio),
         ])
         for pair in sorted(found, key=lambda pair: -abs(pair.ratio - 1))
     ]  # fmt: skip
