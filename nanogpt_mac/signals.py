@@ -1,9 +1,9 @@
 """SIGINT, SIGTERM and SIGHUP end a command in time, whatever is at work: the one place that handles them.
 
-In the main thread a signal raises `Stop`, or is noted where work wants to end well (`asked`), or is handed on to a
-child (`forwarded`). Python's handlers only run between two bytecodes, so a second thread, which the system's own
-handler wakes through a socket, gives the main thread a grace and then ends the process itself: it removes what is half
-made, ends all children and exits with 128 + the signal's number. It needs the GIL: code that holds it holds this up.
+In the main thread a signal raises `Stop`, or is noted where work wants to end well (`asked`). Python's handlers only
+run between two bytecodes, so a second thread, which the system's own handler wakes through a socket, gives the main
+thread a grace and then ends the process itself: it removes what is half made, ends all children and exits with 128 +
+the signal's number. It needs the GIL: code that holds it holds this up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +25,6 @@ from nanogpt_mac import files
 GRACE_S = 1.5  # for the main thread to end by itself; with what ending takes, two seconds
 ITERATION_S = 9.5  # the same, while an iteration or an evaluation is under way
 CHECKPOINT_S = 60.0  # the same, while a checkpoint is written: it is what an ending run is for
-MEMBER_S = ITERATION_S + 2 * GRACE_S  # the same, while a child that got the signal ends
 POLL_S = 0.05
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "terminal closed"}
 
@@ -110,19 +108,6 @@ def asked() -> Iterator[list[int]]:
             _say(f"\n{signal.Signals(signum).name}: finishing this iteration, then a checkpoint\n", 1)
 
     with _handled(note), patience(ITERATION_S):
-        yield received
-
-
-@contextmanager
-def forwarded(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Within, signals go to `process`; the list has those that came."""
-    received: list[int] = []
-
-    def forward(signum: int, _frame: FrameType | None) -> None:
-        received.append(signum)
-        process.send_signal(signum)
-
-    with _handled(forward), patience(MEMBER_S):
         yield received
 
 
