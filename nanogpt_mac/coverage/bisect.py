@@ -169,8 +169,7 @@ def _traced(config: CoverageConfig) -> list[str] | None:
     if config.bisect == "script":
         from nanogpt_mac.coverage import program
 
-        made = program.run(config, sys.executable, simulator.environment(fallback=True), torch="installed")
-        return sorted(made.reached)
+        return sorted(program.run(config).reached)
     if config.bisect != "model":
         return None
     try:
@@ -189,7 +188,7 @@ def _runner(config: CoverageConfig) -> Callable[[wheel.Torch], Looked]:
     def look(torch: wheel.Torch) -> Looked:
         python = other_torch.make(torch.version, config.nightly_index)
         if config.bisect == "script":
-            made = program.run(config, python, env, torch="installed")
+            made = program.run(config, python, env)
             state = {f"{f.op} ({f.where})": f.kind.value for f in made.findings if f.kind != "copy or sync"}
             return Looked(state | ({"exit code": str(made.left_with)} if made.left_with else {}), None)
         seen = detect.check_task(other_torch.task(config.model, config.dtype, config.batch_size), python, env)

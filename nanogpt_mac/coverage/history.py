@@ -42,8 +42,7 @@ Found = dict[Version, "wheel.Torch | InputError"]
 
 def check(config: CoverageConfig) -> Page:
     """Reads every torch asked for, and reports. A wheel that cannot be read is a row. InputError for a bad range."""
-    made = history(config, *_ours(config))
-    return page(made)
+    return page(history(config, *_ours(config)))
 
 
 def history(config: CoverageConfig, ours: Iterable[str] = (), whose: str = "") -> History:
@@ -99,11 +98,9 @@ def _ours(config: CoverageConfig) -> tuple[list[str], str]:
     from nanogpt_mac.operators.table import load
 
     if config.script is not None:
-        from nanogpt_mac import simulator
         from nanogpt_mac.coverage import program
 
-        made = program.run(config, sys.executable, simulator.environment(fallback=True), torch="installed")
-        return list(made.reached), "this script"
+        return list(program.run(config).reached), "this script"
     try:
         return list(trace_model(config.model, config.dtype, load("installed")).calls()), "this model"
     except (NoTrace, InputError) as error:
@@ -139,21 +136,21 @@ def chosen(asked: str, python: str, nightly_index: str) -> dict[str, wheel.Torch
             if not between:
                 raise InputError(f"history={asked}: the index has no release in {term}; {_ALLOWED}")
             found |= between
-        for one in (high if dots else low,):
-            if one == "nightly" or (not dots and _version(one).is_devrelease):
-                known = of_nightlies()
-                if isinstance(known, InputError):
-                    found[one] = known
-                    continue
-                exact = [v for v in known if v.is_devrelease and (one == "nightly" or v.public == _version(one).public)]
-                found[str(exact[-1]) if exact else one] = (
-                    known[exact[-1]] if exact else InputError(f"torch={one}: the nightly index has no such build")
-                )
-            elif not dots:
-                version = _version(one)
-                if version not in of_index():
-                    raise InputError(f"history={asked}: the index has no torch {one}; {_ALLOWED}")
-                found[str(version)] = of_index()[version]
+        one = high if dots else low
+        if one == "nightly" or (not dots and _version(one).is_devrelease):
+            known = of_nightlies()
+            if isinstance(known, InputError):
+                found[one] = known
+                continue
+            exact = [v for v in known if v.is_devrelease and (one == "nightly" or v.public == _version(one).public)]
+            found[str(exact[-1]) if exact else one] = (
+                known[exact[-1]] if exact else InputError(f"torch={one}: the nightly index has no such build")
+            )
+        elif not dots:
+            version = _version(one)
+            if version not in of_index():
+                raise InputError(f"history={asked}: the index has no torch {one}; {_ALLOWED}")
+            found[str(version)] = of_index()[version]
     return found
 
 

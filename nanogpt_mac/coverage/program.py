@@ -37,15 +37,16 @@ _DRAIN = (
 
 def check(config: CoverageConfig) -> Page:
     """Runs the program that `config.script` names, and reports. InputError where there is none, or no device."""
-    return page(run(config, sys.executable, simulator.environment(fallback=True)))
+    return page(run(config, torch=config.torch))
 
 
-def run(config: CoverageConfig, python: str, environment: Mapping[str, str], torch: str | None = None) -> Program:
-    """The program, run by an interpreter that has torch. `torch` is another one to judge its operators by."""
+def run(
+    config: CoverageConfig, python: str = sys.executable, env: Mapping[str, str] | None = None, torch: str = "installed"
+) -> Program:
+    """The program, run by an interpreter that has torch. `torch` may be another one to judge its operators by."""
     argv, folder = command(config.script or "")
-    asked = config.torch if torch is None else torch
-    table = None if asked == "installed" else load(asked, config.python, config.binary, config.nightly_index)
-    seen, code = _watched(config, argv, folder, python, environment)
+    table = None if torch == "installed" else load(torch, config.python, config.binary, config.nightly_index)
+    seen, code = _watched(config, argv, folder, python, env or simulator.environment(fallback=True))
     made = document(seen, argv, folder, code)
     return judged(made, table) if table is not None else made
 
