@@ -54,17 +54,17 @@ def check_fields(config: Any, prefix: str = "") -> None:
         if "low" in rule and value is not None:
             low, below = rule["low"], rule["below"]
             if not (low <= value and (below is None or value < below)):  # true for nan
-                limit = "" if below is None else " and finite" if below == math.inf else f" and below {_spelt(below)}"
-                raise InputError(f"{key}={_spelt(value)}: must be at least {_spelt(low)}{limit}")
+                limit = "" if below is None else " and finite" if below == math.inf else f" and below {spelt(below)}"
+                raise InputError(f"{key}={spelt(value)}: must be at least {spelt(low)}{limit}")
 
 
 def check_one_of(key: str, value: Any, allowed: Sequence[Any]) -> None:
     if not any(value == a and type(value) is type(a) for a in allowed):  # 1 is not true
-        *most, last = map(_spelt, allowed)
-        raise InputError(f"{key}={_spelt(value)}: use {', '.join(most)} or {last}")
+        *most, last = map(spelt, allowed)
+        raise InputError(f"{key}={spelt(value)}: use {', '.join(most)} or {last}")
 
 
-def _spelt(value: Any) -> str:
+def spelt(value: Any) -> str:
     """A value as the command line spells it."""
     if value == MOST_SEED:
         return "2**63"

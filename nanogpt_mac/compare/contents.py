@@ -7,6 +7,7 @@ from functools import partial
 
 from nanogpt_mac.compare import doubts, evidence
 from nanogpt_mac.compare.doubts import label
+from nanogpt_mac.config import spelt
 from nanogpt_mac.records.comparison import (
     AgreementState,
     Comparison,
@@ -401,14 +402,12 @@ def _lever(lever: LeverRow, comparison: Comparison) -> Row:
     variant, base = comparison.named(lever.name), comparison.named(lever.base)
     bad = variant is not None and variant.state in doubts.MARKS
     said = f" ({doubts.MARKS[variant.state]})" if variant and bad else ""
-    value = (
-        str(lever.value).lower() if isinstance(lever.value, bool) else text(lever.value)
-    )  # as the command line has it
+    value = spelt(lever.value) if isinstance(lever.value, bool) else text(lever.value)
     cells = [
         text(lever.what or lever.name) + said,
         label(base) if base else text(lever.base),
         f"{text(lever.key)}={value}",
         compared(lever.ratio),
-        DASH if lever.worth_percent is None else f"{lever.worth_percent:+.1f} %",
+        _signed(lever.worth_percent),
     ]
     return Row(cells, _MARKS[variant.state] if variant and bad else Mark.NONE)

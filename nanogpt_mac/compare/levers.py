@@ -6,12 +6,11 @@ Those of every back end are here; what a back end has of its own it says itself 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from nanogpt_mac.backends.base import Lever as Setting
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.compare.variants import Machine, known
-from nanogpt_mac.config import Config
+from nanogpt_mac.config import Config, spelt
 from nanogpt_mac.overrides import merged, slug
 from nanogpt_mac.records.plan import Lever, Variant
 
@@ -73,16 +72,12 @@ def _common(base: Config) -> list[Setting]:
 
 
 def _changed(machine: Machine, base: Variant, lever: Setting, named: Variant | None = None) -> Variant:
-    short = f"{lever.key.rpartition('.')[2]}={_spelt(lever.value)}"
+    short = f"{lever.key.rpartition('.')[2]}={spelt(lever.value)}"
     changed = named or known(base.name, machine)
     return Variant(
         name=named.name if named else slug(f"{base.name}-{short}"),
         label=named.label if named else f"{base.label}, {short}",
         note=changed.note,
-        overrides=tuple(merged(base.overrides, named.overrides if named else [f"{lever.key}={_spelt(lever.value)}"])),
+        overrides=tuple(merged(base.overrides, named.overrides if named else [f"{lever.key}={spelt(lever.value)}"])),
         lever=Lever(base=base.name, key=lever.key, value=lever.value, what=lever.what),
     )
-
-
-def _spelt(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
