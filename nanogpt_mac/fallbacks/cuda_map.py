@@ -75,11 +75,10 @@ class CudaMap:
         for name, answer in answers.items():
             setattr(cuda, name, self._noted(f"torch.cuda.{name}", answer))
         cuda.Event = lambda enable_timing=False, **_: torch.mps.Event(enable_timing)
-        for owner, position in ((torch.amp.autocast_mode.autocast, 1), (torch.amp.grad_scaler.GradScaler, 1)):
-            owner.__init__ = self._first(owner.__init__, position)  # type: ignore[method-assign]
+        for owner in (torch.amp.autocast_mode.autocast, torch.amp.grad_scaler.GradScaler):
+            owner.__init__ = self._at(1, owner.__init__)  # type: ignore[method-assign]
         module: Any = torch
-        module.load = self._keyword(torch.load, "map_location", 1)
-        module.set_default_device = self._first(torch.set_default_device, 0)
+        module.load, module.set_default_device = self._at(1, torch.load), self._at(0, torch.set_default_device)
 
     def _noted(self, name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -88,20 +87,13 @@ class CudaMap:
 
         return call
 
-    def _first(self, function: Callable[..., Any], position: int) -> Callable[..., Any]:
-        """A function whose argument at `position`, or named device or device_type, is a device."""
+    def _at(self, position: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose argument at `position`, or one of these names, is a device."""
+        names = ("device", "device_type", "map_location")
 
         def call(*args: Any, **kwargs: Any) -> Any:
             args = tuple(self.device(a) if i == position else a for i, a in enumerate(args))
-            kwargs = {k: self.device(v) if k in ("device", "device_type") else v for k, v in kwargs.items()}
-            return function(*args, **kwargs)
-
-        return call
-
-    def _keyword(self, function: Callable[..., Any], name: str, position: int) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            args = tuple(self.device(a) if i == position else a for i, a in enumerate(args))
-            return function(*args, **kwargs | ({name: self.device(kwargs[name])} if name in kwargs else {}))
+            return function(*args, **{k: self.device(v) if k in names else v for k, v in kwargs.items()})
 
         return call
 
