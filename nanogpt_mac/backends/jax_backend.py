@@ -42,7 +42,7 @@ def _named(platform: str) -> str:
 
 def taken(settings: Mapping[str, Any]) -> str:
     """The device of this process; InputError where `settings`, a kind's own, name another: JAX takes one for good."""
-    platforms = str(jax.config.jax_platforms or "")  # as they were before JAX started
+    platforms = str(getattr(jax.config, "jax_platforms", None) or "")  # as they were before JAX started
     try:
         wanted, device = settings.get("jax_device", "auto"), _named(jax.default_backend())
     except Exception as error:  # whatever a plugin raises, and AssertionError of JAX itself
