@@ -112,13 +112,13 @@ class FaultyArrays(Arrays):
             if fault == "a cached result" and self.first is not None:
                 return self.first
             if fault == "a result kept for inputs that come again" and id(inputs[0]) in self.known:
-                return self.known[id(inputs[0])]
+                return self.known[id(inputs[0])][1]
             if fault == "an axis that is ignored" and "axis" in settings:
                 settings["axis"] = -1 if name == "sort" else None if name == "sum" else (0, 1)
             made = Native(self.device.submit(self._compute, function, inputs, settings, name))
             self.first = self.first or made
             self.previous = made
-            self.known[id(inputs[0])] = made
+            self.known[id(inputs[0])] = inputs[0], made  # kept alive: another would get its id
             return made
 
         return call
