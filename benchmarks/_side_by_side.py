@@ -21,13 +21,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+
+from nanogpt_mac.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 # That change how fast something is, less those that hold a path.
 VARIABLES = ("OMP_", "MKL_", "NANOGPT_MAC_", "PYTORCH_", "TORCHINDUCTOR_AUTOGRAD", "MLX_")
+MAY_BE_0 = ("check", "dropout", "others", "seconds", "warmup")
 PACKAGES = ("torch", "triton", "mlx", "mlx-lm", "numpy", "wandb")
 
 
@@ -172,9 +175,37 @@ def commit() -> str | None:
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """That also refuses, with exit code 2, numbers that nothing can be made of, and files that are not there."""
+
+    def parse_args(self, *given: Any) -> Any:
+        found = super().parse_args(*given)
+        for name, value in vars(found).items():
+            of = f"argument --{name.replace('_', '-')}: {value}"
+            for number in value if isinstance(value, list | tuple) else [value]:
+                enough = type(number) not in (int, float) or number > 0 or (number == 0 and name in MAY_BE_0)
+                if not enough:
+                    self.error(f"{of}: use {'0 or more' if name in MAY_BE_0 else 'a number above 0'}")
+            if name in ("text", "read") and value is not None and not value.is_file():
+                self.error(f"{of}: there is no such file")
+            if name in ("out", "plot", "results") and value is not None and not value.parent.is_dir():
+                self.error(f"{of}: there is no such folder; make it first")
+        return found
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """What a script ends with: its exit code, and 2 with one line where something was given that cannot be used."""
+    try:
+        code = main()
+    except InputError as error:
+        say(f"{Path(sys.argv[0]).name}: {error}")
+        code = 2
+    sys.exit(code)
+
+
 def parser(about: str | None, rounds: int) -> argparse.ArgumentParser:
     """With the options that every script has."""
-    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rounds", type=int, default=rounds, help="how often each side runs (default %(default)s)")
     made.add_argument("--limit", type=float, default=math.inf, metavar="SECONDS", help="start no round that ends later")
     made.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes beside standard output")

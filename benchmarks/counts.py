@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -154,7 +153,4 @@ class Watched:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"{error}")
+    beside.run(main)

@@ -175,7 +175,4 @@ def _mlx_lm(args: Any, spec: GPTSpec, weights: dict[str, np.ndarray]) -> tuple[D
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"{error}")
+    beside.run(main)

@@ -206,4 +206,4 @@ def _ranks(pid: int) -> list[psutil.Process]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    beside.run(main)

@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from statistics import median
 
+import _side_by_side as beside
+
 from nanogpt_mac import ranks
 from nanogpt_mac.backends.kinds import KINDS
+from nanogpt_mac.errors import InputError
 
 COUNTS = (1_000, 100_000, 1_000_000, 10_000_000)  # float32; GPT-2 124M has 124,475,904
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = beside.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("counts", type=int, nargs="*", default=COUNTS, help="float32 in each sum")
     counts = parser.parse_args(argv).counts
     launched = ranks.launched()
+    if launched.size == 1:
+        raise InputError("one process has nobody to sum with; start it by torchrun or mlx.launch, as --help shows")
     kind = KINDS["mlx" if launched.launcher == ranks.MLX else "cpu"]
     world = kind.load_world().join(launched, kind.name)
     times = {count: world.sum_ms(count) for count in counts}
@@ -42,4 +46,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    beside.run(main)

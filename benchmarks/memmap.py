@@ -11,7 +11,6 @@ round the system is asked to drop the file's pages, so that windows are read fro
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +23,6 @@ from _sides import CLOCKS, DTYPES, RECIPES, How, Ours, Work, rounds
 
 from nanogpt_mac.backends import kinds
 from nanogpt_mac.corpus import prepared
-from nanogpt_mac.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +88,4 @@ def _dropping(path: Path, run: Callable[[], list[float]]) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"{error}")
+    beside.run(main)

@@ -8,7 +8,6 @@ one after the other, before the rounds.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", type=int, default=20, help="iterations of the check; 0 leaves it out")
     beside.add_turns(parser)
     args = parser.parse_args(argv)
+    if args.iterations < args.log:
+        raise InputError(f"--iterations {args.iterations}: use at least --log {args.log}, which are timed together")
     deadline = beside.deadline(args)
     hows = [How.parse(side) for side in args.sides or ("peer+compile", "ours+compile")]
     if args.blas:
@@ -85,7 +86,4 @@ def measure(args: Any, hows: Sequence[How], work: Work, deadline: float) -> dict
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"{error}")
+    beside.run(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,6 @@ import _side_by_side as beside
 from _sides import CLOCKS, DTYPES, RECIPES, How, Ours, Work
 
 from nanogpt_mac.backends import kinds
-from nanogpt_mac.errors import InputError
 from nanogpt_mac.records.run import Denominators
 from nanogpt_mac.train.clock import Clock
 from nanogpt_mac.train.display import Lines
@@ -120,7 +118,4 @@ def _wandb(folder: Path) -> Wandb:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"{error}")
+    beside.run(main)

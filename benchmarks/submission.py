@@ -16,7 +16,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -94,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError("--read: draws an earlier document; add --plot FILE")
         plot(json.loads(args.read.read_text()), args.plot)
         return 0
+    if len(args.widths) < 2 or args.widths[0] > 784 or args.widths[-1] < 10:
+        widths = " ".join(map(str, args.widths))
+        raise InputError(f"--widths {widths}: use at least two, from 784 pixels or fewer to ten classes or more")
     deadline = beside.deadline(args)
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are made
@@ -306,7 +308,4 @@ def plot(document: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"{error}")
+    beside.run(main)

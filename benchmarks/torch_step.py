@@ -14,7 +14,6 @@ Inductor's cache of whole graphs is off: torch before 2.13 took a graph compiled
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,7 +26,6 @@ import numpy as np
 from _sides import CLOCKS, RECIPES, How, NanoGPT, Ours, Program, Work, rounds, same_losses
 
 from nanogpt_mac.backends import kinds
-from nanogpt_mac.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,7 +132,4 @@ def _memory(device: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"{error}")
+    beside.run(main)

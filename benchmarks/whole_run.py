@@ -181,7 +181,4 @@ def _caches(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        sys.exit(f"{error}")
+    beside.run(main)

@@ -37,6 +37,28 @@ def test_every_script_says_what_it_does(load, capsys, script):
     assert f"benchmarks/{script}.py" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--rounds", "0"], "argument --rounds: 0: use a number above 0"),
+        (["--limit", "nan"], "argument --limit: nan: use a number above 0"),
+        (["--out", "nowhere/found.json"], "argument --out: nowhere/found.json: there is no such folder; make it first"),
+        (["--read", "nowhere.json"], "argument --read: nowhere.json: there is no such file"),
+        (["--images", "-3"], "argument --images: -3: use a number above 0"),
+        (["--batches", "8", "0"], "argument --batches: [8, 0]: use a number above 0"),
+        (["--widths", "784", "4"], "submission.py: --widths 784 4: use at least two"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_exit_code_2(load, capsys, tmp_path, monkeypatch, given, words):
+    monkeypatch.chdir(tmp_path)
+    script = load("submission")
+    monkeypatch.setattr(sys, "argv", ["submission.py", *given])
+    with pytest.raises(SystemExit) as end:
+        load("_side_by_side").run(script.main)
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
