@@ -78,10 +78,8 @@ def says(text: str, unless_any: bool = False) -> bool:
         if unless_any and any(folder.glob("said-*")):
             return False
         (folder / f"said-{crc32(text.encode()):08x}").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except (InputError, OSError):  # another launcher; no folder can be made
-        return True
+    except (InputError, OSError) as error:  # another launcher; no folder can be made
+        return not isinstance(error, FileExistsError)
     return True
 
 

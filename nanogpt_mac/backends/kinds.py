@@ -61,10 +61,7 @@ def available() -> list[str]:
 
 
 def resolve(name: str, launcher: str = "") -> str:
-    """The back end that `backend=name` means here, as a process of `launcher`'s, which starts several.
-
-    InputError, naming what is there, when it is absent.
-    """
+    """What `backend=name` means here, also under a `launcher` of several processes; InputError when it is absent."""
     if name == "auto":
         fit = [kind for kind in KINDS.values() if sys.platform in kind.rank and kind.is_for(launcher)]
         ranks = {kind.name: kind.rank[sys.platform] for kind in fit}

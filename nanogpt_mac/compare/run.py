@@ -19,6 +19,7 @@ from nanogpt_mac.files import lock, run_folder, write_json
 from nanogpt_mac.machine import probe
 from nanogpt_mac.records.base import DamagedError
 from nanogpt_mac.records.plan import Plan
+from nanogpt_mac.report.words import plural
 from nanogpt_mac.train import chosen
 from nanogpt_mac.train.display import say
 
@@ -88,8 +89,9 @@ def _announce(folder: Path, plan: Plan, config: Config) -> None:
     recipe = f"experiment={plan.experiment}" if plan.experiment else "the full recipe"
     if plan.quick_by_default:
         recipe += " (no accelerator here: experiment=full is nanoGPT's full recipe)"
-    model = f"{config.model.n_layer} layers of {config.model.n_embd}"
-    say(f"work: {recipe}: {model}, batch {config.batch_size} x {config.model.block_size}, {config.dtype}")
+    model = f"{plural(config.model.n_layer, 'layer')} of {config.model.n_embd}"
+    times = f"{many} times " if (many := config.gradient_accumulation_steps) > 1 else ""
+    say(f"work: {recipe}: {model}, {times}batch {config.batch_size} x {config.model.block_size}, {config.dtype}")
     for variant in plan.variants:
         if variant.lever:
             say(f"lever: {variant.label}: {variant.lever.what}")

@@ -60,7 +60,7 @@ class Results(contents.Results):
             return beside(ms(found[0]), interval(found[1]))
         counts = [r.counts for r in self.right(row, way) if r.counts]
         if counts:
-            return ", ".join(f"{n:,} {what}" for what, n in counts[0].items())
+            return ", ".join(f"{n:,} {what[:-1] if n == 1 else what}" for what, n in counts[0].items())
         return self.held(row, way)
 
     @cached_property
@@ -126,7 +126,8 @@ def _times(found: Results, lm: bool) -> Section:
 
 
 def _speeds(found: Results) -> Section:
-    others = [way for way in found.bench.ways if way is not found.base]
+    timed = [way for way in found.bench.ways if any(found.medians(row, way.name) for row in found.bench.rows)]
+    others = [way for way in timed if way is not found.base]
     rows = []
     for row in found.bench.rows:
         cells = [row]
@@ -137,7 +138,7 @@ def _speeds(found: Results) -> Section:
         rows.append(Row(cells))
     note = f"Times as fast as {found.base.label}, run by run, with an interval from two runs on."
     table = Table(f"Speed against {found.base.label} ({found.data})", ["row", *(way.label for way in others)], rows)
-    return Section("speeds", "Speed", notes=[note], tables=[table] if others else [], empty="There is one way alone.")
+    return Section("speeds", "Speed", notes=[note], tables=[table] if others else [], empty="No two ways have times.")
 
 
 def _checks(found: Results, lm: bool) -> Section:

@@ -87,3 +87,4 @@ def test_on_the_simulated_devices_there_are_values_and_counts(command: Any, tmp_
     report = (tmp_path / "out" / "report.md").read_text()
     assert "40 launches, 4 buffers, 4 waits" in report
     assert "docs/metal.md" in report
+    assert "Speed against" not in report  # nothing was timed
