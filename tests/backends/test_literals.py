@@ -24,6 +24,7 @@ ABOUT_MPS = {
     "coverage": "the report on MPS, and its sweeps against the CPU",
 }
 ELSEWHERE = {  # file -> names, and why
+    "backends/torch_choices.py": ({"cpu", "cuda", "mps"}, "how torch_backend.py runs on each of its devices"),
     "backends/by_hand/metal.py": ({"metal"}, "the name of Apple's framework, which PyObjC brings"),
     "backends/by_hand/torch_devices.py": ({"cuda"}, "where the kernels in Triton run"),
     "fallbacks/cuda_map.py": ({"cuda", "mps"}, "the device that a stranger's program asks for"),
