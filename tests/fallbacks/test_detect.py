@@ -379,7 +379,7 @@ def test_error_ends_the_run_before_training(monkeypatch, tmp_path, capsys, found
         return backend
 
     doubtful = found.model_copy(update={"findings": (), "complete": False, "why_incomplete": ("not reached: clip",)})
-    monkeypatch.setattr(kinds, "resolve", lambda name: name)
+    monkeypatch.setattr(kinds, "resolve", lambda name, launcher: name)
     monkeypatch.setattr(kinds, "create", on_cpu)
     overrides = ["experiment=smoke", "backend=mps", "fallbacks=error", "data=stand_in", f"data_dir={tmp_path / 'data'}"]
     for document, said in ((found, "gelu.out"), (doubtful, "incomplete: not reached: clip")):
