@@ -1,5 +1,6 @@
 """Whatever is wrong with a result or its time is refused by name, in small rows and in large ones."""
 
+import itertools
 import re
 from contextlib import nullcontext
 from tempfile import TemporaryDirectory
@@ -57,6 +58,20 @@ def test_a_fault_is_refused_by_name(fault, words, size, monkeypatch):
         assert found.state is State.WRONG, f"{row}: {found}"
         assert re.search(words, found.reason), f"{row}: {found.reason}"
         assert found.throughput is None
+
+
+@pytest.mark.parametrize(("looks", "state"), [(1, State.OK), (2, State.OK), (3, State.WRONG)])
+def test_a_right_row_whose_core_another_had_for_a_while_is_not_refused(looks, state, monkeypatch):
+    numbers = itertools.count()
+
+    def once(call, arrays):
+        call()
+        number = next(numbers)  # every second one has new inputs
+        return 0.01 if number % 2 and number < looks * 2 * measured.TRIES else 0.001
+
+    monkeypatch.setattr(measured.calls, "once", once)
+    found = measure("", PLAIN[0], "small", monkeypatch)
+    assert found.state is state, found.reason
 
 
 @pytest.mark.parametrize("fault", ["a cached result", "a no-op", "a wrong result"])
