@@ -25,8 +25,6 @@ from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache, dropout_masks
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 
 Layers = dict[int, tuple[mx.array, mx.array]]
-
-
 FREE_SHARE = 0.8  # of the GPU's free memory that MLX may hold; the rest is for what it cannot use of its blocks
 
 
@@ -128,8 +126,10 @@ class MLXBackend(Backend):
         if mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
         # What is enqueued has its memory already: without a limit the host runs ahead until there is none left.
-        share = FREE_SHARE * self.free_memory() if self.device_name != "cpu" else 0
-        if limit := int(1e9 * options.settings.get("memory_limit_gb", 0) or share):
+        limit = int(1e9 * options.settings.get("memory_limit_gb", 0))
+        if not limit and self.device_name != "cpu":  # MLX counts all that it holds in this process
+            limit = mx.get_active_memory() + mx.get_cache_memory() + int(FREE_SHARE * self.free_memory())
+        if limit:
             mx.set_memory_limit(limit)
         self.details = {"resident_data": sorted(self.resident), "blas": blas.taken(), "memory_limit": limit or None}
 

@@ -121,6 +121,19 @@ def test_the_host_waits_at_the_memory_limit():
         mx.set_memory_limit(before)
 
 
+def test_what_mlx_holds_already_counts_to_the_limit(monkeypatch):
+    """Else a second model of a process would wait for every operation of its own."""
+    monkeypatch.setattr(mlx_backend.MLXBackend, "device_of", classmethod(lambda cls, kind: "cuda"))
+    monkeypatch.setattr(mlx_backend.MLXBackend, "free_memory", lambda self: 10**9)
+    before, held = mx.set_memory_limit(2**40), mx.zeros(3 * 10**7)
+    try:
+        mx.eval(held)
+        backend = kinds.create(QUICK, options("mlx"), Tokens({"train": np.zeros(4000, np.uint16)}, 64))
+        assert backend.details["memory_limit"] == mx.set_memory_limit(2**40) >= held.nbytes + 8 * 10**8
+    finally:
+        mx.set_memory_limit(before)
+
+
 def test_a_token_is_one_graph_whatever_the_length(make, spec, monkeypatch):
     """Compiled once: Python is gone through once for a whole text."""
     backend, calls = make("mlx", compile=True), []
