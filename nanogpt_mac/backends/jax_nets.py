@@ -93,8 +93,7 @@ class JaxNet(Net):
         return loss, jax.tree.map(updated, w, m, v), m, v, step
 
     def _trained_on(self, state: Any, resident: Sequence[jax.Array], rows: jax.Array) -> tuple[Any, ...]:
-        made: tuple[Any, ...] = self._trained(*state, *(array[rows] for array in resident))
-        return made
+        return tuple(self._trained(*state, *(array[rows] for array in resident)))
 
     def put(self, rows: np.ndarray) -> jax.Array:
         return jax.device_put(rows if rows.dtype == np.float32 else rows.astype(np.int32), self.arrays.place)
@@ -115,8 +114,7 @@ class JaxNet(Net):
         return order.astype(np.int32)
 
     def resident_step(self, rows: np.ndarray) -> jax.Array:
-        state = self.parameters, *self.moments, self.steps
-        return self._kept(self.training_of_rows(state, self.resident, rows))
+        return self._kept(self.training_of_rows((self.parameters, *self.moments, self.steps), self.resident, rows))
 
     def _kept(self, made: tuple[Any, ...]) -> jax.Array:
         loss, self.parameters, *moments, self.steps = made

@@ -95,8 +95,7 @@ class TinygradNet(Net):
         return loss.realize(*changed, self.steps.assign(t))
 
     def _trained_on(self, rows: Tensor) -> Tensor:
-        inputs, targets = (array[rows].contiguous() for array in self.resident)
-        return self._trained(inputs, targets)
+        return self._trained(*(array[rows].contiguous() for array in self.resident))
 
     def put(self, rows: np.ndarray) -> Tensor:
         return tensor(rows if rows.dtype == np.float32 else rows.astype(np.int32)).realize()
