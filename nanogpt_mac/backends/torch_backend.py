@@ -67,8 +67,8 @@ class TorchBackend(Backend):
         self.dtype = getattr(torch, options.dtype)
         choices = Choices(spec, options, self.device)
         self.settings = choices.settings
-        own, graph = choices.own_kernels, choices.cuda_graph
-        if own is not None:
+        self.own, graph = choices.own_kernels, choices.cuda_graph
+        if (own := self.own) is not None:
             own.prepare(spec, self.dtype, self.device)
         self.model = GPT(spec, choices.few_kernels, options.checkpointing, own is not None).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
@@ -138,8 +138,7 @@ class TorchBackend(Backend):
     # -- training -----------------------------------------------------------------------------------------------
 
     def step(self, starts: np.ndarray, lr: float) -> Handle:
-        seed = base.step_seed(self.options.seed, self.iteration, self.world.rank)
-        torch.manual_seed(seed)  # dropout: a function of the iteration
+        self._seed(base.step_seed(self.options.seed, self.iteration, self.world.rank))
         self.iteration += 1
         self.model.train()
         if self.world.size > 1:
@@ -154,6 +153,10 @@ class TorchBackend(Backend):
             raise
         with self.phase("result"):
             return self._handle(result)
+
+    def _seed(self, seed: int) -> None:
+        """Dropout, a function of the iteration; torch.manual_seed formats a stack for each device that is not there."""
+        (self.accelerator or torch.default_generator).manual_seed(seed)
 
     def _train(self, windows: Tensor) -> Tensor:
         """One iteration on `windows`, int64 (accumulation, B, T + 1): its mean loss and its gradient norm, (2,).
@@ -235,7 +238,7 @@ class TorchBackend(Backend):
     def gradients(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
         # Where nothing is dropped the training graph itself is what is checked; else only evaluation is deterministic.
         self.model.train(bool(np.float32(1 - self.spec.dropout) == 1))
-        torch.manual_seed(base.step_seed(self.options.seed, self.iteration))
+        self._seed(base.step_seed(self.options.seed, self.iteration))
         with self.autocast():
             loss = self.loss(self._tokens(tokens), self._tokens(targets))
         gradients = torch.autograd.grad(self.scaler.scale(loss), list(self.parameters.values()), materialize_grads=True)
@@ -343,11 +346,14 @@ class TorchBackend(Backend):
         kind = {"device": self.device, "dtype": getattr(torch, dtype)}
         a, b = (torch.randn(size, generator=random, **kind) for size in ((m, k), (k, n)))
         out = torch.empty(m, n, **kind)
+        multiply: Callable[[], object] = partial(torch.mm, a, b, out=out)
+        if self.own is not None and self.own.exact(a.dtype):
+            multiply = partial(self.own.product, a, b)
         self.synchronize()
 
         def matmuls(count: int) -> None:
             for _ in range(count):
-                torch.mm(a, b, out=out)
+                multiply()
             self.synchronize()
 
         return matmuls

@@ -53,7 +53,7 @@ LEVERS = (
     Lever(
         "backend.own_kernels",
         False,
-        "attention and layer norm by torch's kernels, not by ours",
+        "attention, layer norm and float32 products by torch's kernels, not by ours",
         lambda here, config: (
             here.device == "cuda" and (config.compile if (o := config.backend.own_kernels) is None else o)
         ),

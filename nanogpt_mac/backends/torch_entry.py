@@ -90,7 +90,6 @@ TORCH: dict[str, Any] = {
 _MPS = Capabilities(
     "mps", "torch", True, True, compiles_evaluation=True, dtypes=HALVES, detector=True, memory=POOL
 )  # fmt: skip
-_PRODUCT = "nanogpt_mac.backends.product_"
 
 MPS = Torch(
     name="mps",
@@ -101,7 +100,14 @@ MPS = Torch(
     ),
     rank={"darwin": 30},
     falls_back={"PYTORCH_ENABLE_MPS_FALLBACK": "1"},
-    rungs=(Rung("tiled", "our tiled kernel, Metal", ("mps", simulator.DEVICE_NAME), f"{_PRODUCT}metal:product"),),
+    rungs=(
+        Rung(
+            "tiled",
+            "our tiled kernel, Metal",
+            ("mps", simulator.DEVICE_NAME),
+            "nanogpt_mac.backends.product_metal:product",
+        ),
+    ),
     **TORCH,
 )
 
@@ -119,7 +125,7 @@ CUDA = Torch(
             "tiled",
             "our tiled kernel, Triton",
             ("cuda",),
-            f"{_PRODUCT}triton:product",
+            "nanogpt_mac.gpt.fused:product",
             missing=lambda: None if find_spec("triton") else "the package triton is not installed",
         ),
     ),

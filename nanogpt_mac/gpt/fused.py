@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +27,9 @@ WIDEST = 4096  # columns of a row that a program holds
 PROGRAMS = 528  # of the layer norm's backward pass: four for each multiprocessor of an H100
 VOCABULARY = 64  # the head's rows are padded to a multiple of it: an odd number has slow kernels
 ELEMENTS = 1024  # of a program of GELU
+TILE = {"ROWS": 128, "COLUMNS": 64, "STEP": 32, "BAND": 8, "num_warps": 8, "num_stages": 3}  # of a product of float32
+WIDER = {**TILE, "COLUMNS": 256, "STEP": 64}  # of 16 bits
+SHARES, BUSY = 16, 1200  # into how many a product's terms are split at most, and programs that are enough
 EPS = 1e-5
 
 
@@ -53,6 +56,9 @@ def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> None:
         lambda: _add_norm_backward(x, weight, bias, x, y, p, drawn, 1),
         *((lambda: gelu(hidden), lambda: _gelu_backward(hidden, hidden)) if spec.gelu == "exact" else ()),
     ]
+    if exact(dtype):
+        a, b = x.new_zeros(TILE["ROWS"], C), x.new_zeros(3 * C, C).T
+        work += [lambda: product(a, b), lambda: product(a @ b, b.T), lambda: product((a @ b).T, a)]
     with ThreadPoolExecutor(len(work)) as pool:
         for done in [pool.submit(one) for one in work]:
             done.result()
@@ -64,10 +70,9 @@ def _threshold(dropout: float) -> int:
     return dropped - 2**32 if dropped >= 2**31 else dropped
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How products of float32 are made: as torch was asked to make its own; of 16 bits it is of no matter."""
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "tf32x3" if exact else "tf32"  # three products of TF32 keep what float32 holds
+def exact(dtype: torch.dtype) -> bool:
+    """Whether products are to keep what float32 holds: where torch was asked for that."""
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -78,8 +83,8 @@ def _head(qkv: Tensor, n_head: int, dropout: float, backward: bool = False) -> t
     B, T, width = qkv.shape
     hs = width // 3 // n_head
     padded = max(16, triton.next_power_of_2(hs))
-    precision = _precision(qkv.dtype)
-    small = padded * qkv.element_size() > 256 or (backward and precision == "tf32x3")  # else registers do not hold it
+    precise = exact(qkv.dtype)
+    small = padded * qkv.element_size() > 256 or (backward and precise)  # else registers do not hold it
     block = 32 if small else 64
     sixteen = qkv.element_size() == 2
     short = sixteen and backward and dropout > 0  # masks take the registers of a longer step
@@ -95,7 +100,7 @@ def _head(qkv: Tensor, n_head: int, dropout: float, backward: bool = False) -> t
         "BLOCK": block,
         "STEP": 32 if short else block,
         "DROP": dropout > 0,
-        "PRECISION": precision,
+        "PRECISION": "tf32x3" if precise else "tf32",  # three of TF32 for one; for 16 bits it is of no matter
         "EVEN": hs == padded and T % block == 0,
         "num_warps": 4,
         "num_stages": 3 if ahead else 1,
@@ -219,7 +224,7 @@ def _sum(shares: Tensor) -> Tensor:
     programs, C = shares.shape
     sums = shares.new_empty(C if programs else 0)
     if programs:
-        kernels.column_sums[(triton.cdiv(C, 32),)](shares, sums, programs, C, BLOCK=32, STEP=32, num_warps=4)
+        kernels.column_sums[(triton.cdiv(C, 8),)](shares, sums, programs, C, BLOCK=8, STEP=32, num_warps=4)
     return sums
 
 
@@ -290,6 +295,46 @@ gelu.register_autograd(
 )
 
 
+# -- a product of matrices --------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("nanogpt_mac::product", mutates_args=())
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a` (M, K) times `b` (K, N), in their dtype with sums in float32. No step takes it in 16 bits; suite=gemm does.
+
+    Each number of float32 is split into three of bfloat16, which hold it to the last bit, and six of the nine products
+    are summed: the other three are below float32's rounding. A quarter of cuBLAS's error, in less time.
+    """
+    (M, K), N, single = a.shape, b.shape[1], a.dtype == torch.float32
+    tile = TILE if single else WIDER
+    tiles = triton.cdiv(M, tile["ROWS"]) * triton.cdiv(N, tile["COLUMNS"])
+    count = min(SHARES, BUSY // tiles, K // 512) if single else 1  # a weight's gradient has few tiles and many terms
+    length = triton.cdiv(K, max(1, count) * tile["STEP"]) * tile["STEP"]
+    shares = a.new_empty(triton.cdiv(K, length), M, N)
+    even = M % tile["ROWS"] == N % tile["COLUMNS"] == K % length == 0
+    precision = "bf16x6" if single and a.is_cuda else "ieee"  # all that Triton's interpreter has
+    kernels.product[tiles, len(shares)](
+        a, b, shares, M, N, K, *a.stride(), *b.stride(), length, PRECISION=precision, EVEN=even, **tile
+    )  # fmt: skip
+    return shares[0] if len(shares) == 1 else shares.sum(0)
+
+
+@product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = ctx.saved_tensors
+    return product(grad, b.T), product(grad.T, a).T
+
+
+product.register_autograd(
+    _product_gradients,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
@@ -353,14 +398,22 @@ def block(
 
 def attend(of: Block, y: Tensor, drawn: Tensor, dropout: float) -> Tensor:
     """A block's attention with both projections, (B, T, C)."""
-    y, _ = attention(of.attn.c_attn(y), of.attn.n_head, dropout, drawn, 0)
-    return of.attn.c_proj(y)
+    y, _ = attention(linear(of.attn.c_attn, y), of.attn.n_head, dropout, drawn, 0)
+    return linear(of.attn.c_proj, y)
+
+
+def linear(of: nn.Linear, x: Tensor) -> Tensor:
+    """What `of` makes of `x` (..., C)."""
+    if not exact(x.dtype):
+        return of(x)
+    y = product(x.flatten(0, -2), of.weight.T).unflatten(0, x.shape[:-1])
+    return y if of.bias is None else y + of.bias
 
 
 def mlp(of: Block, y: Tensor) -> Tensor:
     """A block's MLP, (B, T, C)."""
-    hidden = of.mlp.c_fc(y)
-    return of.mlp.c_proj(gelu(hidden) if of.mlp.gelu.approximate == "none" else of.mlp.gelu(hidden))
+    hidden = linear(of.mlp.c_fc, y)
+    return linear(of.mlp.c_proj, gelu(hidden) if of.mlp.gelu.approximate == "none" else of.mlp.gelu(hidden))
 
 
 def add(norm: LayerNorm, x: Tensor, y: Tensor, drawn: Tensor, place: int, dropout: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Triton kernels for an NVIDIA GPU: causal attention, the residual sum with dropout and layer norm, and GELU.
+"""Triton kernels for an NVIDIA GPU: causal attention, the residual sum with dropout and layer norm, GELU, and products.
 
 fused.py wraps them as operators. Matrices are row-major. A dropout mask is not stored: whether an element is kept is a
 hash of a seed, its row and its column, computed again in the backward pass. `threshold` is the share that is dropped in
@@ -275,6 +275,46 @@ def gelu_backward(x, dy, dx, size, BLOCK: tl.constexpr):
     below, density = _normal(value)
     grad = tl.load(dy + places, mask=places < size).to(tl.float32) * (below + 0.39894228040 * value * density)
     tl.store(dx + places, grad.to(dx.dtype.element_ty), mask=places < size)
+
+
+# -- a product of matrices --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def product(
+    a, b, shares, M, N, K, a_down, a_across, b_down, b_across, length,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """A tile of `a` (M, K) times `b` (K, N), of `length` of their K terms: `shares` (K / length, M, N) holds each sum.
+
+    Tiles go down BAND at a time before they go across, so that what they read is still in the cache.
+    """
+    down, across = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
+    number, share = tl.program_id(0), tl.program_id(1)
+    band, within = number // (BAND * across), number % (BAND * across)
+    height = tl.minimum(down - band * BAND, BAND)
+    rows = ((band * BAND + within % height) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = ((within // height) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    terms = share * length + tl.arange(0, STEP)
+    left = a + rows[:, None] * a_down + terms[None, :] * a_across
+    right = b + terms[:, None] * b_down + columns[None, :] * b_across
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for begin in range(0, length, STEP):
+        if EVEN:
+            x, y = tl.load(left), tl.load(right)
+        else:
+            inside = begin + tl.arange(0, STEP) < tl.minimum(length, K - share * length)
+            x = tl.load(left, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
+            y = tl.load(right, mask=inside[:, None] & (columns < N)[None, :], other=0.0)
+        sums = tl.dot(x, y, sums, input_precision=PRECISION)
+        left += STEP * a_across
+        right += STEP * b_down
+    places = shares + share.to(tl.int64) * M * N + rows[:, None] * N + columns[None, :]
+    if EVEN:
+        tl.store(places, sums.to(shares.dtype.element_ty))
+    else:
+        tl.store(places, sums.to(shares.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

@@ -172,6 +172,44 @@ def test_gelu_and_its_gradient_are_exact():
     assert (found.double() - exact).abs().max() < 5e-7
 
 
+# -- a product of float32 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("M", "K", "N"), [(128, 64, 64), (130, 33, 70), (1, 40, 3), (64, 2048, 48), (70, 1100, 65)])
+def test_a_product_and_its_gradients_hold_what_float32_holds(M, K, N):
+    """Of numbers that bfloat16 and TF32 do not hold, relative to the sum of the terms' sizes."""
+    x, weight, grad = drawn(M, K), drawn(N, K, seed=1), drawn(M, N, seed=2)
+    y = fused.product(x, weight.T)
+    found = [y, *torch.autograd.grad(y, (x, weight), grad)]
+    for result, (a, b) in zip(found, ((x, weight.T), (grad, weight), (grad.T, x)), strict=True):
+        a, b = a.double(), b.double()
+        assert result.is_contiguous()
+        assert ((result.double() - a @ b).abs() / (a.abs() @ b.abs())).max() < 3e-7
+
+
+@pytest.mark.parametrize(("M", "K", "N"), [(129, 70, 65), (1, 1, 1)])
+def test_a_product_of_16_bits_is_rounded_once(M, K, N):
+    a, b = drawn(M, K, dtype=torch.float16).detach(), drawn(K, N, seed=1, dtype=torch.float16).detach()
+    y, expected = fused.product(a, b), a.double() @ b.double()
+    assert y.dtype == torch.float16
+    assert (
+        (y.double() - expected).abs() <= 2**-11 * expected.abs() + 1e-6 * (a.double().abs() @ b.double().abs())
+    ).all()
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_linear_layer_takes_it_at_full_precision_alone(precision, monkeypatch):
+    torch.set_float32_matmul_precision(precision)
+    calls = []
+    monkeypatch.setattr(fused, "product", lambda a, b: calls.append(a.shape) or a @ b)
+    layer = torch.nn.Linear(24, 10, device=DEVICE)
+    x = drawn(2, 5, 24)
+    close(fused.linear(layer, x), layer(x).double(), 1e-2 if GPU else 1e-6)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        fused.linear(layer, x.bfloat16())
+    assert calls == ([(10, 24)] if precision == "highest" else [])
+
+
 # -- as operators of torch, and in the model --------------------------------------------------------------------------
 
 
@@ -184,6 +222,7 @@ def test_torch_accepts_the_operators():
         (fused.add_norm, (x, y, weight, None, 0.2, seeds(4), 0)),
         (fused.add_norm, (x, y, weight, drawn(16, seed=3), 0.0, seeds(4), 0)),
         (fused.gelu, (x,)),
+        (fused.product, (drawn(5, 7), drawn(3, 7, seed=1).T)),
     ):
         torch.library.opcheck(operator, given, atol=1e-5, rtol=1e-5)
 
@@ -228,7 +267,7 @@ def test_a_model_finds_its_kernels_prepared(change, monkeypatch):
 
             return run
 
-    for name in [name for name in vars(fused.kernels) if name.endswith(("forward", "backward", "sums"))]:
+    for name in [name for name in vars(fused.kernels) if name.endswith(("forward", "backward", "sums", "product"))]:
         monkeypatch.setattr(fused.kernels, name, Kernel(getattr(fused.kernels, name)))
     model = made(dropout=0.25, **change)
     idx = torch.arange(SPEC.block_size, device=DEVICE)[None]
