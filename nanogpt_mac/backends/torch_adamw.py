@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
@@ -48,12 +49,14 @@ class AdamW:
         self.shared = torch.zeros(ends[-1] + TAIL, device=device)
         flat[1] = self.shared[: ends[-1]]
         self.weights, self.gradients, moment, square = flat
+        self._kept = (self.weights, moment, square)
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         for name, start in zip(ordered, ends, strict=False):
             p = parameters[name]
             view, *moments = (b[start : start + p.numel()].view_as(p) for b in (self.weights, moment, square))
             p.data, self.moments[name] = view.copy_(p.data), (moments[0], moments[1])
         self.ordered, self._ends = [parameters[name] for name in ordered], ends
+        self._places = {name: (ends[ordered.index(name)], p) for name, p in parameters.items()}
         self._gaps = [
             torch.zeros(end - start - p.numel(), device=device)
             for p, start, end in zip(self.ordered, ends, ends[1:], strict=False)
@@ -67,6 +70,14 @@ class AdamW:
         self.param_groups = [{"params": [weights]} for (weights, *_), _ in self._groups]  # as GradScaler reads them
         for (weights, gradients, *_), _ in self._groups:
             weights.grad = gradients
+
+    def copies(self) -> list[dict[str, np.ndarray]]:
+        """Weights, first and second moments by name, on the host: views of one copy of each buffer."""
+        hosts = [buffer.clone() if buffer.is_cpu else buffer.cpu() for buffer in self._kept]
+        return [
+            {name: host[start : start + p.numel()].view_as(p).numpy() for name, (start, p) in self._places.items()}
+            for host in hosts
+        ]
 
     def parts(self, most: float) -> list[range]:
         """Numbers in `ordered`, at most so many bytes of gradients each unless of one tensor, as a backward pass ends

@@ -243,7 +243,7 @@ class TorchBackend(Backend):
             loss = self.loss(self._tokens(tokens), self._tokens(targets))
         gradients = torch.autograd.grad(self.scaler.scale(loss), list(self.parameters.values()), materialize_grads=True)
         scale = np.float32(self.scaler.get_scale())
-        return loss.item(), {n: _numpy(g) / scale for n, g in zip(self.parameters, gradients, strict=True)}
+        return loss.item(), {n: g.cpu().numpy() / scale for n, g in zip(self.parameters, gradients, strict=True)}
 
     def decode(self) -> Callable[[np.ndarray], np.ndarray]:
         mine: list[Cached] = []  # once it is needed
@@ -292,12 +292,8 @@ class TorchBackend(Backend):
     # -- state --------------------------------------------------------------------------------------------------
 
     def state(self) -> TrainState:
-        state = TrainState.fresh({name: _numpy(p) for name, p in self.parameters.items()})
-        state.iteration = self.iteration
-        optimizer = self.optimizer
-        for name in self.parameters:
-            state.exp_avg[name], state.exp_avg_sq[name] = map(_numpy, optimizer.moments[name])
-        state.optimizer_steps = int(optimizer.steps[0])
+        weights, exp_avg, exp_avg_sq = self.optimizer.copies()
+        state = TrainState(weights, exp_avg, exp_avg_sq, self.iteration, int(self.optimizer.steps[0]))
         if self.scaler.is_enabled():
             scaler = self.scaler.state_dict()
             state.loss_scale, state.scale_growth = scaler["scale"], scaler["_growth_tracker"]
@@ -373,8 +369,3 @@ class TorchBackend(Backend):
     def release_memory(self) -> None:
         if self.accelerator is not None:
             self.accelerator.empty_cache()
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    """A copy on the host: a CPU tensor's own numpy() would change under the next step."""
-    return tensor.detach().cpu().numpy().copy()

@@ -57,6 +57,21 @@ def test_three_steps_are_torchs_own(fused):
     same(adamw, ours, reference, theirs)
 
 
+def test_copies_are_by_name_and_no_part_of_what_they_copy():
+    """Odd sizes, so that there are gaps between them, and vectors before matrices, which are moved behind."""
+    parameters = {str(n): torch.nn.Parameter(torch.randn(size)) for n, size in enumerate([(3,), (5, 7), (17,), (2, 3)])}
+    adamw = AdamW(parameters, BETAS, DECAY, fused=True)
+    adamw.take([torch.randn(p.shape) for p in adamw.ordered])
+    adamw.step(1e-2)
+    expected = [{n: p.detach().clone() for n, p in parameters.items()}]
+    expected += [{n: adamw.moments[n][i].clone() for n in parameters} for i in range(2)]
+    copies = adamw.copies()
+    adamw.step(1e-2)
+    for copied, tree in zip(copies, expected, strict=True):
+        assert {n: a.tolist() for n, a in copied.items()} == {n: t.tolist() for n, t in tree.items()}
+        assert all(a.flags.c_contiguous and a.flags.writeable for a in copied.values())
+
+
 def test_the_norm_of_a_large_model_is_right():
     """In one call torch adds the squares one after the other: 2e-4 too little for so many."""
     adamw = AdamW({"0": torch.nn.Parameter(torch.zeros(2500, 2001))}, BETAS, DECAY, fused=True)
