@@ -163,7 +163,8 @@ class TrainState:
     def fresh(cls, weights: dict[str, np.ndarray]) -> TrainState:
         import numpy as np
 
-        zeros, more_zeros = ({n: np.zeros_like(w) for n, w in weights.items()} for _ in range(2))
+        # Not zeros_like, which writes them: where a moment is replaced, its zeros cost nothing.
+        zeros, more_zeros = ({n: np.zeros(w.shape, w.dtype) for n, w in weights.items()} for _ in range(2))
         return cls(weights, zeros, more_zeros)
 
 
