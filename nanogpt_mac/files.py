@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from nanogpt_mac.errors import InputError
 
@@ -70,12 +70,19 @@ def named(path: Path) -> Iterator[None]:
         raise
 
 
-def write(path: Path, data: str | bytes) -> None:
-    """Write `path` and wait until it is on the disk."""
+@contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """`path` to write to; afterwards it is on the disk."""
     with named(path), path.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def write(path: Path, data: str | bytes) -> None:
+    """Write `path` and wait until it is on the disk."""
+    with synced(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_aside(path: Path, data: str | bytes) -> None:

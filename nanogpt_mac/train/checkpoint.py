@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,41 +31,68 @@ FILES = ("weights.safetensors", "moments.safetensors")
 COUNTERS = ("iteration", "optimizer_steps", "loss_scale", "scale_growth")
 
 
-def save(root: Path, state: TrainState, meta: Mapping[str, Any], best: bool) -> Path:
-    """Write `state` under `root` (a run's ckpt/), point `last`, and `best` if it is, at it.
+@contextmanager
+def begun(root: Path, state: TrainState) -> Iterator[Callable[[Mapping[str, Any], bool], Path]]:
+    """Begin to write `state` under `root` (a run's ckpt/); threads write its arrays while the caller does other things.
 
-    `meta` has the fields of `CheckpointState` that `state` has not. A kill at any moment leaves the former `last` and
-    `best` whole: the folder is written aside, synced and renamed, and each link is replaced by one rename.
+    The function that is given completes the checkpoint; without it nothing is left. It takes the fields of
+    `CheckpointState` that `state` has not, and whether `best` shall point at it, as `last` does then. A kill at any
+    moment leaves the former `last` and `best` whole: the folder is written aside, synced and renamed, and each link is
+    replaced by one rename.
     """
-    from safetensors.numpy import save as to_bytes
-
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"iter-{state.iteration:08d}"
-    if not folder.exists():
-        moments = {f"exp_avg.{n}": a for n, a in state.exp_avg.items()}
-        moments |= {f"exp_avg_sq.{n}": a for n, a in state.exp_avg_sq.items()}
-        digests = {}
-        aside = root / f".{folder.name}-{os.getpid()}"
-        with files.unfinished(aside):
-            aside.mkdir()
-            for name, arrays in zip(FILES, (state.weights, moments), strict=True):
-                data = to_bytes(arrays)
-                digests[name] = hashlib.sha256(data).hexdigest()
-                files.write(aside / name, data)
+    aside = root / f".{folder.name}-{os.getpid()}"
+    new = not folder.exists()
+
+    def complete(meta: Mapping[str, Any], best: bool) -> Path:
+        if new:
+            digests = {name: file.result() for name, file in written.items()}
             counters = {key: getattr(state, key) for key in COUNTERS}
             document = CheckpointState(**meta, **counters, sha256=digests).document()
             files.write(aside / "state.json", json.dumps(document, indent=1))
             files.sync_folder(aside)
             aside.rename(folder)
             files.sync_folder(root)
-    for link in ("last", "best") if best else ("last",):
-        files.point(root / link, folder.name)
-    files.sync_folder(root)
-    kept = {(root / link).resolve().name for link in ("last", "best")}
-    for old in root.glob("iter-*"):
-        if old.name not in kept:
-            shutil.rmtree(old)
-    return folder
+        for link in ("last", "best") if best else ("last",):
+            files.point(root / link, folder.name)
+        files.sync_folder(root)
+        kept = {(root / link).resolve().name for link in ("last", "best")}
+        for old in root.glob("iter-*"):
+            if old.name not in kept:
+                shutil.rmtree(old)
+        return folder
+
+    with files.unfinished(aside):
+        with ThreadPoolExecutor(len(FILES)) as pool:
+            if new:
+                aside.mkdir()
+                moments = {f"exp_avg.{n}": a for n, a in state.exp_avg.items()}
+                moments |= {f"exp_avg_sq.{n}": a for n, a in state.exp_avg_sq.items()}
+                trees = zip(FILES, (state.weights, moments), strict=True)
+                written = {name: pool.submit(_write, aside / name, arrays) for name, arrays in trees}
+            yield complete
+        files.remove(aside)
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    """Write what safetensors' own `save` returns, without its copy and almost without the GIL; the sha256.
+
+    (Its `save_file` raises no OSError on a full disk, and may make a file that only this user can read.)
+    """
+    raw = {name: np.ascontiguousarray(arrays[name], "<f4") for name in sorted(arrays)}
+    header, end = {}, 0
+    for name, array in raw.items():
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    front, digest = memoryview(len(text).to_bytes(8, "little") + text), hashlib.sha256()
+    with files.synced(path) as file:
+        for part in (front, *(array.data for array in raw.values())):
+            digest.update(part)
+            file.write(part)
+    return digest.hexdigest()
 
 
 def _candidates(folder: Path, which: str = "last") -> tuple[Path, ...]:

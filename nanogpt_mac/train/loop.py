@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -25,15 +25,15 @@ EVAL_CHUNK = 10  # batches
 
 @dataclass
 class Loop:
-    """One run, ready to go. `save(best_val_loss, is_best)` writes a checkpoint; `stop` gives the signal that asks for
-    the end, None while there is none; `best` is the lowest validation loss so far.
+    """One run, ready to go. Within `saving()` a checkpoint is written, which `complete(best_val_loss, is_best)` ends;
+    `stop` gives the signal that asks for the end, None while there is none; `best` is the lowest validation loss yet.
     """
 
     config: Config
     backend: Backend
     tokens: Tokens
     recorder: Recorder
-    save: Callable[[float, bool], Any] | None = None
+    saving: Callable[[], AbstractContextManager[Callable[[float, bool], None]]] | None = None
     stop: Callable[[], int | None] = lambda: None
     best: float = math.inf
 
@@ -86,18 +86,20 @@ class Loop:
             self._paused(iteration, start, last)
 
     def _paused(self, iteration: int, start: int, last: bool) -> None:
-        config, is_best = self.config, False
-        if self._evaluates(iteration) or (last and config.eval_interval > 0 and self.stop() is None):
-            begin = time.perf_counter()
-            train_loss, val_loss = (self._evaluate(split, iteration) for split in ("train", "val"))
-            if train_loss is not None and val_loss is not None:
-                self.recorder.evaluation(iteration, train_loss, val_loss, time.perf_counter() - begin)
-                is_best = val_loss < self.best
-                self.best = min(self.best, val_loss)
-        self.recorder.event("pause", iteration, **_machine_facts())
-        learnt = iteration > start or (is_best and config.init_from != "scratch")
-        if self.save is not None and learnt and (last or self._evaluates(iteration)):
-            self.save(self.best, is_best)
+        # The disk is at work while the device evaluates; a checkpoint of what was loaded is only kept where it is best.
+        config, is_best, learnt = self.config, False, iteration > start
+        due = (last or self._evaluates(iteration)) and (learnt or config.init_from != "scratch")
+        with self.saving() if self.saving is not None and due else nullcontext() as complete:
+            if self._evaluates(iteration) or (last and config.eval_interval > 0 and self.stop() is None):
+                begin = time.perf_counter()
+                train_loss, val_loss = (self._evaluate(split, iteration) for split in ("train", "val"))
+                if train_loss is not None and val_loss is not None:
+                    self.recorder.evaluation(iteration, train_loss, val_loss, time.perf_counter() - begin)
+                    is_best = val_loss < self.best
+                    self.best = min(self.best, val_loss)
+            self.recorder.event("pause", iteration, **_machine_facts())
+            if complete is not None and (learnt or is_best):
+                complete(self.best, is_best)
         self.recorder.flush()
 
     def _evaluate(self, split: str, iteration: int) -> float | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -170,7 +170,7 @@ class Session:
             self.backend,
             self.tokens,
             recorder,
-            save=self.save if config.checkpoint and self.together.first else None,
+            saving=self.saving if config.checkpoint and self.together.first else None,
             stop=lambda: self.together.stop(stop),
             best=self.source.best,
         )
@@ -220,7 +220,8 @@ class Session:
             return
         try:
             if self.backend.state().iteration > start:
-                self.save(best, False)
+                with self.saving() as complete:
+                    complete(best, False)
         except Exception as error:
             screen.say(f"no checkpoint could be written: {type(error).__name__}: {reason(error)}")
 
@@ -237,19 +238,25 @@ class Session:
         except Exception as error:
             screen.say(f"the matmul peak could not be measured at the end: {type(error).__name__}: {reason(error)}")
 
-    def save(self, best: float, is_best: bool) -> None:
-        """Write a checkpoint of the back end's state; `best` is the lowest validation loss so far."""
+    @contextmanager
+    def saving(self) -> Iterator[Callable[[float, bool], None]]:
+        """Begin a checkpoint of the back end's state; the lowest validation loss so far completes it, and whether it
+        is this state's."""
         meta = {
             "spec": asdict(self.source.spec),
             "config": asdict(self.config),
             "corpus": self.facts.corpus_facts.model_dump(),
             "encoder": self.corpus.encoder.to_json(),
-            "best_val_loss": best if np.isfinite(best) else None,
             "cwd": str(Path.cwd()),
             "written_by": {key: getattr(self.facts, key) for key in ("backend", "device", "compile", "dtype")},
         }
-        with signals.patience(signals.CHECKPOINT_S):
-            checkpoint.save(self.folder / "ckpt", self.backend.state(), meta, is_best)
+
+        def complete(best: float, is_best: bool) -> None:
+            with signals.patience(signals.CHECKPOINT_S):
+                write(meta | {"best_val_loss": best if np.isfinite(best) else None}, is_best)
+
+        with checkpoint.begun(self.folder / "ckpt", self.backend.state()) as write:
+            yield complete
 
     def sample(self) -> None:
         """Text drawn from the model as it is now, on the console and in sample.txt."""

@@ -1,13 +1,22 @@
 """Checkpoints: complete or not there, and nothing damaged is ever taken for whole."""
 
 import errno
+import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save as to_bytes
 from safetensors.torch import load_file
 
 from nanogpt_mac.errors import InputError
@@ -15,6 +24,7 @@ from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.train import checkpoint
 
 SPEC = GPTSpec(1, 2, 8, 4, 11)
+SPEC_SIZE = sum(map(prod, SPEC.shapes().values()))
 META = {
     "spec": {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11},
     "config": {},
@@ -31,9 +41,14 @@ def state(iteration):
     return made
 
 
+def save(root, state, meta, best):
+    with checkpoint.begun(root, state) as complete:
+        return complete(meta, best)
+
+
 @pytest.fixture
 def saved(tmp_path):
-    checkpoint.save(tmp_path / "ckpt", state(5), META, best=True)
+    save(tmp_path / "ckpt", state(5), META, best=True)
     return tmp_path / "ckpt" / "last"
 
 
@@ -54,10 +69,77 @@ def test_weights_are_plain_safetensors_that_torch_reads(saved):
     assert all(t.dtype == torch.float32 for t in tensors.values())
 
 
+def test_files_are_safetensors_own_byte_for_byte_whatever_the_arrays_lie_like(tmp_path):
+    """Of several sizes, so that the header's length has any remainder; names that are not in order; views of others."""
+    for width in range(1, 9):
+        made = state(5)
+        made.weights = {f"{n}{'x' * width}": w for n, w in reversed(made.weights.items())}
+        moments = {f"exp_avg.{n}": a for n, a in made.exp_avg.items()}
+        moments |= {f"exp_avg_sq.{n}": a for n, a in made.exp_avg_sq.items()}
+        expected = dict(zip(checkpoint.FILES, map(to_bytes, (made.weights, moments)), strict=True))
+        made.exp_avg = {n: np.asfortranarray(a) for n, a in made.exp_avg.items()}
+        made.exp_avg_sq = {n: np.stack([a, a], -1)[..., 0] for n, a in made.exp_avg_sq.items()}
+        folder = save(tmp_path / str(width), made, META, best=True)
+        assert {name: (folder / name).read_bytes() for name in checkpoint.FILES} == expected
+        digests = json.loads((folder / "state.json").read_text())["sha256"]
+        assert digests == {name: hashlib.sha256(data).hexdigest() for name, data in expected.items()}
+
+
+def test_arrays_are_written_before_it_is_known_what_they_are_worth(tmp_path):
+    with checkpoint.begun(tmp_path, state(5)) as complete:
+        (aside,) = tmp_path.iterdir()
+        deadline = time.monotonic() + 60
+        while sum(p.stat().st_size for p in aside.iterdir()) < 4 * 3 * SPEC_SIZE:
+            assert time.monotonic() < deadline
+        assert not (aside / "state.json").exists()
+        complete(META, False)
+        assert checkpoint.load(tmp_path / "last")[1].iteration == 5
+
+
+@pytest.mark.parametrize("ending", [None, RuntimeError, KeyboardInterrupt])
+def test_a_checkpoint_that_is_not_completed_leaves_nothing_and_loses_nothing(saved, monkeypatch, ending):
+    """Nor do its threads outlive it: here they are held up until it is given up."""
+    given_up, written, fsync = threading.Event(), [], os.fsync
+
+    def slow(descriptor):
+        assert given_up.wait(60)
+        fsync(descriptor)
+        written.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    before, timer = threading.active_count(), threading.Timer(0.1, given_up.set)
+    with nullcontext() if ending is None else pytest.raises(ending), checkpoint.begun(saved.parent, state(6)):
+        timer.start()
+        if ending:
+            raise ending
+    timer.join()
+    assert (len(written), threading.active_count()) == (2, before)
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["best", "iter-00000005", "last"]
+    assert checkpoint.load(saved)[1].iteration == 5
+
+
+def test_a_kill_between_arrays_and_state_leaves_the_former_checkpoint(saved, tmp_path):
+    """SIGKILL, after which nothing is tidied up, while both arrays are on the disk and nothing else is."""
+    code = f"""if True:
+        import os, sys; sys.path[:0] = {sys.path!r}
+        from nanogpt_mac.gpt.spec import GPTSpec, TrainState
+        from nanogpt_mac.train import checkpoint
+        checkpoint.files.write = lambda path, data: os.kill(os.getpid(), 9)
+        state = TrainState.fresh({SPEC!r}.init_weights(6))
+        state.iteration = 6
+        with checkpoint.begun(checkpoint.Path({str(saved.parent)!r}), state) as complete:
+            complete({META!r}, True)"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    (aside,) = saved.parent.glob(".*")
+    assert sorted(p.name for p in aside.iterdir()) == sorted(checkpoint.FILES)
+    for which in ("last", "best"):
+        assert checkpoint.load(checkpoint.find(str(tmp_path), which))[1].iteration == 5
+
+
 def test_last_and_best_are_kept_and_the_rest_removed(tmp_path):
     root = tmp_path / "ckpt"
     for iteration, best in [(1, True), (2, True), (3, False), (4, False)]:
-        checkpoint.save(root, state(iteration), META, best)
+        save(root, state(iteration), META, best)
     assert (root / "last").readlink().name == "iter-00000004"
     assert (root / "best").readlink().name == "iter-00000002"
     assert sorted(p.name for p in root.iterdir()) == ["best", "iter-00000002", "iter-00000004", "last"]
@@ -106,7 +188,7 @@ def test_a_state_that_does_not_fit_is_refused(saved, change):
 def test_a_kill_at_any_step_leaves_the_former_checkpoint(tmp_path, monkeypatch, moment):
     """The process stops dead (an exception that nothing handles) in the middle of the second save."""
     root = tmp_path / "ckpt"
-    checkpoint.save(root, state(1), META, best=True)
+    save(root, state(1), META, best=True)
 
     class Killed(BaseException):
         pass
@@ -123,10 +205,10 @@ def test_a_kill_at_any_step_leaves_the_former_checkpoint(tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(*where[moment], kill)
         with pytest.raises(Killed):
-            checkpoint.save(root, state(2), META, best=True)
+            save(root, state(2), META, best=True)
     _, loaded, _ = checkpoint.load(checkpoint.find(str(tmp_path)))
     assert loaded.iteration == (2 if moment == "prune" else 1)
-    checkpoint.save(root, state(3), META, best=False)
+    save(root, state(3), META, best=False)
     assert checkpoint.load(root / "last")[1].iteration == 3
 
 
@@ -168,7 +250,7 @@ def test_what_is_renamed_is_on_the_disk_before(tmp_path, monkeypatch):
         monkeypatch.setattr(type(root), method, move)
     monkeypatch.setattr(os, "fsync", synced)
     before = len(list(Path("/dev/fd").iterdir()))
-    folder = checkpoint.save(root, state(5), META, best=True)
+    folder = save(root, state(5), META, best=True)
     assert len(list(Path("/dev/fd").iterdir())) == before  # a long run makes thousands of checkpoints
     sizes = {p.name: p.stat().st_size for p in folder.iterdir()}
     aside = f".{folder.name}-{os.getpid()}"
@@ -204,7 +286,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_looked_for_again(save
         """The run under way puts a new checkpoint in this one's place, as often as `times` says."""
         tries.append(folder.name)
         if len(tries) <= times:
-            checkpoint.save(tmp_path / "ckpt", state(10 * len(tries)), META, best=True)
+            save(tmp_path / "ckpt", state(10 * len(tries)), META, best=True)
             raise InputError(f"{folder}: gone")
         return read(folder, weights_only)
 
@@ -234,24 +316,24 @@ def test_tensors_of_another_model_are_refused_wherever_they_are(tmp_path, kind):
     made = state(5)
     other = {n: w[:1].copy() if n.endswith("wte.weight") else w for n, w in getattr(made, kind).items()}
     setattr(made, kind, other)
-    folder = checkpoint.save(tmp_path, made, META, best=False)
+    folder = save(tmp_path, made, META, best=False)
     file = "weights" if kind == "weights" else "moments"
     with pytest.raises(InputError, match=rf"{file}\.safetensors.*transformer\.wte\.weight is float32"):
         checkpoint.load(folder, weights_only=kind == "weights")
 
 
-@pytest.mark.parametrize("file", [1, 2, 3])
+@pytest.mark.parametrize("file", [*checkpoint.FILES, "state.json"])
 def test_a_full_disk_leaves_the_former_checkpoint_and_names_the_file(saved, tmp_path, monkeypatch, file):
-    written, fsync = [], os.fsync
+    fsync = os.fsync
 
     def full(descriptor):
-        written.append(descriptor)
-        if len(written) == file:
+        status = os.fstat(descriptor)
+        if any(os.path.samestat(path.stat(), status) for path in tmp_path.glob(f"ckpt/.*/{file}")):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device") as error:
-        checkpoint.save(tmp_path / "ckpt", state(6), META, best=True)
-    assert error.value.filename.endswith(("weights.safetensors", "moments.safetensors", "state.json")[file - 1])
+        save(tmp_path / "ckpt", state(6), META, best=True)
+    assert error.value.filename.endswith(f"/{file}")
     assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["best", "iter-00000005", "last"]

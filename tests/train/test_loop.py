@@ -1,6 +1,7 @@
 """The loop with a back end that computes nothing and writes down what it is asked."""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -90,17 +91,24 @@ class Run:
     def __init__(self, device, start=0, best=math.inf, stop=lambda: None, save=True, overdue=(), **config):
         recipe = {"max_iters": 4, "eval_interval": 1, "eval_iters": 1, "batch_size": 2, "timing_warmup": 0}
         self.config, self.device, self.records, self.saved = Config(**recipe | config), device, Records(overdue), []
+        self.order = []
         loop = Loop(
             self.config,
             device,
             TOKENS,
             self.records,
-            (lambda best, is_best: self.saved.append((best, is_best))) if save else None,
+            self.saving if save else None,
             stop,
             best,
         )
         self.ended = loop.train(start)
         self.best = loop.best
+
+    @contextmanager
+    def saving(self):
+        self.order.append(("begun", len(self.device.asked)))
+        yield lambda best, is_best: self.saved.append((best, is_best))
+        self.order.append(("ended", len(self.device.asked)))
 
 
 TINY = 2.0**-40
@@ -134,6 +142,15 @@ def test_weights_that_start_better_are_saved_at_once_and_fresh_ones_never():
     assert Run(Device(val_losses=[1.0, 2.0]), max_iters=1, init_from="gpt2").saved == [(1.0, True), (1.0, False)]
     assert Run(Device(val_losses=[1.0, 2.0]), max_iters=1, init_from="gpt2", best=0.5).saved == [(0.5, False)]
     assert Run(Device(val_losses=[1.0, 2.0]), max_iters=1).saved == [(1.0, False)]
+
+
+def test_a_checkpoint_is_written_while_its_state_is_evaluated_and_no_longer():
+    """`order` is by what the device was asked so far: an evaluation is two requests, an iteration one."""
+    assert Run(Device(), max_iters=2).order == [("begun", 3), ("ended", 5), ("begun", 6), ("ended", 8)]
+    assert Run(Device(), max_iters=2, eval_interval=0).order == [("begun", 2), ("ended", 2)]
+    loaded = Run(Device(val_losses=[1.0, 2.0]), max_iters=1, init_from="gpt2", best=0.5)
+    assert loaded.order == [("begun", 0), ("ended", 2), ("begun", 3), ("ended", 5)]  # the first is not completed
+    assert Run(Device(), max_iters=2, save=False).order == []
 
 
 def test_steps_take_the_batches_and_rates_of_their_iteration():

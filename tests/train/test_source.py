@@ -137,7 +137,8 @@ def run(house, tmp_path):
     state.iteration = state.optimizer_steps = 5
     facts = {"name": corpus.name, "label": corpus.label, "sha256": corpus.sha256}
     meta = {"spec": dataclasses.asdict(spec), "config": {}, "corpus": facts, "encoder": corpus.encoder.to_json()}
-    checkpoint.save(tmp_path / "run" / "ckpt", state, meta | {"cwd": str(tmp_path)}, best=True)
+    with checkpoint.begun(tmp_path / "run" / "ckpt", state) as complete:
+        complete(meta | {"cwd": str(tmp_path)}, True)
     return tmp_path / "run"
 
 
