@@ -73,9 +73,11 @@ def test_the_model_is_the_same_without_dropout():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_masks_drop_their_share_and_keep_the_mean():
+@pytest.mark.parametrize("hashed", [False, True])
+def test_masks_drop_their_share_and_keep_the_mean(hashed, monkeypatch):
     spec = dataclasses.replace(SPEC, dropout=0.3)
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: hashed)  # on a CPU, masks are then a hash
     masks = model("training", spec)._few(400, T).keep
     shapes = [(400, T, 8)] + [(400, NH, T, T), (400, T, 8), (400, T, 8)] * 2
     assert [tuple(mask.shape) for mask in masks] == shapes
@@ -83,6 +85,10 @@ def test_masks_drop_their_share_and_keep_the_mean():
         assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
         share = (mask == 0).double().mean().item()
         assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / mask.numel())
+        dropped = (mask == 0).double().flatten() - 0.3
+        for distance in (1, 2, T, 8, 64):  # none depends on another
+            together = (dropped[distance:] * dropped[:-distance]).mean().item()
+            assert abs(together) < 4 * 0.3 * 0.7 / math.sqrt(len(dropped) - distance)
     flat = [mask.flatten()[:20000] for mask in masks]
     assert not any(torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i] if a.shape == b.shape)
 
