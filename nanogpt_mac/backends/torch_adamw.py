@@ -55,7 +55,7 @@ class AdamW:
             p = parameters[name]
             view, *moments = (b[start : start + p.numel()].view_as(p) for b in (self.weights, moment, square))
             p.data, self.moments[name] = view.copy_(p.data), (moments[0], moments[1])
-        self.ordered, self._ends = [parameters[name] for name in ordered], ends
+        self.names, self.ordered, self._ends = ordered, [parameters[name] for name in ordered], ends
         self._places = {name: (ends[ordered.index(name)], p) for name, p in parameters.items()}
         self._gaps = [
             torch.zeros(end - start - p.numel(), device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -83,6 +83,10 @@ class TorchBackend(Backend):
         self.parameters = dict(self.model.named_parameters())
         betas, fused = (options.beta1, options.beta2), choices.fused_adamw
         self.optimizer = AdamW(self.parameters, betas, options.weight_decay, fused, capturable=graph)
+        self.joint: Callable[[Tensor, Tensor, int], tuple[Tensor, Sequence[Tensor]]] | None = None
+        if choices.joint_graph:
+            torch._dynamo.config.trace_autograd_ops = True  # else the graph ends before autograd
+            self.joint = compiled(self._joint)
         self.scaler: Any = torch.amp.GradScaler(  # whose types ask for an optimizer of torch's own
             self.device.type,
             INIT_LOSS_SCALE,
@@ -165,6 +169,12 @@ class TorchBackend(Backend):
         """
         total, shared, of_ranks = torch.zeros(()), self.optimizer.shared, tuple[Tensor, ...]()
         for number, window in enumerate(windows):
+            if self.joint is not None and self.world.size == 1:
+                with self.phase("backward"):
+                    loss, gradients = self.joint(window[:, :-1], window[:, 1:], len(windows))
+                    total = total + loss if number else loss
+                    self.optimizer.take(gradients, add=number > 0)
+                continue
             with self.phase("forward"), self.autocast():
                 loss = self.loss(window[:, :-1], window[:, 1:])
                 if len(windows) > 1:
@@ -189,6 +199,14 @@ class TorchBackend(Backend):
             self.scaler.update()
         with self.phase("result"):
             return torch.stack((total, norm, *of_ranks))
+
+    def _joint(self, idx: Tensor, targets: Tensor, share: int) -> tuple[Tensor, Sequence[Tensor]]:
+        """The loss over `share`, and its gradients in the optimizer's order: what is compiled as one graph."""
+        with self.autocast():
+            loss = self.model.loss(idx, targets)
+            if share > 1:
+                loss = loss / share
+        return loss.detach(), torch.autograd.grad(loss, self.optimizer.ordered, materialize_grads=True)
 
     def _handle(self, result: Tensor) -> Handle:
         """Send the result to the host behind the iteration's work, so that reading it later drains nothing."""
@@ -239,11 +257,15 @@ class TorchBackend(Backend):
         # Where nothing is dropped the training graph itself is what is checked; else only evaluation is deterministic.
         self.model.train(bool(np.float32(1 - self.spec.dropout) == 1))
         self._seed(base.step_seed(self.options.seed, self.iteration))
-        with self.autocast():
-            loss = self.loss(self._tokens(tokens), self._tokens(targets))
-        gradients = torch.autograd.grad(self.scaler.scale(loss), list(self.parameters.values()), materialize_grads=True)
+        if self.joint is not None:
+            loss, gradients = self.joint(self._tokens(tokens), self._tokens(targets), 1)
+        else:
+            with self.autocast():
+                loss = self.loss(self._tokens(tokens), self._tokens(targets))
+            gradients = torch.autograd.grad(self.scaler.scale(loss), self.optimizer.ordered, materialize_grads=True)
         scale = np.float32(self.scaler.get_scale())
-        return loss.item(), {n: g.cpu().numpy() / scale for n, g in zip(self.parameters, gradients, strict=True)}
+        found = dict(zip(self.optimizer.names, gradients, strict=True))
+        return loss.item(), {name: found[name].cpu().numpy() / scale for name in self.parameters}
 
     def decode(self) -> Callable[[np.ndarray], np.ndarray]:
         mine: list[Cached] = []  # once it is needed

@@ -78,6 +78,12 @@ class Choices:
         return "training" if dropping or self.device.type == "mps" else "never"  # both have a fused one in evaluation
 
     @property
+    def joint_graph(self) -> bool:
+        """Whether a compiled forward and backward pass are one graph, with nothing computed twice between them: on a
+        CPU. What `checkpointing` forgets would be kept there."""
+        return self.device.type == "cpu" and self.options.compile and not self.options.checkpointing
+
+    @property
     def cuda_graph(self) -> bool:
         """Whether an iteration is one CUDA graph: when it is compiled, unless told otherwise."""
         asked, mode = self.settings.cuda_graph, self.settings.compile_mode
