@@ -66,10 +66,11 @@ def run(config: BenchConfig) -> int:
     except signals.Stop as stopped:
         code = stopped.code
         say(f"{signals.words(stopped.signum)}; the report is of what was measured until then")
-    environment = Environment.model_validate(probe.environment(kinds.frameworks()))
-    bench = running.bench(time.monotonic() - began, code is None, plan.work, environment)
-    suite.finished(bench)
-    publish(folder, suite, bench)
+    with signals.patience(signals.CHECKPOINT_S):  # of a run that was stopped too
+        environment = Environment.model_validate(probe.environment(kinds.frameworks()))
+        bench = running.bench(time.monotonic() - began, code is None, plan.work, environment)
+        suite.finished(bench)
+        publish(folder, suite, bench)
     states = {reading.state for reading in bench.readings}
     return code if code is not None else int(bool(states & {State.WRONG, State.FAILED}) or State.OK not in states)
 

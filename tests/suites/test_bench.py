@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ from fakes.support import ROOT
 
 from nanogpt_mac import cli
 from nanogpt_mac.errors import InputError
-from nanogpt_mac.records.bench import OpsBench, Reading, State, Way
+from nanogpt_mac.records.bench import Bench, OpsBench, Reading, State, Way
 from nanogpt_mac.suites import run as running
 from nanogpt_mac.suites import ways
 from nanogpt_mac.suites.config import BenchConfig, validate
@@ -137,7 +138,7 @@ def test_two_frameworks_two_rounds_and_all_that_is_written(tmp_path):
 
 
 class Suite:
-    reading = Reading
+    reading, document = Reading, Bench
     environment = staticmethod(lambda way: None)
 
 
@@ -161,6 +162,34 @@ def answered(task, now, lost=()):
         if row in lost:
             raise running.child.ChildError("killed by SIGSEGV")
         yield {"row": row, "way": task["way"]["name"], "round": task["round"], "state": "ok"}
+
+
+STOPPED = """
+import os, pathlib, signal, time
+from nanogpt_mac import signals
+from nanogpt_mac.suites import run as running
+from nanogpt_mac.suites.config import BenchConfig
+from suites.test_bench import PLAN, Suite
+
+def report(folder, suite, bench):
+    time.sleep(signals.GRACE_S + 1)
+    pathlib.Path(folder, "report.html").write_text(str(len(bench.readings)))
+
+Suite.plan, Suite.finished, running.publish = lambda *_: PLAN, lambda *_: None, report
+running.suite_of = lambda name: Suite()
+running.Running.carry_out = lambda self: os.kill(os.getpid(), signal.SIGTERM)
+with signals.watched("bench.py"):  # as script.py does
+    code = running.run(BenchConfig(run_dir="out"))
+signals.leave(code)
+"""
+
+
+def test_a_stopped_run_has_the_time_to_write_its_report(tmp_path):
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", STOPPED], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert (tmp_path / "out/report.html").exists()
 
 
 def test_every_row_is_measured_on_every_way_in_every_round_in_an_order_that_changes(tmp_path, monkeypatch):
