@@ -66,6 +66,7 @@ def run(config: BenchConfig) -> int:
     except signals.Stop as stopped:
         code = stopped.code
         say(f"{signals.words(stopped.signum)}; the report is of what was measured until then")
+        running.skip_the_rest("the run was stopped")
     with signals.patience(signals.CHECKPOINT_S):  # of a run that was stopped too
         environment = Environment.model_validate(probe.environment(kinds.frameworks()))
         bench = running.bench(time.monotonic() - began, code is None, plan.work, environment)
@@ -160,8 +161,7 @@ class Running:
                         if rows := self._one(self._fair(task), until):
                             left.append(task.model_copy(update={"rows": rows}))
                             total += 1
-                    for task in left:
-                        self._lost(task, task.rows, State.SKIPPED, self._spent)
+            self.skip_the_rest(self._spent)
         finally:
             shutil.rmtree(shared, ignore_errors=True)
 
@@ -245,6 +245,13 @@ class Running:
 
     def _read(self, line: dict[str, object]) -> Reading:
         return self.suite.reading.model_validate(line)
+
+    def skip_the_rest(self, reason: str) -> None:
+        """Name what has no reading."""
+        had = {(reading.row, reading.way, reading.round) for reading in self.readings}
+        for task in self.tasks():
+            left = [row for row in task.rows if (row, task.way.name, task.round) not in had]
+            self._lost(task, left, State.SKIPPED, reason)
 
     def _lost(self, task: Task, rows: Sequence[str], state: State, reason: str) -> None:
         for row in rows:
