@@ -49,12 +49,13 @@ class MLP(suite.Nets):
         found, missing = ways.here_for(config, "nets", lambda found: by_hand.asked(config, found))
         folder = Path(config.mnist or Path(config.data.dir) / "mnist")
         images = mnist.load(folder, given=config.mnist is not None)
+        some = f", {config.images:,} images" if config.images < mnist.TRAIN else ""
         work = Work.of(
             config,
             folder=str(folder.resolve()),
             given=config.mnist is not None,
             stand_in=images.stand_in,
-            data=images.label,
+            data=images.label + some,  # an epoch of fewer is another thing
             images=config.images,
         )
         return suite.plan(config, found, missing, chunks, work)

@@ -3,6 +3,7 @@
 import csv
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +83,13 @@ def test_rows_by_name() -> None:
 def test_keys_of_other_suites(suite: str, given: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         validate(BenchConfig(suite=suite, given=[given]))
+
+
+@pytest.mark.parametrize(("images", "data"), [(60_000, "MNIST"), (1000, "MNIST, 1,000 images")])
+def test_an_epoch_of_fewer_images_is_called_so(monkeypatch: pytest.MonkeyPatch, images: int, data: str) -> None:
+    monkeypatch.setattr(mlp.mnist, "load", lambda *_, **__: SimpleNamespace(label="MNIST", stand_in=False))
+    planned = mlp.SUITE.plan(BenchConfig(suite="mlp", images=images, ways=["cpu"]))
+    assert planned.work["data"] == data
 
 
 def test_a_given_folder_without_the_files(tmp_path: Path) -> None:
