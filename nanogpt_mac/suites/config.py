@@ -14,14 +14,13 @@ from nanogpt_mac.overrides import path_field, text_field
 SUITES = ("ops", "gemm", "mlp", "lm", "parts")
 
 # Of train.py's keys those that every suite may read, then those that some do; others would be ignored in silence.
-OF_TRAINING = (
-    *("backend", "compile", "data", "experiment", "dtype", "matmul_precision", "seed", "run_dir", "data_dir", "path"),
-)
+OF_TRAINING = (*("backend", "compile", "data", "experiment", "dtype", "seed", "run_dir", "data_dir", "path"),)
 OF_SOME = {
     **dict.fromkeys(("model", "batch_size"), ("ops", "gemm", "parts")),
     **dict.fromkeys(("optim", "weight_decay", "beta1", "beta2", "grad_clip", "learning_rate"), ("parts",)),
-    "gradient_accumulation_steps": ("parts",),
+    **dict.fromkeys(("gradient_accumulation_steps", "matmul_precision"), ("parts",)),
 }
+TIMES_ALONE = ("model", "batch_size", "rounds", "scale", "cache")  # of suite=ops: dtypes=true reads none of these
 
 
 @dataclass
@@ -115,6 +114,8 @@ def validate(config: BenchConfig) -> None:
         if key in own and config.suite not in own[key]:
             readers = " or ".join(f"suite={name}" for name in own[key])
             raise InputError(f"{override}: only read with {readers}; leave it out (here suite={config.suite})")
+        if config.dtypes and key in TIMES_ALONE:
+            raise InputError(f"{override}: not read with dtypes=true; leave it out")
         if key not in own and key not in general and key not in OF_TRAINING:
             raise InputError(f"{override}: bench.py trains nothing by this key; leave it out")
     if not 0 < config.scale <= 1:

@@ -216,7 +216,7 @@ def test_rows_go_from_few_operations_to_many():
     ("key", "words"),
     [
         ("dtype=bfloat16", "rows=bfloat16"),
-        ("matmul_precision=high", "full precision"),
+        ("matmul_precision=high", "only read with suite=parts"),
         ("rows=tensor", "rows=tensor: no row is called so; use a part of a name such as float32 64"),
         ("ways=[abacus]", "use one of python, numpy-blocks, numpy"),
     ],
