@@ -17,6 +17,7 @@ from typing import Any
 import nanogpt_mac
 from nanogpt_mac import child, signals
 from nanogpt_mac.backends import kinds
+from nanogpt_mac.errors import InputError
 from nanogpt_mac.files import run_folder, write_aside, write_json
 from nanogpt_mac.machine import probe
 from nanogpt_mac.measure.progress import Bar
@@ -35,6 +36,7 @@ MODULES = {  # each has a SUITE
     "lm": "nanogpt_mac.suites.lm",
     "parts": "nanogpt_mac.suites.parts",
 }
+SHARED = "shared"  # folder of the processes of a run under way
 LEAST_ROW_S = 0.02
 SILENCE_S = 600.0  # of one row: compiling, and drawing its inputs, may take minutes; more is a hang
 
@@ -57,6 +59,9 @@ def run(config: BenchConfig) -> int:
     suite = suite_of(_name(config))
     plan = suite.plan(config)
     folder = run_folder(config.run_dir, f"bench-{_name(config)}").resolve()
+    if (folder / SHARED).exists():  # two would take each other's time, and the last to end write over the other
+        why = "another bench.py is at work there, or was killed; use a new or an empty folder"
+        raise InputError(f"run_dir={config.run_dir}: {why}")
     _announce(config, plan, folder)
     running = Running(suite, config, plan, folder, began + 60 * config.budget_minutes)
     code = None
@@ -138,14 +143,14 @@ class Running:
                         rows=chunk,
                         round=number,
                         row_s=self.plan.row_s,
-                        folder=str(self.folder / "shared"),
+                        folder=str(self.folder / SHARED),
                         work=self.plan.work,
                     )
 
     def carry_out(self) -> None:
         rounds = [list(tasks) for _, tasks in groupby(self.tasks(), attrgetter("round"))]
         begun, began, total = 0, self.clock(), sum(map(len, rounds))
-        shared = self.folder / "shared"
+        shared = self.folder / SHARED
         shutil.rmtree(shared, ignore_errors=True)  # of one that was killed
         shared.mkdir()
         try:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from fakes.faulty_arrays import VARIABLE
@@ -165,6 +166,13 @@ def answered(task, now, lost=()):
         if row in lost:
             raise running.child.ChildError("killed by SIGSEGV")
         yield {"row": row, "way": task["way"]["name"], "round": task["round"], "state": "ok"}
+
+
+def test_a_folder_in_which_another_is_at_work_is_refused(tmp_path, monkeypatch):
+    (tmp_path / running.SHARED).mkdir()
+    monkeypatch.setattr(running, "suite_of", lambda name: SimpleNamespace(plan=lambda config: PLAN))
+    with pytest.raises(InputError, match=r"another bench\.py is at work there, or was killed"):
+        running.run(BenchConfig(run_dir=str(tmp_path)))
 
 
 STOPPED = """
