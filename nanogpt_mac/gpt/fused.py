@@ -57,8 +57,9 @@ def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> None:
         *((lambda: gelu(hidden), lambda: _gelu_backward(hidden, hidden)) if spec.gelu == "exact" else ()),
     ]
     if exact(dtype):
-        a, b = x.new_zeros(TILE["ROWS"], C), x.new_zeros(3 * C, C).T
-        work += [lambda: product(a, b), lambda: product(a @ b, b.T), lambda: product((a @ b).T, a)]
+        a, ab = x.new_zeros(TILE["ROWS"], C), x.new_zeros(TILE["ROWS"], 3 * C)
+        b = x.new_zeros(3 * C, C).T  # as a linear layer's weight lies
+        work += [lambda: product(a, b), lambda: product(ab, b.T), lambda: product(ab.T, a)]
     with ThreadPoolExecutor(len(work)) as pool:
         for done in [pool.submit(one) for one in work]:
             done.result()
