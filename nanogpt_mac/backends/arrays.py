@@ -15,6 +15,11 @@ from nanogpt_mac.backends.base import Kind
 if TYPE_CHECKING:
     import numpy as np
 
+
+class AbsentError(Exception):
+    """This way does not have what is asked of it. The text is the reason, as a blank of a suite shows it."""
+
+
 Function = Callable[..., Any]  # native arrays to one native array, or a tuple of them
 
 
@@ -81,17 +86,18 @@ class Arrays(ABC):
 
     @abstractmethod
     def ready_with_gradient(self, function: Function, of: Sequence[int]) -> Function:
-        """(cotangent, *inputs) -> (output, gradients of <output, cotangent> by the inputs numbered `of`)."""
+        """(cotangent, *inputs) -> (output, gradients of <output, cotangent> by the inputs numbered `of`).
+
+        AbsentError where no operation has a gradient.
+        """
 
     def library(self, dtype: str) -> str:
         """Whose matrix products of `dtype` these are, as far as it is known: "mkl", "Accelerate"."""
         return ""
 
     def limit_threads(self, threads: int) -> None:
-        """Compute with so many from now on; only where the kind has `by_threads`."""
-        raise NotImplementedError(
-            f"{type(self).__name__} cannot be held to {threads} threads: its kind says by_threads"
-        )
+        """Compute with so many from now on. AbsentError, unless the kind has `by_threads`."""
+        raise AbsentError(f"{type(self).__name__} cannot be held to {threads} threads")
 
     def watched(self, call: Callable[[], Any]) -> tuple[Any, int]:
         """What `call` returns, complete, and how many of its operations the CPU did in the device's place."""

@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from nanogpt_mac.backends.world import World
+from nanogpt_mac.backends.world import Ranks, World
 from nanogpt_mac.garbage import uncollected
 from nanogpt_mac.gpt.spec import GPTSpec, TrainState
 from nanogpt_mac.records.capabilities import Capabilities
@@ -162,9 +162,9 @@ class Kind:
         cls: type[Net] = loaded(self.nets)
         return cls
 
-    def load_world(self) -> type[World]:
+    def load_world(self) -> type[Ranks]:
         """As `load`, of what connects its ranks. Only where `world` says where that is."""
-        cls: type[World] = loaded(self.world)
+        cls: type[Ranks] = loaded(self.world)
         return cls
 
     def is_for(self, launcher: str) -> bool:

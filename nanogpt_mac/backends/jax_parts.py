@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanogpt_mac.backends.jax_arrays import complete, first
-from nanogpt_mac.backends.parts import Part, TwinParts
+from nanogpt_mac.backends.parts import DerivedParts, Part
 from nanogpt_mac.gpt.jax_gpt import Weights, dropout_masks, mean_nats
 
 if TYPE_CHECKING:
     from nanogpt_mac.backends.jax_backend import JaxBackend
 
 
-class JaxParts(TwinParts):
+class JaxParts(DerivedParts):
     def __init__(self, backend: JaxBackend, starts: np.ndarray) -> None:
         self.backend, self.starts, self.spec = backend, starts, backend.spec
         self.again = jax.checkpoint if backend.options.checkpointing else None

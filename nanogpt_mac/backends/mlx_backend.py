@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +23,9 @@ from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.backends.parts import Parts
 from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache, dropout_masks
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
+
+if TYPE_CHECKING:
+    from nanogpt_mac.backends.mlx_world import MLXWorld
 
 Layers = dict[int, tuple[mx.array, mx.array]]
 FREE_SHARE = 0.8  # of the GPU's free memory that MLX may hold; the rest is for what it cannot use of its blocks
@@ -196,7 +199,7 @@ class MLXBackend(Backend):
     ) -> tuple[mx.array, mx.array, mx.array]:
         """The mean over ranks, clip, AdamW."""
         if self.world.size > 1:
-            *grads, total, asked = self.world.average([*grads, total, asked])
+            *grads, total, asked = cast("MLXWorld", self.world).average([*grads, total, asked])
         with self.phase("clip"):
             grads, norm = self._clipped(grads)
         with self.phase("optimizer"):

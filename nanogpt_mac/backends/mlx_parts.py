@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nanogpt_mac.backends.mlx_arrays import first_number
-from nanogpt_mac.backends.parts import Call, Part, TwinParts
+from nanogpt_mac.backends.parts import Call, DerivedParts, Part
 from nanogpt_mac.gpt.mlx_gpt import mean_nats
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 VIEWS = re.compile("Broadcast(Axes)?|Depends|ExpandDims|(Unf|F)latten|Split|Squeeze|StopGradient|Transpose|View")
 
 
-class MLXParts(TwinParts):
+class MLXParts(DerivedParts):
     def __init__(self, backend: MLXBackend, starts: np.ndarray) -> None:
         self.backend, self.starts, self.spec = backend, starts, backend.spec
         self.ready = mx.compile if backend.options.compile else lambda function, **_: function

@@ -9,14 +9,14 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from nanogpt_mac.backends.world import TIMED, World
+from nanogpt_mac.backends.world import TIMED, Ranks
 from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.ranks import Launched
 
 VARIABLES = {"ring": "MLX_HOSTFILE", "jaccl": "MLX_IBV_DEVICES", "nccl": "NCCL_HOST_IP"}  # as mlx.launch sets them
 
 
-class MLXWorld(World):
+class MLXWorld(Ranks):
     """A sum is part of an iteration's graph like any other operation."""
 
     @classmethod

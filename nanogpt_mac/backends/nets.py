@@ -105,7 +105,7 @@ class Feed:
 class Net(ABC):
     """One network and its optimizer, with the rows it is trained on: `inputs` (N, ...) and `targets` (N, ...).
 
-    NotImplementedError, with the reason, for a network or a Feed that this way does not have. One thread at a time.
+    AbsentError for a network or a Feed that this way does not have. One thread at a time.
     """
 
     def __init__(self, arrays: Arrays, spec: Spec, feed: Feed, inputs: np.ndarray, targets: np.ndarray) -> None:

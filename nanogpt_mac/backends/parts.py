@@ -158,6 +158,16 @@ class TwinParts(Parts):
     ready: Callable[..., Any]  # compiles a function, where the step is compiled as a whole
     again: Callable[[Callable[..., Any]], Any] | None = None  # with checkpointing, as in Stage.anew
 
+    @abstractmethod
+    def _part(self, name: str, weights: Mapping[str, Any]) -> Callable[..., Any]:
+        """What the twin has by that name ("transformer.h.0.attn", or "embed", "head"), computing with `weights`."""
+
+    @abstractmethod
+    def _masks(self, key: Any) -> Any: ...
+
+    @abstractmethod
+    def _mean_nats(self, logits: Any, targets: Any) -> Any: ...
+
     def _stages(self) -> list[Stage]:
         """Of a training forward pass. Its value `keep` is 1 + 3 n_layer masks, or as often None."""
         names = list(self.spec.shapes())
@@ -207,6 +217,18 @@ class TwinParts(Parts):
         self.start(made)
         return made
 
+
+class DerivedParts(TwinParts):
+    """Of a framework that derives functions: the gradients of a part are its `vjp`."""
+
+    @abstractmethod
+    def _vjp(self, function: Callable[..., list[Any]], of: list[Any], cotangents: list[Any]) -> list[Any]:
+        """The outputs of `function` and behind them its gradients by each of `of`."""
+
+    @abstractmethod
+    def _cotangent(self, output: Any) -> Any:
+        """Normal random, of its shape and dtype."""
+
     def _calls(self, stage: Stage, given: tuple[Any, ...], made: tuple[Any, ...]) -> tuple[Call, Call | None]:
         names, moving, count = stage.parameters + stage.tied, stage.moving, len(stage.moving)
 
@@ -227,21 +249,3 @@ class TwinParts(Parts):
             return lambda number: run({}, given), None
         of = [self._cotangent(output) for output in made]
         return lambda number: run(self._named(stage), given), lambda number: run_both(self._named(stage), given, of)
-
-    def _vjp(self, function: Callable[..., list[Any]], of: list[Any], cotangents: list[Any]) -> list[Any]:
-        """The outputs of `function` and behind them its gradients by each of `of`."""
-        raise NotImplementedError(f"{type(self).__name__} has calls of its own, or must have this")
-
-    def _cotangent(self, output: Any) -> Any:
-        """Normal random, of its shape and dtype."""
-        raise NotImplementedError(f"{type(self).__name__} has calls of its own, or must have this")
-
-    @abstractmethod
-    def _part(self, name: str, weights: Mapping[str, Any]) -> Callable[..., Any]:
-        """What the twin has by that name ("transformer.h.0.attn", or "embed", "head"), computing with `weights`."""
-
-    @abstractmethod
-    def _masks(self, key: Any) -> Any: ...
-
-    @abstractmethod
-    def _mean_nats(self, logits: Any, targets: Any) -> Any: ...

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from nanogpt_mac.backends.torch_adamw import AdamW
 from nanogpt_mac.backends.torch_choices import LEVERS, Choices
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 from nanogpt_mac.gpt.torch_gpt import GPT, KVCache
+
+if TYPE_CHECKING:
+    from nanogpt_mac.backends.torch_world import TorchWorld
 
 # Everything sent between host and device, or waited for, while a phase runs: change it with the code below. Copies to
 # the device that do not block wait for nothing and are not listed.
@@ -184,13 +187,13 @@ class TorchBackend(Backend):
                 total = total + loss.detach() if number else loss.detach()
                 if self.world.size > 1 and number == len(windows) - 1:
                     shared[-2] = total
-                    torch_buckets.backward(scaled, self.optimizer, self.world, add=number > 0)
+                    torch_buckets.backward(scaled, self.optimizer, self._ranks, add=number > 0)
                 else:
                     gradients = torch.autograd.grad(scaled, self.optimizer.ordered, materialize_grads=True)
                     self.optimizer.take(gradients, add=number > 0)
         if self.world.size > 1:
             with self.phase("backward"):
-                total, of_ranks = shared[-2], (shared[-1], self.world.finish())
+                total, of_ranks = shared[-2], (shared[-1], self._ranks.finish())
         with self.phase("clip"):
             self.scaler.unscale_(self.optimizer)
             norm = self.optimizer.clip(self.options.grad_clip)
@@ -199,6 +202,11 @@ class TorchBackend(Backend):
             self.scaler.update()
         with self.phase("result"):
             return torch.stack((total, norm, *of_ranks))
+
+    @property
+    def _ranks(self) -> TorchWorld:
+        """`world`, where it is of several."""
+        return cast("TorchWorld", self.world)
 
     def _joint(self, idx: Tensor, targets: Tensor, share: int) -> tuple[Tensor, Sequence[Tensor]]:
         """The loss over `share`, and its gradients in the optimizer's order: what is compiled as one graph."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nanogpt_mac.backends.torch_adamw import AdamW
-from nanogpt_mac.backends.world import World
+
+if TYPE_CHECKING:  # a run of one process has no use for torch.distributed
+    from nanogpt_mac.backends.torch_world import TorchWorld
 
 
-def backward(loss: Tensor, optimizer: AdamW, world: World, add: bool) -> None:
+def backward(loss: Tensor, optimizer: AdamW, world: TorchWorld, add: bool) -> None:
     """Take the gradients of `loss`, or `add` them to those taken, and begin to make each part the mean over ranks.
 
     A part begins as soon as autograd has the last gradient of it and the parts before it have begun: the order is the

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanogpt_mac.backends.world import TIMED, World
+from nanogpt_mac.backends.world import TIMED, Ranks
 from nanogpt_mac.errors import InputError, reason
 from nanogpt_mac.ranks import Launched
 
 PATIENCE = timedelta(minutes=20)  # guard.py ends a run long before
 
 
-class TorchWorld(World):
+class TorchWorld(Ranks):
     """What crosses are parts of a flat tensor. Numbers of the host go by gloo, so that they wait for no device."""
 
     @classmethod
@@ -60,12 +60,14 @@ class TorchWorld(World):
         return float(sums[0]) / self.size
 
     def begin(self, flat: Tensor) -> None:
+        """Begin to make a flat tensor the mean over ranks, in its place."""
         gpu = flat.device.type == "cuda"  # then NCCL's own stream, part of a CUDA graph where one is being recorded
         here = flat if gpu else flat.cpu()  # itself, but for MPS
         work = dist.all_reduce(here, dist.ReduceOp.AVG if gpu else dist.ReduceOp.SUM, async_op=True)
         self.under_way.append((work, here, flat))
 
     def finish(self) -> Tensor:
+        """Wait for all that has begun; how long that took, in ms, a tensor of the device (); NaN where none can say."""
         sums, self.under_way = self.under_way, []
         flat, begin = sums[0][2], time.perf_counter()
         if self.by == "gloo":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,11 +44,6 @@ class World:
     under_way: list[Any] = field(default_factory=list)  # sums that have begun
     waited_ms: list[float] = field(default_factory=list)  # of an iteration each: nothing but waiting for the others
 
-    @classmethod
-    def join(cls, launched: Launched, device: str) -> World:
-        """The world that a launcher has started this process in, once all others are there too."""
-        raise NotImplementedError(f"{cls.__name__} is what a Kind's `world` names, and must say how its ranks meet")
-
     def share(self, batches: np.ndarray) -> np.ndarray:
         """Of one iteration's batches (accumulation, batch), those of this rank."""
         self.begun, self.turns = self.begun + 1, self.turns + 1
@@ -61,18 +57,6 @@ class World:
     def mean(self, value: float) -> float:
         """Of the ranks' values; it spreads `asked` too."""
         return value
-
-    def average(self, values: Any) -> Any:
-        """The mean over ranks of a list of the framework's arrays."""
-        return values
-
-    def begin(self, flat: Any) -> None:
-        """Begin to make a flat tensor the mean over ranks, in its place."""
-        raise NotImplementedError(f"{type(self).__name__} sums lists of arrays, by `average`")
-
-    def finish(self) -> Any:
-        """Wait for all that has begun; how long that took, in ms, a tensor of the device (); NaN where none can say."""
-        raise NotImplementedError(f"{type(self).__name__} sums lists of arrays, by `average`")
 
     def heard(self, asked: float, waited_ms: float = math.nan) -> None:
         """What has come round with an iteration or an evaluation: how many were asked to end; `finish`'s time."""
@@ -108,3 +92,12 @@ class World:
 
     def close(self) -> None:
         """No further sum will be asked for."""
+
+
+class Ranks(World, ABC):
+    """Several, as a Kind's `world` names them. How arrays become means over them is between it and its back end."""
+
+    @classmethod
+    @abstractmethod
+    def join(cls, launched: Launched, device: str) -> Ranks:
+        """What a launcher has started this process in, once all others are there too. InputError: they are not."""

@@ -12,6 +12,7 @@ import pytest
 from fakes import hand_kernels
 
 from nanogpt_mac import simulator
+from nanogpt_mac.backends.arrays import AbsentError
 from nanogpt_mac.backends.by_hand import launches, metal
 from nanogpt_mac.backends.by_hand.launches import Launch, version
 from nanogpt_mac.backends.by_hand.metal import MetalArrays
@@ -262,7 +263,7 @@ def test_versions_by_name() -> None:
 
 
 def test_other_networks_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="these kernels are for suite=mlp"):
+    with pytest.raises(AbsentError, match="these kernels are for suite=mlp"):
         HandNet(MetalArrays(version("v3")), LMSpec(1, 8, 1, 8, 8), Feed(2), np.zeros((1, 9)), np.zeros((1, 9)))
 
 

@@ -16,6 +16,7 @@ import pytest
 from fakes.support import ROOT
 
 from nanogpt_mac.backends import kinds
+from nanogpt_mac.backends.arrays import AbsentError
 from nanogpt_mac.backends.nets import Feed, LMSpec, MLPSpec, drawn
 from nanogpt_mac.corpus import mnist
 from nanogpt_mac.suites.nets.measured import distance
@@ -213,5 +214,5 @@ def test_as_nodes_of_mlxs_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distance({n: arrays.get(g) for n, g in gradients.items()}, wanted) < 1e-5
     np.testing.assert_allclose(arrays.get(net.infer(net.put(rows[:50]))), twin.logits(rows[:50]), atol=1e-4)
     for other, words in ((MLPSpec((784, 7, 10)), "widths below 8"), (LMSpec(1, 8, 1, 8, 8), "suite=mlp")):
-        with pytest.raises(NotImplementedError, match=words):
+        with pytest.raises(AbsentError, match=words):
             MLXKernelNet(arrays, other, Feed(BATCH), rows, classes)

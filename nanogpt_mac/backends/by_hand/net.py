@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_mac.backends.arrays import Arrays, Function, Op
+from nanogpt_mac.backends.arrays import AbsentError, Arrays, Function, Op
 from nanogpt_mac.backends.by_hand import launches
 from nanogpt_mac.backends.by_hand.launches import Launch, Version
 from nanogpt_mac.backends.nets import Feed, MLPSpec, Net, Spec
@@ -55,7 +55,7 @@ class Submitting(Arrays):
         return function
 
     def ready_with_gradient(self, function: Function, of: Sequence[int]) -> Function:
-        raise NotImplementedError("kernels by hand differentiate nothing")
+        raise AbsentError("kernels by hand differentiate nothing")
 
 
 class HandNet(Net):
@@ -68,7 +68,7 @@ class HandNet(Net):
 
     def build(self) -> None:
         if not isinstance(self.spec, MLPSpec):
-            raise NotImplementedError("these kernels are for suite=mlp")
+            raise AbsentError("these kernels are for suite=mlp")
         widths, self.of = self.spec.widths, self.arrays.version
         self.widths = widths
         self.layers = range(len(widths) - 1)
@@ -155,7 +155,7 @@ class HandNet(Net):
             self.losses.append(self._loss(len(rows)))
 
     def step(self, inputs: Any, targets: Any) -> Any:
-        raise NotImplementedError("these kernels take whole epochs")
+        raise AbsentError("these kernels take whole epochs")
 
     def infer(self, inputs: Any) -> Any:
         rows = len(inputs)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_mac import files
-from nanogpt_mac.backends.arrays import Arrays
+from nanogpt_mac.backends.arrays import AbsentError, Arrays
 from nanogpt_mac.backends.nets import Feed, MLPSpec, Net, Spec, drawn
 from nanogpt_mac.errors import reason
 from nanogpt_mac.machine import probe
@@ -82,7 +82,7 @@ class Measuring(suite.Measuring):
         feed = Feed(row.batch, self.settings.placement, self.settings.sync)
         try:
             net = self.make(self.arrays, row.spec, feed, row.inputs, row.targets)
-        except NotImplementedError as absent:
+        except AbsentError as absent:
             raise suite.RefusedError(State.ABSENT, reason(absent)) from absent
         one = _One(name, row, net, self)
         return one.trained() if row.trained else one.asked()
