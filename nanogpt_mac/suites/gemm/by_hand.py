@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt_mac.backends.arrays import Arrays, Function, Op
+from nanogpt_mac.backends.arrays import AbsentError, Arrays, Function, Op
 from nanogpt_mac.backends.base import Kind
 
 BLOCK = 64  # rows and columns: three blocks of float32 fit into a first-level cache of 48 KB
@@ -70,7 +70,7 @@ class ByHand(Arrays):
         return function
 
     def ready_with_gradient(self, function: Function, of: Sequence[int]) -> Function:
-        raise NotImplementedError("the ladder multiplies; it has no gradients")
+        raise AbsentError("the ladder multiplies; it has no gradients")
 
 
 PRODUCTS: dict[str, Callable[[Any, Any], Any]] = {"python": in_python, "numpy-blocks": in_blocks, "numpy": np.matmul}
