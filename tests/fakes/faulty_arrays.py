@@ -118,7 +118,8 @@ class FaultyArrays(Arrays):
             made = Native(self.device.submit(self._compute, function, inputs, settings, name))
             self.first = self.first or made
             self.previous = made
-            self.known[id(inputs[0])] = inputs[0], made  # kept alive: another would get its id
+            if fault == "a result kept for inputs that come again":
+                self.known[id(inputs[0])] = inputs[0], made  # kept alive: another would get its id
             return made
 
         return call
