@@ -89,7 +89,9 @@ class TorchBackend(Backend):
         self.joint: Callable[[Tensor, Tensor, int], tuple[Tensor, Sequence[Tensor]]] | None = None
         if choices.joint_graph:
             torch._dynamo.config.trace_autograd_ops = True  # else the graph ends before autograd
-            self.joint = compiled(self._joint)
+            of_mode = torch._inductor.list_mode_options(self.settings.compile_mode)
+            # Between its kernels C++ takes the host less time than Python.
+            self.joint = torch.compile(self._joint, dynamic=False, options={**of_mode, "cpp_wrapper": True})
         self.scaler: Any = torch.amp.GradScaler(  # whose types ask for an optimizer of torch's own
             self.device.type,
             INIT_LOSS_SCALE,

@@ -29,6 +29,8 @@ def products_round() -> bool:
         torch.set_float32_matmul_precision(before)
 
 
+SHORT = 128  # tokens up to which a CPU is faster without flash attention; at 256 it is not
+
 LEVERS = (
     Lever(
         "backend.fused_adamw",
@@ -71,11 +73,13 @@ class Choices:
 
     @property
     def few_kernels(self) -> FewKernels:
-        """On MPS, where launches cost more than work; on a CPU in 16 bits or with dropout: no flash attention helps."""
+        """On MPS, where launches cost more than work; on a CPU where flash attention does not help: in 16 bits, with
+        dropout, and compiled for short sequences."""
         if self.device.type == "cpu" and self.options.dtype != "float32":
             return "always"
-        dropping = self.device.type == "cpu" and self.spec.dropout > 0
-        return "training" if dropping or self.device.type == "mps" else "never"  # both have a fused one in evaluation
+        short = self.options.compile and self.spec.block_size <= SHORT
+        helped = self.device.type == "cpu" and (self.spec.dropout > 0 or short)
+        return "training" if helped or self.device.type == "mps" else "never"  # both have a fused one in evaluation
 
     @property
     def joint_graph(self) -> bool:

@@ -1,6 +1,7 @@
 """Attention and the residual sum with dropout, in few kernels: for devices where a launch costs more than its work.
 
 Autograd would write each gradient of q, k and v by itself and join them; here they are written where they belong.
+Compiled for a CPU, attention and GELU are written as Inductor makes the most of them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data.default
 
@@ -21,7 +23,11 @@ class _Attention(torch.autograd.Function):
         hs = width // (3 * n_head)
         packed = qkv.view(B, T, 3, n_head, hs).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, T, hs)
         q, k, v = packed.unbind(0)
-        scores = torch.baddbmm(causal, q, k.transpose(1, 2), alpha=1.0 / math.sqrt(hs))
+        scale = 1.0 / math.sqrt(hs)
+        if _compiled_for_a_cpu(qkv):  # what is added and multiplied is fused with the softmax
+            scores = torch.bmm(q, k.transpose(1, 2)).float() * scale + causal
+        else:
+            scores = torch.baddbmm(causal, q, k.transpose(1, 2), alpha=scale)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
         kept = (weights if keep is None else weights * keep.view_as(weights)).to(v.dtype)
         ctx.save_for_backward(q, k, v, weights, kept, keep, causal)
@@ -38,10 +44,15 @@ class _Attention(torch.autograd.Function):
         torch.bmm(kept.transpose(1, 2), grad, out=dv)
         dweights = torch.bmm(grad, v.transpose(1, 2))
         dweights = dweights.float() if keep is None else dweights * keep.view_as(dweights)
-        dscores = SOFTMAX_BACKWARD(dweights, weights, -1, torch.float32).to(q.dtype)
-        zero, scale = causal[:1, :1].to(q.dtype), 1.0 / math.sqrt(hs)  # what is added is left out by beta=0
-        torch.baddbmm(zero, dscores, k, beta=0, alpha=scale, out=dq)
-        torch.baddbmm(zero, dscores.transpose(1, 2), q, beta=0, alpha=scale, out=dk)
+        dscores, scale = SOFTMAX_BACKWARD(dweights, weights, -1, torch.float32), 1.0 / math.sqrt(hs)
+        if _compiled_for_a_cpu(grad):
+            dscores = (dscores * scale).to(q.dtype)
+            torch.bmm(dscores, k, out=dq)
+            torch.bmm(dscores.transpose(1, 2), q, out=dk)
+        else:
+            dscores, zero = dscores.to(q.dtype), causal[:1, :1].to(q.dtype)  # what is added is left out by beta=0
+            torch.baddbmm(zero, dscores, k, beta=0, alpha=scale, out=dq)
+            torch.baddbmm(zero, dscores.transpose(1, 2), q, beta=0, alpha=scale, out=dk)
         return packed.view(3, B, C // hs, T, hs).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * C), None, None, None
 
 
@@ -72,3 +83,36 @@ def add_scaled(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     """x + y * keep, all of one shape; in x's dtype."""
     z: Tensor = _AddScaled.apply(x, y, keep)
     return z
+
+
+class _GELU(torch.autograd.Function):
+    """With its slope: both need exp(-x^2 / 2), half of the work. erf is Abramowitz and Stegun's 7.1.26, off by at most
+    1.5e-7, as torch's own is with AVX-512."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.float()
+        bell, t = torch.exp(-0.5 * y * y), 1 / (1 + 0.3275911 / math.sqrt(2) * y.abs())
+        series = -0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))
+        tail = 0.5 * t * (0.254829592 + t * series) * bell  # of the normal distribution, beyond |x|
+        below = torch.where(y > 0, 1 - tail, tail)
+        slope = below + y * bell * (1 / math.sqrt(2 * math.pi))
+        both = torch.stack(
+            ((y * below).to(x.dtype), slope.to(x.dtype))
+        )  # else the slope is computed anew where it is used
+        ctx.save_for_backward(both[1])
+        return both[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * ctx.saved_tensors[0]
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU of `x`, float32 or of 16 bits, in its dtype and shape."""
+    y: Tensor = _GELU.apply(x) if x.requires_grad and _compiled_for_a_cpu(x) else F.gelu(x)
+    return y
+
+
+def _compiled_for_a_cpu(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() and x.is_cpu

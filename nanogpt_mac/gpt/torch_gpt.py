@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanogpt_mac.gpt.packed import add_scaled, packed_attention
+from nanogpt_mac.gpt.packed import add_scaled, gelu, packed_attention
 from nanogpt_mac.gpt.spec import GPTSpec
 
 FewKernels = Literal["never", "training", "always"]
@@ -109,7 +109,8 @@ class MLP(nn.Module):
         self.gelu = nn.GELU(approximate="none" if spec.gelu == "exact" else "tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.gelu(self.c_fc(x)))  # (B, T, C) -> (B, T, 4 C) -> (B, T, C)
+        hidden = self.c_fc(x)  # (B, T, 4 C)
+        return self.c_proj(gelu(hidden) if self.gelu.approximate == "none" else self.gelu(hidden))
 
 
 class Block(nn.Module):

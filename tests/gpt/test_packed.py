@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt_mac.gpt.packed import add_scaled, packed_attention
+from nanogpt_mac.gpt import packed
+from nanogpt_mac.gpt.packed import add_scaled, gelu, packed_attention
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.gpt.torch_gpt import GPT
 
@@ -32,9 +33,18 @@ def formula(qkv, keep):
     return (weights @ v).transpose(1, 2).reshape(B, T, NH * HS)
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """The functions as they are traced for a CPU, run as they are."""
+    monkeypatch.setattr(packed, "_compiled_for_a_cpu", lambda x: True)
+
+
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("dropping", [False, True])
-def test_attention_and_its_gradient_are_the_formulas(dropping, dtype, close):
+@pytest.mark.parametrize("way", [None, "compiled"])
+def test_attention_and_its_gradient_are_the_formulas(way, dropping, dtype, close, request):
+    if way:
+        request.getfixturevalue(way)
     qkv, wanted = drawn(B, T, 3 * NH * HS, dtype=dtype), drawn(B, T, NH * HS, seed=1)
     keep = (torch.rand(B * NH * T * T, generator=torch.Generator().manual_seed(2)) > 0.3) / 0.7 if dropping else None
     y, expected = packed_attention(qkv, NH, causal(T).to(dtype), keep), formula(qkv, keep)
@@ -42,6 +52,18 @@ def test_attention_and_its_gradient_are_the_formulas(dropping, dtype, close):
     gradients = [torch.autograd.grad((out * wanted).sum(), qkv)[0].double() for out in (y, expected)]
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=close * expected.abs().max().item())
     torch.testing.assert_close(*gradients, rtol=0, atol=close * gradients[1].abs().max().item())
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 5e-7), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_gelu_and_its_slope_are_the_formulas(compiled, dtype, close):
+    x = torch.cat([torch.linspace(-30, 30, 60_001), torch.tensor([0.0, -0.0, 1e-30, float("inf")])]).to(dtype)
+    x = x.requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, expected = gelu(x), torch.nn.functional.gelu(exact)
+    slopes = [torch.autograd.grad(out.sum(), of)[0].double()[:-1] for out, of in ((y, x), (expected, exact))]
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=close, atol=close)
+    torch.testing.assert_close(*slopes, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
