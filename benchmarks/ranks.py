@@ -1,6 +1,7 @@
 """GPT-2 124M on 1, 2, 4 ... processes: our train.py beside nanoGPT's, both under torchrun, on one machine in one call.
 
     python benchmarks/ranks.py --peer nanoGPT --sizes 1 2 --limit 230
+    python benchmarks/ranks.py --sizes 1 2 --engines mlx --limit 330 --timeout 150
     python benchmarks/ranks.py --peer nanoGPT --sizes 1 --device cpu --recipe tiny
 
 nanoGPT's config/train_gpt2.py: block 1024, batch 12, accumulation 40 shared among the ranks, bfloat16, compiled, AdamW.
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--timeout", type=float, default=110.0, help="seconds of a step")
     parser.add_argument("--ours", action="append", default=[], metavar="KEY=VALUE", help="another override of train.py")
-    parser.add_argument("--mlx", action="store_true", help="ours in MLX too, under mlx.launch")
+    parser.add_argument("--engines", nargs="+", choices=("torch", "mlx"), default=["torch"], help="of ours")
     args = parser.parse_args(argv)
     deadline = beside.deadline(args)
     import torch
@@ -156,16 +157,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measured(args: Any, recipe: dict[str, Any], scratch: Path, gpus: int, deadline: float) -> Iterator[dict[str, Any]]:
     """What every program comes to with every number of processes, each as soon as it is known."""
     for size in args.sizes:
-        steps = [ours(args, recipe, scratch, size, "torch")]
-        steps += [ours(args, recipe, scratch, size, "mlx")] if args.mlx else []
+        steps = [ours(args, recipe, scratch, size, engine) for engine in args.engines]
         steps += [peer(args, recipe, scratch, size)] if args.peer and (args.device == "cuda" or size == 1) else []
         if args.device == "cuda" and size > gpus:
             yield from ({"name": s.name, "size": size, "error": f"this machine has {gpus} GPUs"} for s in steps)
             continue
         together = size == 1 and args.device == "cuda" and gpus >= len(steps)
-        for number, step in enumerate(steps):
-            if together:
-                step.environment["CUDA_VISIBLE_DEVICES"] = str(number)
+        if together:
+            named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+            for step, gpu in zip(steps, named, strict=False):
+                step.environment["CUDA_VISIBLE_DEVICES"] = gpu
         for turn in [steps] if together else [[step] for step in steps]:
             if time.monotonic() > deadline - 20:
                 yield from ({"name": s.name, "size": size, "error": "no time was left"} for s in turn)
