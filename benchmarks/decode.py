@@ -1,7 +1,7 @@
 """A sampled token: our generate beside the peer's, in ms, in a fresh process and repeated in it.
 
     python benchmarks/decode.py --peer nanoGPT --device cuda --dtype bfloat16
-    python benchmarks/decode.py --peer SITE_PACKAGES_WITH_MLX_LM --device mlx
+    python benchmarks/decode.py --peer SITE_PACKAGES_WITH_MLX_LM --device mlx --compile
 
 torch: nanoGPT's GPT.generate as its sample.py calls it, without a cache of keys and values. MLX: mlx-lm's generate_step
 on its own GPT-2, with its cache; both then have biases and the tanh GELU, which is all that mlx-lm's has. Temperature
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--tokens", type=int, default=250)
     parser.add_argument("--repeats", type=int, default=3, help="in the same process, after the first")
+    parser.add_argument("--compile", action="store_true", help="ours, as train.py's compile=true")
     parser.add_argument("--blas", help="backend.blas of both, with --device mlx")
     parser.add_argument("--child", choices=("ours", "peer"), help="be one of the processes")
     args = parser.parse_args(argv)
@@ -107,7 +108,9 @@ def _ours(args: Any, spec: GPTSpec, weights: dict[str, np.ndarray]) -> tuple[Dra
     from nanogpt_mac.backends.generate import generate
 
     settings = {"blas": args.blas} if args.blas else {}
-    options = BackendOptions(args.device, False, args.dtype, "highest", SEED, 0.1, 0.9, 0.99, 1.0, settings=settings)
+    options = BackendOptions(
+        args.device, args.compile, args.dtype, "highest", SEED, 0.1, 0.9, 0.99, 1.0, settings=settings
+    )
     backend = kinds.create(spec, options, Tokens(block_size=spec.block_size))
     backend.load(weights)
     draw = lambda count: generate(backend, spec, PROMPT[:1], count, 0.8, 200, SEED, VOCABULARY)  # noqa: E731

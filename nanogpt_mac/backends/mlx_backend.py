@@ -292,7 +292,8 @@ class MLXBackend(Backend):
         if not self.bound:
             self.model.update(tree_unflatten(self.layout.split(self.trained["weights"])))
             self.bound = True
-        self.model.eval()
+        if self.model.training:  # it is asked for every token
+            self.model.eval()
         return self.model
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
