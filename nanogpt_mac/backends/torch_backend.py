@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -78,7 +79,8 @@ class TorchBackend(Backend):
         if options.compile:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
-            compiled = partial(torch.compile, dynamic=False, mode=self.settings.compile_mode)
+            mode = self.settings.compile_mode
+            compiled = partial(torch.compile, dynamic=False, mode=mode)
             if own is not None and graph:  # nothing is fused across a block's borders, and a replay calls nothing
                 self.loss = partial(own.loss, self.model, own.Pieces(*map(compiled, own.Pieces())))
             else:
@@ -89,9 +91,9 @@ class TorchBackend(Backend):
         self.joint: Callable[[Tensor, Tensor, int], tuple[Tensor, Sequence[Tensor]]] | None = None
         if choices.joint_graph:
             torch._dynamo.config.trace_autograd_ops = True  # else the graph ends before autograd
-            of_mode = torch._inductor.list_mode_options(self.settings.compile_mode)
-            # Between its kernels C++ takes the host less time than Python.
-            self.joint = torch.compile(self._joint, dynamic=False, options={**of_mode, "cpp_wrapper": True})
+            # Between its kernels C++ takes the host less time than Python; torch's tests of it leave a Mac out.
+            how = {**torch._inductor.list_mode_options(mode), "cpp_wrapper": sys.platform == "linux"}
+            self.joint = torch.compile(self._joint, dynamic=False, options=how)
         self.scaler: Any = torch.amp.GradScaler(  # whose types ask for an optimizer of torch's own
             self.device.type,
             INIT_LOSS_SCALE,

@@ -29,8 +29,6 @@ def products_round() -> bool:
         torch.set_float32_matmul_precision(before)
 
 
-SHORT = 128  # tokens up to which a CPU is faster without flash attention; at 256 it is not
-
 LEVERS = (
     Lever(
         "backend.fused_adamw",
@@ -77,7 +75,7 @@ class Choices:
         dropout, and compiled for short sequences."""
         if self.device.type == "cpu" and self.options.dtype != "float32":
             return "always"
-        short = self.options.compile and self.spec.block_size <= SHORT
+        short = self.options.compile and self.spec.block_size <= 128  # at 256 tokens it is as fast
         helped = self.device.type == "cpu" and (self.spec.dropout > 0 or short)
         return "training" if helped or self.device.type == "mps" else "never"  # both have a fused one in evaluation
 

@@ -71,6 +71,7 @@ def _threshold(dropout: float) -> int:
     return dropped - 2**32 if dropped >= 2**31 else dropped
 
 
+@torch.compiler.assume_constant_result  # else a graph ends here; a change of the precision fails its guards
 def exact(dtype: torch.dtype) -> bool:
     """Whether products are to keep what float32 holds: where torch was asked for that."""
     return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
@@ -120,7 +121,7 @@ def attention(qkv: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int
 
 
 @attention.register_fake
-def _(qkv: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, n_head: int, *_: Any) -> tuple[Tensor, Tensor]:
     B, T, width = qkv.shape
     return qkv.new_empty(B, T, width // 3), qkv.new_empty(B * n_head, T, dtype=torch.float32)
 
@@ -137,11 +138,7 @@ def _attention_backward(
     return dqkv
 
 
-@_attention_backward.register_fake
-def _(
-    qkv: Tensor, out: Tensor, dout: Tensor, lse: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int
-) -> Tensor:
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+_attention_backward.register_fake(lambda qkv, *_: qkv.new_empty(qkv.shape))
 
 
 def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -161,8 +158,7 @@ attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
 
 
 def _rows(x: Tensor, dropout: float, bias: Tensor | None) -> dict[str, Any]:
-    C = x.shape[-1]
-    wide = triton.next_power_of_2(C)
+    C, wide = x.shape[-1], triton.next_power_of_2(x.shape[-1])
     rows = max(1, min(4, 2048 // wide))
     return {
         "M": x.numel() // C,
@@ -191,11 +187,7 @@ def add_norm(
     return total, normed
 
 
-@add_norm.register_fake
-def _(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dropout: float, seeds: Tensor, site: int
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), y.new_empty(y.shape)
+add_norm.register_fake(lambda x, y, *_: (x.new_empty(x.shape), y.new_empty(y.shape)))
 
 
 @torch.library.custom_op("nanogpt_mac::add_norm_backward", mutates_args=())
@@ -231,17 +223,9 @@ def _sum(shares: Tensor) -> Tensor:
 
 @_add_norm_backward.register_fake
 def _(
-    total: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtotal: Tensor,
-    dnormed: Tensor,
-    dropout: float,
-    seeds: Tensor,
-    site: int,
+    total: Tensor, weight: Tensor, bias: Tensor | None, dtotal: Tensor, dnormed: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    C = total.shape[-1]
-    biases = C if bias is not None else 0
+    C, biases = total.shape[-1], 0 if bias is None else total.shape[-1]
     return total.new_empty(total.shape), dnormed.new_empty(dnormed.shape), total.new_empty(C), total.new_empty(biases)
 
 
@@ -280,16 +264,8 @@ def _gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
     return dx
 
 
-@gelu.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_gelu_backward.register_fake
-def _(x: Tensor, dy: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
+gelu.register_fake(lambda x: x.new_empty(x.shape))
+_gelu_backward.register_fake(lambda x, dy: x.new_empty(x.shape))
 gelu.register_autograd(
     lambda ctx, dy: _gelu_backward(*ctx.saved_tensors, dy),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
@@ -320,9 +296,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return shares[0] if len(shares) == 1 else shares.sum(0)
 
 
-@product.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
+product.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
 
 
 def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,10 +304,7 @@ def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return product(grad, b.T), product(grad.T, a).T
 
 
-product.register_autograd(
-    _product_gradients,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+product.register_autograd(_product_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 # -- the model --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Compiled for a CPU, attention and GELU are written as Inductor makes the most of
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,8 +62,7 @@ def packed_attention(qkv: Tensor, n_head: int, causal: Tensor, keep: Tensor | No
     `causal` (T, T) is added to the scores: 0 where a token may look, minus infinity where not. `keep`, of B nh T T
     float32 elements, multiplies the weights: 0 or 1 / (1 - dropout); None drops nothing.
     """
-    y: Tensor = _Attention.apply(qkv, n_head, causal, keep)
-    return y
+    return cast(Tensor, _Attention.apply(qkv, n_head, causal, keep))
 
 
 class _AddScaled(torch.autograd.Function):
@@ -81,8 +80,7 @@ class _AddScaled(torch.autograd.Function):
 
 def add_scaled(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     """x + y * keep, all of one shape; in x's dtype."""
-    z: Tensor = _AddScaled.apply(x, y, keep)
-    return z
+    return cast(Tensor, _AddScaled.apply(x, y, keep))
 
 
 class _GELU(torch.autograd.Function):
@@ -108,10 +106,10 @@ class _GELU(torch.autograd.Function):
         return gradients[0] * ctx.saved_tensors[0]
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Exact GELU of `x`, float32 or of 16 bits, in its dtype and shape."""
-    y: Tensor = _GELU.apply(x) if x.requires_grad and _compiled_for_a_cpu(x) else F.gelu(x)
-    return y
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """GELU of `x`, float32 or of 16 bits, in its dtype and shape; `approximate`: none or tanh, as torch has it."""
+    own = approximate == "none" and x.requires_grad and _compiled_for_a_cpu(x)
+    return cast(Tensor, _GELU.apply(x)) if own else F.gelu(x, approximate=approximate)
 
 
 def _compiled_for_a_cpu(x: Tensor) -> bool:

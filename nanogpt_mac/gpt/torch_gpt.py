@@ -109,8 +109,8 @@ class MLP(nn.Module):
         self.gelu = nn.GELU(approximate="none" if spec.gelu == "exact" else "tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.c_fc(x)  # (B, T, 4 C)
-        return self.c_proj(gelu(hidden) if self.gelu.approximate == "none" else self.gelu(hidden))
+        # (B, T, C) -> (B, T, 4 C) -> (B, T, C)
+        return self.c_proj(gelu(self.c_fc(x), self.gelu.approximate))
 
 
 class Block(nn.Module):

@@ -281,8 +281,7 @@ def test_a_model_finds_its_kernels_prepared(change, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo only hides it
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_blocks_share_what_is_compiled_of_one(dtype):
     """And compute what is written: forward and gradients, in training with the same masks and in evaluation."""
     frames = []

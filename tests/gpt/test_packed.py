@@ -59,7 +59,7 @@ def test_gelu_and_its_slope_are_the_formulas(compiled, dtype, close):
     x = torch.cat([torch.linspace(-30, 30, 60_001), torch.tensor([0.0, -0.0, 1e-30, float("inf")])]).to(dtype)
     x = x.requires_grad_()
     exact = x.detach().double().requires_grad_()
-    y, expected = gelu(x), torch.nn.functional.gelu(exact)
+    y, expected = gelu(x, "none"), torch.nn.functional.gelu(exact)
     slopes = [torch.autograd.grad(out.sum(), of)[0].double()[:-1] for out, of in ((y, x), (expected, exact))]
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), expected, rtol=close, atol=close)
