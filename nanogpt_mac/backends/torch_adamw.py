@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 TAIL = 2  # floats behind the gradients, which go from rank to rank with them
-PIECE = 1 << 14  # floats
+PIECE = 1 << 16  # floats
 ALIGNED = 16  # floats; vector instructions and the matrix product of a GPU want tensors to begin at 64 bytes
 
 

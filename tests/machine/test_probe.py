@@ -157,7 +157,10 @@ def test_hanging_commands_are_ended_with_all_that_they_started(bin_dir, monkeypa
     assert [line.rpartition(": ")[2] for line in facts["problems"]] == ["no answer within 0.1 s"] * 6
     started = [int(pid) for pid in pids.read_text().split()]
     assert len(started) == 6
-    assert not any(alive(pid) for pid in started)
+    deadline = time.monotonic() + 10  # what was killed ends when it next has a core
+    while any(alive(pid) for pid in started):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:
