@@ -9,7 +9,7 @@ norms, softmax and loss in float32, weights in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, cast
@@ -77,9 +77,23 @@ class LayerNorm(nn.Module):
         return mx.fast.layer_norm(x, self.weight, self.bias, 1e-5)
 
 
+@mx.custom_function
+def product(x: mx.array, weight: mx.array) -> mx.array:
+    """x W^T of (rows, inputs) and (outputs, inputs)."""
+    return x @ weight.T
+
+
+@product.vjp
+def _product_gradient(inputs: Any, cotangent: mx.array, _: mx.array) -> Any:
+    """The weight's as (outputs, inputs); MLX's own is the transpose, which is then copied."""
+    x, weight = inputs
+    return cotangent @ weight, cotangent.T @ x
+
+
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None, dtype: mx.Dtype) -> mx.array:
     """x W^T + b in `dtype`. Rows are flattened: the weight gradient is then one product, not a batch of them."""
-    y = x.reshape(-1, x.shape[-1]).astype(dtype) @ weight.astype(dtype).T  # (B T, inputs) -> (B T, outputs)
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)  # (B T, inputs)
+    y = cast(mx.array, product(rows, weight.astype(dtype)))  # (B T, outputs)
     if bias is not None:
         y = y + bias.astype(dtype)
     return y.reshape(*x.shape[:-1], -1)  # (B, T, outputs)
@@ -98,20 +112,40 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias, self.dtype)
 
 
-def scaled_dot_product_attention(
-    q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None, keep: mx.array | None, dropout: float
-) -> mx.array:
-    """MLX's fused attention, or, as that has no dropout, the product written out. All of (B, nh, T, hs).
+def scaled_dot_product_attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
+    """MLX's fused attention, all of (B, nh, T, hs). `mask` says what is seen: (T, T), or "causal"."""
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0 / math.sqrt(q.shape[-1]), mask=mask)
 
-    `mask` says what is seen, (T, T); "causal" is for the fused one alone.
+
+def dropped_attention(packed: mx.array, mask: mx.array, keep: mx.array, dropout: float) -> mx.array:
+    """The product written out, for MLX's has no dropout: (B, nh, T, hs), of `packed` (B, T, 3, nh, hs).
+
+    It is bound by memory. Products copy what is a view of one head, each anew: heads are copied once. A softmax's
+    gradient needs the sum over tokens of its weights times theirs, which is the output times the output's (Dao et al.,
+    FlashAttention, 2022, appendix B).
     """
-    scale = 1.0 / math.sqrt(q.shape[-1])
-    if keep is None:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    scores = q @ k.swapaxes(-1, -2)  # (B, nh, T, T)
-    assert isinstance(mask, mx.array)
-    scores = mx.where(mask, scores * scale, mx.finfo(scores.dtype).min)
-    return drop(mx.softmax(scores, axis=-1, precise=True), keep, dropout) @ v  # (B, nh, T, hs)
+    scale = 1.0 / math.sqrt(packed.shape[-1])
+
+    @mx.custom_function
+    def attend(packed: mx.array) -> tuple[mx.array, ...]:
+        q, k, v = mx.contiguous(packed.transpose(2, 0, 3, 1, 4))
+        scores = q @ k.swapaxes(-1, -2)  # (B, nh, T, T)
+        scores = mx.where(mask, scores * scale, mx.finfo(scores.dtype).min)
+        weights = mx.softmax(scores, axis=-1, precise=True)
+        dropped = drop(weights, keep, dropout)
+        return dropped @ v, q, k, v, weights, dropped
+
+    @attend.vjp
+    def gradient(_: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+        y, q, k, v, weights, dropped = outputs
+        dy = mx.contiguous(cotangents[0])
+        mean = (dy.astype(mx.float32) * y.astype(mx.float32)).sum(axis=-1, keepdims=True)  # (B, nh, T, 1)
+        of_weights = drop((dy @ v.swapaxes(-1, -2)).astype(mx.float32), keep, dropout)
+        scores = (weights.astype(mx.float32) * (of_weights - mean) * scale).astype(weights.dtype)
+        parts = scores @ k, scores.swapaxes(-1, -2) @ q, dropped.swapaxes(-1, -2) @ dy
+        return mx.concatenate([part.swapaxes(1, 2)[:, :, None] for part in parts], axis=2)
+
+    return cast(Any, attend(packed))[0]
 
 
 def erf(x: mx.array) -> mx.array:
@@ -139,26 +173,32 @@ ERF_Q = (
 )
 
 
+def normal(x: mx.array) -> mx.array:
+    """The normal distribution's integral."""
+    x = x * math.sqrt(0.5)
+    return 0.5 + 0.5 * (erf(x) if mx.default_device() == mx.Device(mx.cpu) else mx.erf(x))
+
+
 @mx.custom_function
-def gelu_with_own_erf(x: mx.array) -> mx.array:
-    """x Phi(x), Phi the normal distribution's integral."""
-    return x * (0.5 + 0.5 * erf(x * math.sqrt(0.5)))
+def exact_gelu(x: mx.array) -> mx.array:
+    """x Phi(x), in float32 whatever `x` is."""
+    wide = x.astype(mx.float32)
+    return (wide * normal(wide)).astype(x.dtype)
 
 
-@gelu_with_own_erf.vjp
+@exact_gelu.vjp
 def _gelu_gradient(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-    """Phi(x) + x Phi'(x): of the function itself, not of the approximation."""
-    density = mx.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return cotangent * (0.5 + 0.5 * erf(x * math.sqrt(0.5)) + x * density)
+    """Phi(x) + x Phi'(x) from `x` alone: one kernel, where MLX's own keeps two arrays of `x`'s size for it."""
+    wide = x.astype(mx.float32)
+    density = mx.exp(-0.5 * wide * wide) * (1 / math.sqrt(2 * math.pi))
+    return (cotangent.astype(mx.float32) * (normal(wide) + wide * density)).astype(x.dtype)
 
 
 def gelu(x: mx.array, approximate: str) -> mx.array:
     """GELU in float32 whatever `x` is, as torch's kernels compute it; fused by mx.compile."""
-    exact: Callable[[mx.array], Any] = nn.gelu
-    if mx.default_device() == mx.Device(mx.cpu):
-        exact = gelu_with_own_erf
-    wide = x.astype(mx.float32)
-    return (exact(wide) if approximate == "none" else nn.gelu_approx(wide)).astype(x.dtype)
+    if approximate == "none":
+        return cast(mx.array, exact_gelu(x))
+    return nn.gelu_approx(x.astype(mx.float32)).astype(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -172,11 +212,14 @@ class CausalSelfAttention(nn.Module):
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None, keep: Keep) -> mx.array:
         B, T, C = x.shape
-        q, k, v = mx.split(self.c_attn(x), 3, axis=2)  # three of (B, T, C)
-        q, k, v = (t.reshape(B, T, self.n_head, C // self.n_head).swapaxes(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v, self.block_size)
-        y = scaled_dot_product_attention(q, k, v, mask, keep[0], self.dropout)  # (B, nh, T, hs)
+        packed = self.c_attn(x).reshape(B, T, 3, self.n_head, C // self.n_head)
+        if keep[0] is not None:
+            y = dropped_attention(packed, cast(mx.array, mask), keep[0], self.dropout)  # (B, nh, T, hs)
+        else:
+            q, k, v = (part.squeeze(2).swapaxes(1, 2) for part in mx.split(packed, 3, axis=2))  # (B, nh, T, hs) each
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v, self.block_size)
+            y = scaled_dot_product_attention(q, k, v, mask)
         y = y.swapaxes(1, 2).reshape(B, T, C)  # the heads side by side
         return drop(self.c_proj(y), keep[1], self.dropout)
 

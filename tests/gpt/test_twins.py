@@ -191,11 +191,18 @@ def test_dropout_is_where_nanogpt_has_it_and_scales_what_it_keeps(build):
     assert len({loss(idx, targets) for _ in range(5)}) == 5
 
 
+def packed(q, k, v):
+    """What attention with dropout takes, (B, T, 3, nh, hs), of three arrays (B, nh, T, hs)."""
+    import mlx.core as mx
+
+    return mx.array(np.stack([q, k, v]).transpose(1, 3, 0, 2, 4))
+
+
 def test_mlx_drops_attention_weights_and_scales_what_it_keeps():
     """Its own piece of code: with values that are the identity, what comes out is the weights themselves."""
     import mlx.core as mx
 
-    from nanogpt_mac.gpt.mlx_gpt import dropout_masks, scaled_dot_product_attention
+    from nanogpt_mac.gpt.mlx_gpt import dropout_masks, dropped_attention, scaled_dot_product_attention
 
     rng = np.random.default_rng(0)
     T, p = 64, 0.25
@@ -203,27 +210,55 @@ def test_mlx_drops_attention_weights_and_scales_what_it_keeps():
     v = np.broadcast_to(np.eye(T, dtype=np.float32), (2, 3, T, T))
     scores = torch.from_numpy(q) @ torch.from_numpy(k).mT / T**0.5
     exact = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1).numpy()
-    inputs, causal = [mx.array(array) for array in (q, k, v)], mx.tri(T, dtype=mx.bool_)
+    inputs, causal = packed(q, k, v), mx.tri(T, dtype=mx.bool_)
     spec = GPTSpec(n_layer=1, n_head=3, n_embd=3, block_size=T, vocab_size=2, dropout=p)
     keep = dropout_masks(spec, 2, T, mx.random.key(1))[1]
-    dropped = np.array(scaled_dot_product_attention(*inputs, causal, keep, p))
+    dropped = np.array(dropped_attention(inputs, causal, keep, p))
     kept = dropped != 0
     seen = exact > 1e-6
     assert not kept[exact == 0].any()
     assert kept[seen].mean() == pytest.approx(1 - p, abs=0.02)
     np.testing.assert_allclose(dropped[kept], exact[kept] / (1 - p), rtol=1e-4)
-    whole = np.array(scaled_dot_product_attention(*inputs, "causal", None, 0.0))
+    whole = np.array(scaled_dot_product_attention(*(mx.array(array) for array in (q, k, v)), "causal"))
     np.testing.assert_allclose(whole, exact, atol=1e-6)
     seen = mx.ones((T, T), mx.bool_)
-    every = np.array(scaled_dot_product_attention(*inputs, seen, mx.ones((2, 3, T, T), mx.bool_), 1e-12))
+    every = np.array(dropped_attention(inputs, seen, mx.ones((2, 3, T, T), mx.bool_), 1e-12))
     np.testing.assert_allclose(every, scores.softmax(-1).numpy(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dtype", "off"), [("float32", 2e-6), ("bfloat16", 2e-2), ("float16", 2e-3)])
+def test_mlxs_gradient_of_attention_with_dropout_is_exact(dtype, off):
+    """Written by hand: against float64 autograd with the same masks."""
+    import mlx.core as mx
+
+    from nanogpt_mac.gpt.mlx_gpt import dropped_attention
+    from nanogpt_mac.gpt.spec import keeping
+
+    rng, shape, p = np.random.default_rng(3), (2, 3, 48, 16), 0.3
+    kind = getattr(torch, dtype)
+    q, k, v, up = (torch.from_numpy(rng.standard_normal(shape)).to(kind).double() for _ in range(4))
+    keep = rng.random((2, 3, 48, 48)) < 1 - p
+    inputs = [array.requires_grad_() for array in (q, k, v)]
+    scores = (inputs[0] @ inputs[1].mT / 16**0.5).masked_fill(torch.ones(48, 48).triu(1).bool(), -torch.inf)
+    y = (scores.softmax(-1) * torch.from_numpy(keep) * (65536 / keeping(p))) @ inputs[2]
+    expected = torch.autograd.grad(y, inputs, up)
+
+    given = packed(*(array.detach().numpy() for array in inputs)).astype(getattr(mx, dtype))
+    weights = mx.array(up.numpy()).astype(given.dtype)
+    ours = lambda given: dropped_attention(given, mx.tri(48, dtype=mx.bool_), mx.array(keep), p)  # noqa: E731
+    (value,), (gradient,) = mx.vjp(ours, [given], [weights])
+    assert (value.dtype, gradient.dtype, gradient.shape) == (given.dtype, given.dtype, given.shape)
+    found = np.array(gradient.astype(mx.float32)).transpose(2, 0, 3, 1, 4)
+    np.testing.assert_allclose(np.array(value.astype(mx.float32)), y.detach(), rtol=off, atol=off)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=off * float(other.abs().max()))
 
 
 def test_mlx_uses_its_fused_attention_where_nothing_is_dropped(monkeypatch):
     """It is what makes MLX fast, and what the report's times are of."""
     import mlx.core as mx
 
-    from nanogpt_mac.gpt.mlx_gpt import scaled_dot_product_attention
+    from nanogpt_mac.gpt.mlx_gpt import dropped_attention, scaled_dot_product_attention
 
     calls, fused = [], mx.fast.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -231,8 +266,8 @@ def test_mlx_uses_its_fused_attention_where_nothing_is_dropped(monkeypatch):
     )
     x, seen = mx.ones((1, 1, 4, 8)), mx.ones((4, 4), mx.bool_)
     for mask in ("causal", None):
-        mx.eval(scaled_dot_product_attention(x, x, x, mask, None, 0.1))
-    mx.eval(scaled_dot_product_attention(x, x, x, seen, mx.ones((1, 1, 4, 4), mx.bool_), 0.1))
+        mx.eval(scaled_dot_product_attention(x, x, x, mask))
+    mx.eval(dropped_attention(packed(x, x, x), seen, mx.ones((1, 1, 4, 4), mx.bool_), 0.1))
     assert calls == ["causal", None]
 
 
@@ -267,6 +302,17 @@ def test_mlxs_own_erf_and_gelu_are_the_functions_and_their_gradient():
     value, (gradient,) = mx.vjp(lambda x: mlx_gpt.gelu(x, "none"), [ours], [mx.ones(4001)])
     np.testing.assert_allclose(np.array(value[0]), exact.detach(), rtol=0, atol=2e-6)
     np.testing.assert_allclose(np.array(gradient), slope, rtol=0, atol=1e-6)
+    for kind, unit in (("bfloat16", 2**-8), ("float16", 2**-11)):  # computed in float32, so off by what is rounded last
+        half = x.detach().to(getattr(torch, kind)).double().requires_grad_()
+        exact = torch.nn.functional.gelu(half)
+        (slope,) = torch.autograd.grad(exact.sum(), half)
+        given, ones = (
+            mx.array(array).astype(getattr(mx, kind)) for array in (half.detach().float().numpy(), np.ones(4001))
+        )
+        value, (gradient,) = mx.vjp(lambda x: mlx_gpt.gelu(x, "none"), [given], [ones])
+        assert (value[0].dtype, gradient.dtype) == (given.dtype, given.dtype)
+        for one, other in ((value[0], exact), (gradient, slope)):
+            np.testing.assert_allclose(np.array(one.astype(mx.float32)), other.detach(), rtol=1.1 * unit, atol=2e-6)
 
 
 @jax_here
