@@ -21,7 +21,7 @@ from nanogpt_mac.backends import base, blas
 from nanogpt_mac.backends.base import Backend, BackendOptions, Kind, Lever, Tokens
 from nanogpt_mac.backends.kinds import KINDS
 from nanogpt_mac.backends.parts import Parts
-from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache, dropout_masks
+from nanogpt_mac.gpt.mlx_gpt import GPT, KVCache, Linear, dropout_masks
 from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ class MLXBackend(Backend):
         self._train_loss = compile_(partial(self._window_loss, "train"), inputs=weights)
         # A GPU's launches are worth compiling for; on a CPU a compiler would run for seconds first.
         compile_ = mx.compile if options.compile or self.device_name != "cpu" else _eager
-        self._next_logits = compile_(self._decode_one, inputs=weights)
+        self.decoding = GPT(spec, getattr(mx, options.dtype))  # never trained, and so without dropout
+        self._next_logits = compile_(self._decode_one, inputs=[self.decoding.state])
 
         if mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
@@ -292,8 +293,7 @@ class MLXBackend(Backend):
         if not self.bound:
             self.model.update(tree_unflatten(self.layout.split(self.trained["weights"])))
             self.bound = True
-        if self.model.training:  # it is asked for every token
-            self.model.eval()
+        self.model.eval()
         return self.model
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -311,10 +311,14 @@ class MLXBackend(Backend):
         return _float(loss), self._named([g / scale for g in grads])
 
     def decode(self) -> Callable[[np.ndarray], np.ndarray]:
-        cache = KVCache()
+        cache, model = KVCache(), self.decoding
+        model.update(tree_unflatten(self.layout.split(self.trained["weights"])))
+        for module in model.modules():
+            if isinstance(module, Linear):  # cast once, and not for every token
+                module.weight = module.weight.astype(module.dtype)
 
         def decoder(tokens: np.ndarray) -> np.ndarray:
-            model, new = self._evaluated(), mx.array(tokens[None].astype(np.int32))
+            new = mx.array(tokens[None].astype(np.int32))
             with self.phase("sampling"):
                 if not cache.length or len(tokens) > 1:
                     return np.array(model(new, cache)[0, -1])
@@ -327,7 +331,7 @@ class MLXBackend(Backend):
         """One further token, (1, 1); its logits (V,) and the cache after it. Compiled once for every length."""
         cache = KVCache()
         cache.layers, cache.length = dict(layers), length
-        return self.model(token, cache)[0, -1], cache.layers, cache.length
+        return self.decoding(token, cache)[0, -1], cache.layers, cache.length
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -399,6 +403,7 @@ class MLXBackend(Backend):
         return int(mx.device_info().get("free_memory", super().free_memory()))  # there on CUDA alone
 
     def iteration_bytes(self) -> int:
+        mx.synchronize()  # its loss comes before its update, and until then it holds more than what stays
         return mx.get_peak_memory() - mx.get_active_memory()  # given when it is enqueued, so a second takes as much
 
     def release_memory(self) -> None:

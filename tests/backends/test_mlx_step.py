@@ -147,3 +147,22 @@ def test_a_token_is_one_graph_whatever_the_length(make, spec, monkeypatch):
     second = [other(np.array([3, 5]))] + [other(np.array([t])) for t in range(8)]
     assert calls == [(1, 2), (1, 1), (1, 2)]
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_casts_weights_once_and_leaves_training_alone(make, starts, dtype):
+    """Tokens are by the weights of a decoder's beginning; the next iteration is that of a run that never decoded."""
+    one, other = (make("mlx", dtype=dtype) for _ in range(2))
+    for backend in (one, other):
+        backend.wait(backend.step(starts(0), 1e-2))
+    prompt = np.arange(5) % 7
+    decoder = one.decode()
+    decoder(prompt[:3])
+    decoder(prompt[3:4])
+    block = one.decoding.transformer["h"][0]
+    assert block.attn.c_attn.weight.dtype == block.mlp.c_proj.weight.dtype == getattr(mx, dtype)
+    assert one.decoding.transformer["wte"].weight.dtype == block.ln_1.weight.dtype == mx.float32
+    close = {"rtol": 0, "atol": 1e-5 if dtype == "float32" else 3e-2}
+    np.testing.assert_allclose(decoder(prompt[4:]), one.logits(prompt[None])[0, -1], **close)
+    assert one.wait(one.step(starts(1), 1e-2)) == other.wait(other.step(starts(1), 1e-2))
+    np.testing.assert_allclose(one.decode()(prompt), other.logits(prompt[None])[0, -1], **close)
