@@ -210,6 +210,22 @@ def test_a_linear_layer_takes_it_at_full_precision_alone(precision, monkeypatch)
     assert calls == ([(10, 24)] if precision == "highest" else [])
 
 
+@pytest.mark.parametrize(("wide", "bias"), [(40, False), (10, True)])
+def test_a_linear_layer_and_its_gradients_are_what_is_written(wide, bias):
+    """Of float32 where TF32 is allowed, by both ways in which the weight's gradient is taken."""
+    torch.set_float32_matmul_precision("high")
+    layer = torch.nn.Linear(24, wide, bias=bias, device=DEVICE)
+    x, up = drawn(2, 5, 24), drawn(2, 5, wide, seed=1).detach()
+    y = fused.linear(layer, x)
+    found = torch.autograd.grad(y, (x, *layer.parameters()), up)
+    exact = [t.detach().double().requires_grad_() for t in (x, *layer.parameters())]
+    expected = F.linear(*exact)
+    close(y, expected, 1e-2 if GPU else 1e-6)
+    for one, other in zip(found, torch.autograd.grad(expected, exact, up.double()), strict=True):
+        assert one.shape == other.shape
+        close(one, other, 1e-2 if GPU else 2e-6)
+
+
 # -- as operators of torch, and in the model --------------------------------------------------------------------------
 
 
@@ -281,9 +297,17 @@ def test_a_model_finds_its_kernels_prepared(change, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo only hides it
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
-def test_blocks_share_what_is_compiled_of_one(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.float32, "highest"),
+        (torch.float32, "high"),
+        pytest.param(torch.float16, "highest", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_share_what_is_compiled_of_one(dtype, precision):
     """And compute what is written: forward and gradients, in training with the same masks and in evaluation."""
+    torch.set_float32_matmul_precision(precision)
     frames = []
 
     def seen(graph, inputs):
