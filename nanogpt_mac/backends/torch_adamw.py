@@ -73,7 +73,8 @@ class AdamW:
 
     def copies(self) -> list[dict[str, np.ndarray]]:
         """Weights, first and second moments by name, on the host: views of one copy of each buffer."""
-        hosts = [buffer.clone() if buffer.is_cpu else buffer.cpu() for buffer in self._kept]
+        # From a GPU that can: into pinned memory, which torch keeps for the next time.
+        hosts = [torch.empty_like(b, device="cpu", pin_memory=b.is_cuda).copy_(b) for b in self._kept]
         return [
             {name: host[start : start + p.numel()].view_as(p).numpy() for name, (start, p) in self._places.items()}
             for host in hosts
