@@ -118,19 +118,19 @@ def scaled_dot_product_attention(q: mx.array, k: mx.array, v: mx.array, mask: mx
 
 
 def dropped_attention(packed: mx.array, mask: mx.array, keep: mx.array, dropout: float) -> mx.array:
-    """The product written out, for MLX's has no dropout: (B, nh, T, hs), of `packed` (B, T, 3, nh, hs).
+    """The product written out, for MLX's has no dropout: (B, nh, T, hs), of `packed` (B, T, 3, nh, hs) and a `mask`
+    (T, T) of the same dtype, 0 where a token is seen and -inf elsewhere.
 
-    It is bound by memory. Products copy what is a view of one head, each anew: heads are copied once. A softmax's
-    gradient needs the sum over tokens of its weights times theirs, which is the output times the output's (Dao et al.,
-    FlashAttention, 2022, appendix B).
+    It is bound by memory: the product scales and masks what it writes, and heads are copied once, because each product
+    copies what is a view of one. A softmax's gradient needs the sum over tokens of its weights times theirs, which is
+    the output times the output's (Dao et al., FlashAttention, 2022, appendix B).
     """
     scale = 1.0 / math.sqrt(packed.shape[-1])
 
     @mx.custom_function
     def attend(packed: mx.array) -> tuple[mx.array, ...]:
         q, k, v = mx.contiguous(packed.transpose(2, 0, 3, 1, 4))
-        scores = q @ k.swapaxes(-1, -2)  # (B, nh, T, T)
-        scores = mx.where(mask, scores * scale, mx.finfo(scores.dtype).min)
+        scores = mx.addmm(mask, q, k.swapaxes(-1, -2), alpha=scale)  # (B, nh, T, T)
         weights = mx.softmax(scores, axis=-1, precise=True)
         dropped = drop(weights, keep, dropout)
         return dropped @ v, q, k, v, weights, dropped
@@ -297,7 +297,8 @@ class GPT(nn.Module):
             "ln_f": LayerNorm(spec.n_embd, spec.bias),
         }
         self.dtype, self.spec, self.checkpointing = dtype, spec, checkpointing
-        self._causal = mx.tri(spec.block_size, dtype=mx.bool_)  # made once
+        seen = mx.tri(spec.block_size, dtype=mx.bool_)
+        self._causal = mx.where(seen, 0.0, -mx.inf).astype(dtype)  # made once
 
     def __call__(
         self, idx: mx.array, cache: KVCache | None = None, keep: Sequence[mx.array | None] | None = None

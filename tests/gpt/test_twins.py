@@ -210,7 +210,7 @@ def test_mlx_drops_attention_weights_and_scales_what_it_keeps():
     v = np.broadcast_to(np.eye(T, dtype=np.float32), (2, 3, T, T))
     scores = torch.from_numpy(q) @ torch.from_numpy(k).mT / T**0.5
     exact = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1).numpy()
-    inputs, causal = packed(q, k, v), mx.tri(T, dtype=mx.bool_)
+    inputs, causal = packed(q, k, v), mx.where(mx.tri(T, dtype=mx.bool_), 0.0, -mx.inf)
     spec = GPTSpec(n_layer=1, n_head=3, n_embd=3, block_size=T, vocab_size=2, dropout=p)
     keep = dropout_masks(spec, 2, T, mx.random.key(1))[1]
     dropped = np.array(dropped_attention(inputs, causal, keep, p))
@@ -221,7 +221,7 @@ def test_mlx_drops_attention_weights_and_scales_what_it_keeps():
     np.testing.assert_allclose(dropped[kept], exact[kept] / (1 - p), rtol=1e-4)
     whole = np.array(scaled_dot_product_attention(*(mx.array(array) for array in (q, k, v)), "causal"))
     np.testing.assert_allclose(whole, exact, atol=1e-6)
-    seen = mx.ones((T, T), mx.bool_)
+    seen = mx.zeros((T, T))
     every = np.array(dropped_attention(inputs, seen, mx.ones((2, 3, T, T), mx.bool_), 1e-12))
     np.testing.assert_allclose(every, scores.softmax(-1).numpy(), rtol=1e-4, atol=1e-7)
 
@@ -245,7 +245,8 @@ def test_mlxs_gradient_of_attention_with_dropout_is_exact(dtype, off):
 
     given = packed(*(array.detach().numpy() for array in inputs)).astype(getattr(mx, dtype))
     weights = mx.array(up.numpy()).astype(given.dtype)
-    ours = lambda given: dropped_attention(given, mx.tri(48, dtype=mx.bool_), mx.array(keep), p)  # noqa: E731
+    mask = mx.where(mx.tri(48, dtype=mx.bool_), 0.0, -mx.inf).astype(given.dtype)
+    ours = lambda given: dropped_attention(given, mask, mx.array(keep), p)  # noqa: E731
     (value,), (gradient,) = mx.vjp(ours, [given], [weights])
     assert (value.dtype, gradient.dtype, gradient.shape) == (given.dtype, given.dtype, given.shape)
     found = np.array(gradient.astype(mx.float32)).transpose(2, 0, 3, 1, 4)
@@ -264,7 +265,7 @@ def test_mlx_uses_its_fused_attention_where_nothing_is_dropped(monkeypatch):
     monkeypatch.setattr(
         mx.fast, "scaled_dot_product_attention", lambda *a, **k: calls.append(k["mask"]) or fused(*a, **k)
     )
-    x, seen = mx.ones((1, 1, 4, 8)), mx.ones((4, 4), mx.bool_)
+    x, seen = mx.ones((1, 1, 4, 8)), mx.zeros((4, 4))
     for mask in ("causal", None):
         mx.eval(scaled_dot_product_attention(x, x, x, mask))
     mx.eval(dropped_attention(packed(x, x, x), seen, mx.ones((1, 1, 4, 4), mx.bool_), 0.1))
