@@ -244,6 +244,7 @@ def torchrun(size: int) -> list[str]:
 def read(step: Step, recipe: dict[str, Any], scratch: str) -> dict[str, Any]:
     """What a step has come to; `error` where that is nothing."""
     command = shlex.join(step.argv[1:]).replace(scratch, "").replace(f"{beside.ROOT}/", "")
+    command = command.replace(sys.executable, "python")  # which mlx.launch is told
     found: dict[str, Any] = {"name": step.name, "size": step.size, "command": command}
     found["seconds"] = step.ended - step.begun
     times, losses, extra = _peers(step) if step.name == "nanoGPT" else _ours(step)
