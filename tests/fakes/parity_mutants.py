@@ -71,11 +71,11 @@ MUTANTS = {
     # the model in few kernels, torch
     "packed: no causal mask": (TORCH_GPT, "self.causal[:T, :T]", "0 * self.causal[:1, :1].expand(T, T)"),
     "packed: mask one token late": (TORCH_GPT, ".triu(1)", ".triu(2)"),
-    "packed: attention scale": (PACKED, "alpha=1.0 / math.sqrt(hs)", "alpha=1.0 / hs"),
+    "packed: attention scale": (PACKED, "scale = 1.0 / math.sqrt(hs)", "scale = 1.0 / hs"),
     "packed: scale of the gradient": (
         PACKED,
-        ".to(q.dtype), 1.0 / math.sqrt(hs)",
-        ".to(q.dtype), 1.03 / math.sqrt(hs)",
+        "torch.float32), 1.0 / math.sqrt(hs)",
+        "torch.float32), 1.03 / math.sqrt(hs)",
     ),
     "packed: dq and dk swapped": (PACKED, "dq, dk, dv = packed", "dk, dq, dv = packed"),
     "packed: softmax not differentiated": (
@@ -92,7 +92,7 @@ MUTANTS = {
     "torch: no decay": (ADAMW, "(decay, weight_decay)", "(decay, 0.0)"),
     "torch: Adam for AdamW": (ADAMW, "torch._fused_adamw_ if", "torch._fused_adam_ if"),
     "torch: AdamW eps 1e-6": (ADAMW, '"eps": 1e-8', '"eps": 1e-6'),
-    "torch: other beta2": (TORCH, "(o.beta1, o.beta2)", "(o.beta1, 0.999)"),
+    "torch: other beta2": (TORCH, "(options.beta1, options.beta2)", "(options.beta1, 0.999)"),
     "torch: no bias correction": (TORCH, "float(state.optimizer_steps)", "float(state.optimizer_steps + 5000)"),
     "torch: no clipping": (TORCH, "clip(self.options.grad_clip)", "clip(0.0)"),
     "torch: clip 1 % off": (TORCH, "clip(self.", "clip(1.01 * self."),
@@ -105,9 +105,9 @@ MUTANTS = {
     "torch: norm misreported": (TORCH, "torch.stack((total, norm", "torch.stack((total, norm * 1.01"),
     # the model, MLX
     "mlx: no causal mask": (MLX_GPT, '= "causal" if', "= None if"),
-    "mlx: no causal mask with dropout": (MLX_GPT, "mx.where(mask, scores * scale", "mx.where(True, scores * scale"),
+    "mlx: no causal mask with dropout": (MLX_GPT, "mx.where(seen, 0.0, -mx.inf)", "mx.where(seen, 0.0, 0.0)"),
     "mlx: mask one token late with dropout": (MLX_GPT, "spec.block_size, dtype=mx", "spec.block_size, k=1, dtype=mx"),
-    "mlx: no scale with dropout": (MLX_GPT, "mask, scores * scale,", "mask, scores,"),
+    "mlx: no scale with dropout": (MLX_GPT, "alpha=scale", "alpha=1.0"),
     "mlx: attention scale": (MLX_GPT, "1.0 / math.sqrt(q.shape[-1])", "1.0 / q.shape[-1]"),
     "mlx: evaluation drops": (
         MLX,
@@ -117,7 +117,12 @@ MUTANTS = {
     "mlx: other gelu": (MLX_GPT, '"none" if spec.gelu == "exact"', '"none" if spec.gelu == "tanh"'),
     "mlx: layer norm eps 1e-6": (MLX_GPT, "self.bias, 1e-5", "self.bias, 1e-6"),
     "mlx: no norm before attention": (MLX_GPT, "self.attn(self.ln_1(x), mask", "self.attn(x, mask"),
-    "mlx: q and k swapped": (MLX_GPT, "q, k, v = mx.split", "k, q, v = mx.split"),
+    "mlx: q and k swapped": (MLX_GPT, "q, k, v = (part", "k, q, v = (part"),
+    "mlx: q and k swapped with dropout": (MLX_GPT, "q, k, v = mx.contiguous", "k, q, v = mx.contiguous"),
+    "mlx: dq and dk swapped": (MLX_GPT, "@ k, scores.swapaxes(-1, -2) @ q", "@ q, scores.swapaxes(-1, -2) @ k"),
+    "mlx: softmax not differentiated": (MLX_GPT, "(of_weights - mean)", "of_weights"),
+    "mlx: slope of gelu without density": (MLX_GPT, "normal(wide) + wide * density", "normal(wide)"),
+    "mlx: gradient of linear weights 3 % off": (MLX_GPT, "cotangent.T @ x", "1.03 * cotangent.T @ x"),
     "mlx: residual scaled": (MLX_GPT, "drop(self.c_proj", "0.98 * drop(self.c_proj"),
     "mlx: bias forgotten": (MLX_GPT, "if bias is not None:", "if False:"),
     "mlx: head detached": (MLX_GPT, 't["wte"].weight, None', 'mx.stop_gradient(t["wte"].weight), None'),
@@ -136,8 +141,8 @@ MUTANTS = {
     "mlx: accumulation not divided": (MLX, "if count > 1:", "if False:"),
     "mlx: targets are the tokens": (
         MLX,
-        "self._gradients(window[:, :-1], window[:, 1:]",
-        "self._gradients(window[:, :-1], window[:, :-1]",
+        "self._gradients(windows[:, :-1], windows[:, 1:]",
+        "self._gradients(windows[:, :-1], windows[:, :-1]",
     ),
     "mlx: update 0.1 % off": (MLX, "decay - lr * update", "decay - 1.001 * lr * update"),
     "mlx: norm of the clipped": (MLX, "return total, norm", "return total, mx.minimum(norm, self.options.grad_clip)"),
@@ -162,7 +167,7 @@ MUTANTS = {
     "jax: ln_1 twice": (JAX_GPT, 'f"{name}.ln_2"', 'f"{name}.ln_1"'),
     "jax: q and k swapped": (JAX_GPT, "q, k, v = jnp.split", "k, q, v = jnp.split"),
     "jax: residual scaled": (JAX_GPT, "x = x + self.mlp(", "x = x + 0.98 * self.mlp("),
-    "jax: bias forgotten": (JAX_GPT, "return y if bias is None else y + bias.astype", "return y + 0 * bias.astype"),
+    "jax: bias forgotten": (JAX_GPT, "else y + bias.astype", "else y + 0 * bias.astype"),
     "jax: head detached": (
         JAX_GPT,
         'self.linear(w, "transformer.wte", x)',
@@ -219,7 +224,7 @@ def changed(name):
             source = Path(spec.origin).read_text()
             if part == module:
                 assert old in source, f"{name}: {part} no longer says {old!r}"
-                source = source.replace(old, new, 1)
+                source = source.replace(old, new)
             sys.modules[part] = importlib.util.module_from_spec(spec)
             exec(compile(source, spec.origin, "exec"), vars(sys.modules[part]))
         yield

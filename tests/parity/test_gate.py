@@ -1,6 +1,7 @@
 """The parity gate: its reference against transformers and torch.optim, and planted faults are caught."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -248,6 +249,17 @@ for _dtype in ("bfloat16", "float16"):
     BENEATH[_dtype] |= {"mlx: other gelu", "jax: other gelu", "torch: other gelu", "torch: label smoothing"}
 for _hidden in BENEATH.values():
     _hidden.add("packed: masks not scaled")  # the gate drops nothing; tests/gpt/test_packed.py holds the masks
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_fault_changes_what_the_source_says(name):
+    """Here, because only slow tests plant all of them."""
+    module, old, new = MUTANTS[name]
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert old in Path(str(spec.origin)).read_text(encoding="utf-8")
+    assert old != new
+
 
 TORCHS_ATTENTION = {"torch: no causal mask", "torch: mask one token late", "torch: attention scale"}
 TORCHS_ATTENTION |= {"torch: attention dropout left on", "torch: attention dropout in evaluation"}
