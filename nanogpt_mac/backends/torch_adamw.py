@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 
 TAIL = 2  # floats behind the gradients, which go from rank to rank with them
 PIECE = 1 << 16  # floats
+PINNED = 1 << 30  # bytes; torch keeps pinned memory for the next time, which must not be all that a host has
 ALIGNED = 16  # floats; vector instructions and the matrix product of a GPU want tensors to begin at 64 bytes
 
 
@@ -73,8 +74,9 @@ class AdamW:
 
     def copies(self) -> list[dict[str, np.ndarray]]:
         """Weights, first and second moments by name, on the host: views of one copy of each buffer."""
-        # From a GPU that can: into pinned memory, which torch keeps for the next time.
-        hosts = [torch.empty_like(b, device="cpu", pin_memory=b.is_cuda).copy_(b) for b in self._kept]
+        hosts = [
+            torch.empty_like(b, device="cpu", pin_memory=b.is_cuda and b.nbytes <= PINNED).copy_(b) for b in self._kept
+        ]
         return [
             {name: host[start : start + p.numel()].view_as(p).numpy() for name, (start, p) in self._places.items()}
             for host in hosts
