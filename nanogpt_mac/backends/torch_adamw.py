@@ -74,9 +74,7 @@ class AdamW:
 
     def copies(self) -> list[dict[str, np.ndarray]]:
         """Weights, first and second moments by name, on the host: views of one copy of each buffer."""
-        hosts = [
-            torch.empty_like(b, device="cpu", pin_memory=b.is_cuda and b.nbytes <= PINNED).copy_(b) for b in self._kept
-        ]
+        hosts = [torch.empty(b.shape, pin_memory=b.is_cuda and b.nbytes <= PINNED).copy_(b) for b in self._kept]
         return [
             {name: host[start : start + p.numel()].view_as(p).numpy() for name, (start, p) in self._places.items()}
             for host in hosts
