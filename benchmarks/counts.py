@@ -29,7 +29,7 @@ from nanogpt_mac.errors import InputError
 
 # MLX primitives that launch nothing on Metal: they only change shape and strides.
 VIEWS = {"Reshape", "Transpose", "Broadcast", "ExpandDims", "Squeeze", "Flatten", "Unflatten", "Split", "Slice"}
-VIEWS |= {"AsStrided", "StopGradient", "BroadcastAxes"}
+VIEWS |= {"AsStrided", "StopGradient", "BroadcastAxes", "View", "Copy", "CustomTransforms"}
 WARM = 3  # iterations before those that are counted: the first ones make state and compile
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from nanogpt_mac.backends.mlx_backend import MLXBackend
 
 # Primitives that compute nothing: they say where the same numbers lie.
-VIEWS = re.compile("Broadcast(Axes)?|Depends|ExpandDims|(Unf|F)latten|Split|Squeeze|StopGradient|Transpose|View")
+VIEWS = re.compile(
+    "Broadcast(Axes)?|Copy|CustomTransforms|Depends|ExpandDims|(Unf|F)latten|Split|Squeeze|StopGradient|Transpose|View"
+)
 
 
 class MLXParts(DerivedParts):

@@ -11,9 +11,10 @@ import pytest
 from fakes.support import options
 from mlx.utils import tree_flatten
 
-from nanogpt_mac.backends import kinds, mlx_backend
+from nanogpt_mac.backends import kinds, mlx_backend, mlx_parts
 from nanogpt_mac.backends.base import Tokens
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.gpt import mlx_gpt
 from nanogpt_mac.gpt.spec import GPTSpec
 
 # What changes how an array is seen and computes nothing.
@@ -166,3 +167,10 @@ def test_decoding_casts_weights_once_and_leaves_training_alone(make, starts, dty
     np.testing.assert_allclose(decoder(prompt[4:]), one.logits(prompt[None])[0, -1], **close)
     assert one.wait(one.step(starts(1), 1e-2)) == other.wait(other.step(starts(1), 1e-2))
     np.testing.assert_allclose(one.decode()(prompt), other.logits(prompt[None])[0, -1], **close)
+
+
+def test_what_gives_a_function_its_gradient_is_no_kernel():
+    x, weight, up = mx.ones((4, 8)), mx.ones((3, 8)), mx.ones((4, 3))
+    mx.eval(x, weight, up)
+    assert mlx_parts.kernels([mlx_gpt.product(x, weight)]) == 1
+    assert mlx_parts.kernels(mx.vjp(mlx_gpt.product, [x, weight], [up])[1]) == 2
