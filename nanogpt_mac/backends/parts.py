@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NAMES = (
     "batch",
     "dropout masks",
+    "casts",
     "embedding",
     "layer norms",
     "attention",

@@ -75,16 +75,14 @@ class TorchBackend(Backend):
         if (own := self.own) is not None:
             own.prepare(spec, self.dtype, self.device)
         self.model = GPT(spec, choices.few_kernels, options.checkpointing, own is not None).to(self.device)
-        self.loss: Callable[[Tensor, Tensor], Tensor] = self.model.loss
-        if options.compile:
+        self.loss: Callable[[Tensor, Tensor], Tensor] = partial(own.loss, self.model) if own else self.model.loss
+        self.compiled = options.compile and not (own is not None and graph)  # which leave nothing to fuse or to call
+        if self.compiled:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
-            mode = self.settings.compile_mode
-            compiled = partial(torch.compile, dynamic=False, mode=mode)
-            if own is not None and graph:  # nothing is fused across a block's borders, and a replay calls nothing
-                self.loss = partial(own.loss, self.model, own.Pieces(*map(compiled, own.Pieces())))
-            else:
-                self.loss = compiled(self.model.loss)
+            if own is not None:  # else a graph ends there; a change of the precision fails its guards
+                torch.compiler.assume_constant_result(own.exact)
+            self.loss = torch.compile(self.loss, dynamic=False, mode=self.settings.compile_mode)
         self.parameters = dict(self.model.named_parameters())
         betas, fused = (options.beta1, options.beta2), choices.fused_adamw
         self.optimizer = AdamW(self.parameters, betas, options.weight_decay, fused, capturable=graph)
@@ -92,7 +90,8 @@ class TorchBackend(Backend):
         if choices.joint_graph:
             torch._dynamo.config.trace_autograd_ops = True  # else the graph ends before autograd
             # Between its kernels C++ takes the host less time than Python; torch's tests of it leave a Mac out.
-            how = {**torch._inductor.list_mode_options(mode), "cpp_wrapper": sys.platform == "linux"}
+            how = torch._inductor.list_mode_options(self.settings.compile_mode)
+            how = {**how, "cpp_wrapper": sys.platform == "linux"}
             self.joint = torch.compile(self._joint, dynamic=False, options=how)
         self.scaler: Any = torch.amp.GradScaler(  # whose types ask for an optimizer of torch's own
             self.device.type,

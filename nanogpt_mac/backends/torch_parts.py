@@ -75,40 +75,48 @@ def own_stages(model: GPT) -> list[Stage]:
     t: Any = model.transformer
     own, norms = _owner(model), fused.norms(model)
 
-    def embed(tokens: Tensor) -> Tensor:
-        return model.embed(tokens, t["wpe"].weight[: tokens.shape[1]])
-
     def draw(tokens: Tensor) -> Tensor:
         return fused.seeds(model, tokens)
 
-    def head(y: Tensor, targets: Tensor) -> Tensor:
-        return torch_gpt.mean_nats(fused.head(model, y), targets)
+    def embed(tokens: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        return fused.enter(model, tokens, seeds)
+
+    def lower(tokens: Tensor) -> list[fused.Near]:
+        return fused.near(model)
+
+    def head(y: Tensor, near: list[fused.Near], targets: Tensor) -> Tensor:
+        return fused.nats(model, y, near[0], targets)
 
     chain = [Stage("dropout masks", draw, ("tokens",), ("seeds",), note="are seeds: kernels draw them where they are")]
     if not model.spec.dropout:
         chain = []
+    note, of_embedding = "has dropout and the first layer norm", own(t["wte"], t["wpe"], norms[0])
     chain += [
-        Stage("embedding", embed, ("tokens",), ("x",), own(t["wte"], t["wpe"])),
-        Stage("layer norms", norms[0], ("x",), ("y",), own(norms[0]), note="are the first one alone"),
+        Stage("casts", lower, ("tokens",), ("near",), note="are of all weights, to what products are computed in"),
+        Stage("embedding", embed, ("tokens", "seeds"), ("x", "y"), of_embedding, note=note),
     ]
     note = "have dropout and the layer norm behind them, in one kernel of ours"
     for layer, block in enumerate(t["h"]):
 
-        def attend(y: Tensor, seeds: Tensor, layer: int = layer, block: Any = block) -> Tensor:
-            return fused.attend(block, y, seeds[layer], fused.dropout(model))
+        def attend(y: Tensor, near: Any, seeds: Tensor, layer: int = layer, block: Any = block) -> Tensor:
+            return fused.attend(block, near[4 * layer + 1 :][:2], y, seeds[layer], fused.dropout(model))
+
+        def mlp(y: Tensor, near: Any, layer: int = layer, block: Any = block) -> Tensor:
+            return fused.mlp(block, near[4 * layer + 3 :][:2], y)
 
         def add(x: Tensor, y: Tensor, seeds: Tensor, layer: int = layer, place: int = 1) -> tuple[Tensor, Tensor]:
             return fused.add(norms[2 * layer + place], x, y, seeds[layer], place, fused.dropout(model))
 
-        mlp, sums = functools.partial(fused.mlp, block), (("x", "y", "seeds"), ("x", "y"))
+        sums = ("x", "y", "seeds"), ("x", "y")
         inside = [
-            Stage("attention", attend, ("y", "seeds"), ("y",), own(block.attn), note="has both projections"),
+            Stage("attention", attend, ("y", "near", "seeds"), ("y",), own(block.attn), note="has both projections"),
             Stage("residual sums", add, *sums, own(norms[2 * layer + 1]), note=note),
-            Stage("MLP", mlp, ("y",), ("y",), own(block.mlp)),
+            Stage("MLP", mlp, ("y", "near"), ("y",), own(block.mlp)),
             Stage("residual sums", functools.partial(add, place=2), *sums, own(norms[2 * layer + 2])),
         ]
         chain += [stage.anew(_again) for stage in inside] if model.checkpointing else inside
-    return [*chain, Stage("head and loss", head, ("y", "targets"), ("loss",), tied=("transformer.wte.weight",))]
+    last = Stage("head and loss", head, ("y", "near", "targets"), ("loss",), tied=("transformer.wte.weight",))
+    return [*chain, last]
 
 
 def _owner(model: GPT) -> Callable[..., tuple[str, ...]]:
@@ -170,9 +178,10 @@ class TorchParts(Parts):
         return lambda number: recorded()
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if not self.backend.options.compile:
+        backend = self.backend
+        if not backend.compiled:
             return function
-        mode = self.backend.settings.compile_mode
+        mode = backend.settings.compile_mode
         return torch.compile(function, dynamic=False, mode=WITHOUT_GRAPHS.get(mode, mode))
 
     def _batch(self) -> Part:
@@ -218,7 +227,7 @@ class TorchParts(Parts):
         self.backend.sources.clear()
 
     def peek(self, array: Any) -> float:
-        tensor: Any = array.keep[0] if isinstance(array, Few) else array
+        tensor: Any = array.keep[0] if isinstance(array, Few) else array[0].weight if isinstance(array, list) else array
         return float(tensor.detach()[(0,) * tensor.ndim].item())
 
     def counted(self, call: Call) -> dict[str, int]:
@@ -239,13 +248,13 @@ class TorchParts(Parts):
 
     def inside(self, step: Callable[[], Any]) -> Inside:
         backend = self.backend
-        if backend.options.compile or backend.details["cuda_graph"]:
+        if backend.compiled:
             return Inside({}, 0.0, "compiled, a whole forward pass is one piece, and so is its backward pass")
         if backend.accelerator not in (None, torch.cuda):
             return Inside({}, 0.0, "torch has no profiler of this device")
         on_device = backend.accelerator is not None
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
-        with _marked(backend):
+        with _marked(backend), mock.patch.object(backend, "train_windows", backend._train):  # not as one CUDA graph
             step()
             with profile(activities=activities) as seen:
                 for _ in range(SEEN):
@@ -273,8 +282,9 @@ def _marked(backend: TorchBackend) -> Iterator[None]:
         from nanogpt_mac.gpt import fused
 
         found += [
-            (fused, "seeds", "dropout masks"), (fused, "attend", "attention"), (fused, "mlp", "MLP"),
-            (fused, "add", "residual sums"), (fused, "head", "head and loss"),
+            (fused, "seeds", "dropout masks"), (fused, "near", "casts"), (fused, "enter", "embedding"),
+            (fused, "attend", "attention"), (fused, "mlp", "MLP"), (fused, "add", "residual sums"),
+            (fused, "nats", "head and loss"),
         ]  # fmt: skip
     with ExitStack() as stack:
         for thing, name, part in found:

@@ -1,4 +1,4 @@
-"""Triton kernels for an NVIDIA GPU: causal attention, the residual sum with dropout and layer norm, GELU, and products.
+"""Triton kernels for an NVIDIA GPU: all of a step but the products of 16 bits and TF32, which are cuBLAS's.
 
 fused.py wraps them as operators. Matrices are row-major. A dropout mask is not stored: whether an element is kept is a
 hash of a seed, its row and its column, computed again in the backward pass. `threshold` is the share that is dropped in
@@ -173,7 +173,43 @@ def attention_backward(
     _put(grad, own, columns, 3 * C, T, HS, EVEN, dq * natural)
 
 
-# -- residual sum, dropout and layer norm -----------------------------------------------------------------------------
+# -- embedding and residual sum, with dropout and layer norm ----------------------------------------------------------
+
+
+@triton.jit
+def _norm(sums, inside, columns, weight, bias, C, eps, BIAS: tl.constexpr):
+    """The layer norm of each row of `sums`, which are zero outside."""
+    centred = tl.where(inside, sums - (tl.sum(sums, 1) / C)[:, None], 0.0)
+    result = centred * tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)[:, None]
+    result *= tl.load(weight + columns, mask=columns < C, other=0.0)[None, :]
+    if BIAS:
+        result += tl.load(bias + columns, mask=columns < C, other=0.0)[None, :]
+    return result
+
+
+@triton.jit(do_not_specialize=["site", "V", "down"])
+def embed_norm_forward(
+    idx, wte, wpe, weight, bias, total, normed, seeds, site, V, M, C, T, down, eps, threshold, kept,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, DROP: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """`total` = dropout(wte[idx] + wpe), float32 (M, C), and `normed`, its layer norm; `idx` has T tokens every `down`.
+
+    What is no token of the V has an embedding that is not a number, and so has the loss.
+    """
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
+    inside = (rows < M)[:, None] & (columns < C)[None, :]
+    tokens = tl.load(idx + rows // T * down + rows % T, mask=rows < M, other=0)[:, None]
+    known = (tokens >= 0) & (tokens < V)
+    sums = tl.load(wte + tokens * C + columns[None, :], mask=inside & known, other=0.0)
+    sums += tl.load(wpe + (rows % T)[:, None] * C + columns[None, :], mask=inside, other=0.0)
+    if DROP:
+        keys = _row_keys(seeds, site, rows)
+        sums = tl.where(_keep(keys[:, None], columns[None, :], threshold), sums * kept, 0.0)
+    sums = tl.where(known, sums, float("nan"))
+    places = rows.to(tl.int64)[:, None] * C + columns[None, :]
+    tl.store(total + places, sums, mask=inside)
+    result = _norm(sums, inside, columns, weight, bias, C, eps, BIAS)
+    tl.store(normed + places, result.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -191,20 +227,21 @@ def add_norm_forward(
         branch = tl.where(_keep(keys[:, None], columns[None, :], threshold), branch * kept, 0.0)
     sums = tl.load(x + places, mask=inside, other=0.0) + branch
     tl.store(total + places, sums, mask=inside)
-    centred = tl.where(inside, sums - (tl.sum(sums, 1) / C)[:, None], 0.0)
-    result = centred * tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)[:, None]
-    result *= tl.load(weight + columns, mask=columns < C, other=0.0)[None, :]
-    if BIAS:
-        result += tl.load(bias + columns, mask=columns < C, other=0.0)[None, :]
+    result = _norm(sums, inside, columns, weight, bias, C, eps, BIAS)
     tl.store(normed + places, result.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["site"])
-def add_norm_backward(
+def norm_backward(
     total, weight, dtotal, dnormed, dx, dy, dweight, dbias, seeds, site, M, C, eps, threshold, kept, programs,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, DROP: tl.constexpr, BIAS: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, DROP: tl.constexpr, BIAS: tl.constexpr, LAST: tl.constexpr,
+    ADDED: tl.constexpr,
 ):  # fmt: skip
-    """`dx`, float32, and `dy`, in y's dtype, (M, C); each program's share of `dweight` and `dbias`, (programs, C)."""
+    """Of both above: `dx`, float32, and `dy`, what dropout leaves of it, in its dtype, (M, C); each program's share of
+    `dweight` and `dbias`, (programs, C).
+
+    LAST: nothing but the norm was used, so that there is no `dtotal`. ADDED: `dx` is wanted.
+    """
     program, columns = tl.program_id(0), tl.arange(0, WIDE)
     scale = tl.load(weight + columns, mask=columns < C, other=0.0)
     of_weight = tl.zeros((ROWS, WIDE), tl.float32)
@@ -224,8 +261,10 @@ def add_norm_backward(
         grad *= scale[None, :]
         along = (tl.sum(grad * normal, 1) / C)[:, None]
         grad = (grad - normal * along - (tl.sum(grad, 1) / C)[:, None]) * inverse
-        grad += tl.load(dtotal + places, mask=inside, other=0.0)
-        tl.store(dx + places, grad, mask=inside)
+        if not LAST:
+            grad += tl.load(dtotal + places, mask=inside, other=0.0)
+        if ADDED:
+            tl.store(dx + places, grad, mask=inside)
         if DROP:
             keys = _row_keys(seeds, site, rows)
             grad = tl.where(_keep(keys[:, None], columns[None, :], threshold), grad * kept, 0.0)
@@ -281,21 +320,26 @@ def gelu_backward(x, dy, dx, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _place(M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):
+    """The rows and columns of a program's tile. Tiles go down BAND at a time before they go across, so that what they
+    read is still in the cache."""
+    down, across = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
+    number = tl.program_id(0)
+    band, within = number // (BAND * across), number % (BAND * across)
+    height = tl.minimum(down - band * BAND, BAND)
+    rows = ((band * BAND + within % height) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    return rows, ((within // height) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+
+
+@triton.jit
 def product(
     a, b, shares, M, N, K, a_down, a_across, b_down, b_across, length,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr, PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `a` (M, K) times `b` (K, N), of `length` of their K terms: `shares` (K / length, M, N) holds each sum.
-
-    Tiles go down BAND at a time before they go across, so that what they read is still in the cache.
-    """
-    down, across = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
-    number, share = tl.program_id(0), tl.program_id(1)
-    band, within = number // (BAND * across), number % (BAND * across)
-    height = tl.minimum(down - band * BAND, BAND)
-    rows = ((band * BAND + within % height) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns = ((within // height) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    """A tile of `a` (M, K) times `b` (K, N), of `length` of their K terms: `shares` (K / length, M, N) has each sum."""
+    share = tl.program_id(1)
+    rows, columns = _place(M, N, ROWS, COLUMNS, BAND)
     terms = share * length + tl.arange(0, STEP)
     left = a + rows[:, None] * a_down + terms[None, :] * a_across
     right = b + terms[:, None] * b_down + columns[None, :] * b_across
@@ -315,6 +359,94 @@ def product(
         tl.store(places, sums.to(shares.dtype.element_ty))
     else:
         tl.store(places, sums.to(shares.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def product_gelu(
+    a, b, bias, x, y, M, N, K, b_down, b_across,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """`x` = a b + bias, kept where it is wanted, and `y`, its GELU, both (M, N), of `a` (M, K) and `b` (K, N).
+
+    BACKWARD: `y` = a b times the slope of GELU at the `x` that was kept.
+    """
+    rows, columns = _place(M, N, ROWS, COLUMNS, BAND)
+    terms = tl.arange(0, STEP)
+    left = a + rows[:, None] * K + terms[None, :]
+    right = b + terms[:, None] * b_down + columns[None, :] * b_across
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for begin in range(0, K, STEP):
+        some = begin + terms < K
+        first = tl.load(left, mask=(rows < M)[:, None] & some[None, :], other=0.0)
+        second = tl.load(right, mask=some[:, None] & (columns < N)[None, :], other=0.0)
+        sums = tl.dot(first, second, sums, input_precision=PRECISION)
+        left += STEP
+        right += STEP * b_down
+    places = rows[:, None] * N + columns[None, :]
+    if BACKWARD:
+        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        below, density = _normal(value)
+        sums *= below + 0.39894228040 * value * density
+    else:
+        if BIAS:
+            sums += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        value = sums.to(y.dtype.element_ty)
+        if KEEP:
+            tl.store(x + places, value, mask=inside)
+        below, _ = _normal(value.to(tl.float32))
+        sums = value.to(tl.float32) * below
+    tl.store(y + places, sums.to(y.dtype.element_ty), mask=inside)
+
+
+# -- cross entropy ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _targets(targets, M, T, down, ROWS: tl.constexpr):
+    """The rows of a program, the last again where there are no more, and what follows each."""
+    rows = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), M - 1).to(tl.int64)
+    return rows, tl.load(targets + rows // T * down + rows % T)
+
+
+@triton.jit(do_not_specialize=["V", "down"])
+def cross_entropy_forward(
+    logits, targets, losses, sums, M, V, width, T, down, WIDE: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Of V logits a row, of `width`: `losses`, nats, and `sums`, the log of the softmax's sums, float32 (M,).
+
+    `targets` has T every `down`; what is no token has a loss that is not a number.
+    """
+    rows, targets = _targets(targets, M, T, down, ROWS)
+    logits += rows[:, None] * width
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for begin in range(0, V, WIDE):
+        columns = (begin + tl.arange(0, WIDE))[None, :]
+        x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        now = tl.maximum(largest, tl.max(x, 1))
+        total = total * tl.exp(largest - now) + tl.sum(tl.exp(x - now[:, None]), 1)
+        largest = now
+    total = largest + tl.log(total)
+    known = ((targets >= 0) & (targets < V))[:, None]
+    of_target = tl.load(logits + targets[:, None], mask=known, other=float("nan")).to(tl.float32)
+    tl.store(sums + rows, total)
+    tl.store(losses + rows, total - tl.sum(of_target, 1))
+
+
+@triton.jit(do_not_specialize=["V", "down"])
+def cross_entropy_backward(
+    logits, targets, sums, dmean, dlogits, M, V, width, T, down, WIDE: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """`dlogits`, (M, width) in their dtype, of the mean of `losses`, whose own gradient is `dmean`."""
+    rows, targets = _targets(targets, M, T, down, ROWS)
+    columns = (tl.program_id(1) * WIDE + tl.arange(0, WIDE))[None, :]
+    places = rows[:, None] * width + columns
+    x = tl.load(logits + places, mask=columns < V, other=float("-inf")).to(tl.float32)
+    grad = tl.exp(x - tl.load(sums + rows)[:, None]) - tl.where(columns == targets[:, None], 1.0, 0.0)
+    grad *= tl.load(dmean) / M
+    tl.store(dlogits + places, grad.to(dlogits.dtype.element_ty), mask=columns < width)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

@@ -125,6 +125,42 @@ def test_columns_of_a_mask_are_independent(monkeypatch):
         assert np.abs(three.mean(0) - p**3).max() < 5 * math.sqrt(p**3 / rows)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(("C", "T", "V"), [(24, 20, 65), (384, 7, 9)])
+def test_the_embedding_with_its_norm_and_their_gradients_are_the_formulas(C, T, V, dropout, bias):
+    """Of windows that have a token more than is read, and of fewer tokens than there are positions."""
+    wte, wpe = drawn(V, C), drawn(20, C, seed=1)
+    weight, offset = drawn(C, seed=2), drawn(C, seed=3) if bias else None
+    idx = (torch.arange(3 * (T + 1), device=DEVICE) * 7 % V).view(3, T + 1)[:, :-1]
+    given = weight, offset, torch.float32, dropout, seeds(3, 9), 1
+    keep = fused.embed_norm(idx, torch.ones_like(wte), torch.zeros_like(wpe), *given)[0].double()
+    assert (keep == 0).any() == (dropout > 0)
+    found = fused.embed_norm(idx, wte, wpe, *given)
+    total = (wte.double()[idx] + wpe.double()[:T]) * keep
+    expected = total, F.layer_norm(total, (C,), weight.double(), offset.double() if bias else None, 1e-5)
+    inputs = [wte, wpe, weight, *([offset] if bias else [])]
+    for wanted in (lambda t: torch.cos(3 * t).sum(), lambda t: (t * 0).sum()):  # of both results, and of the norm alone
+        sums = [torch.cos(normed).sum() + wanted(sum_) for sum_, normed in (found, expected)]
+        pairs = zip(*(torch.autograd.grad(s, inputs, retain_graph=True) for s in sums), strict=True)
+        for one, other in [*zip(found, expected, strict=True), *pairs]:
+            close(one, other.double(), 3e-6)
+    with pytest.raises(ValueError, match=f"{T} tokens have 2 positions"):
+        fused.embed_norm(idx, wte, wpe[:2], *given)
+    assert fused.embed_norm(idx, wte, wpe, weight, offset, torch.bfloat16, 0.0, seeds(0), 0)[1].dtype == torch.bfloat16
+
+
+def test_what_is_no_token_has_no_loss():
+    """Where torch would end the process: a hole in a corpus must not pass for a token."""
+    wte, wpe, logits = drawn(9, 24), drawn(5, 24, seed=1), drawn(1, 4, 64)
+    for token in (9, -1, 2**40):
+        tokens = torch.tensor([[1, token, 2, 8]], device=DEVICE)
+        both = fused.embed_norm(tokens, wte, wpe, wpe[0], None, torch.float32, 0.0, seeds(0), 0)
+        for result in both:
+            assert result.isnan().all(-1).tolist() == [[False, True, False, False]]
+        assert fused.cross_entropy(logits, tokens, 9)[0].isnan()
+
+
 def row(rows, C):
     return torch.zeros(rows, C, device=DEVICE), torch.ones(rows, C, device=DEVICE), torch.ones(C, device=DEVICE)
 
@@ -159,6 +195,33 @@ def test_sum_and_norm_and_their_gradients_are_the_formulas(C, dtype, dropout, bi
     exact = torch.autograd.grad(expected, inputs, [w.double() for w in wanted])
     for one, other in zip(gradients, exact, strict=True):
         close(one, other.double(), CLOSE[dtype])
+
+
+def test_a_norm_whose_sum_is_not_used_has_the_same_gradients():
+    x, y, weight = drawn(3, 7, 24), drawn(3, 7, 24, seed=1), drawn(24, seed=2)
+    total, normed = fused.add_norm(x, y, weight, None, 0.2, seeds(3), 0)
+    alone, with_sum = (torch.autograd.grad(s, (x, y, weight), retain_graph=True) for s in (
+        torch.cos(normed).sum(), torch.cos(normed).sum() + 0 * total.sum()))  # fmt: skip
+    for one, other in zip(alone, with_sum, strict=True):
+        assert one.abs().max() > 0
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize(("V", "width"), [(65, 128), (9, 9), (5000, 5056)])
+def test_cross_entropy_and_its_gradient_are_torchs(V, width, dtype):
+    """Of logits with further columns, which count for nothing and have a gradient of zero."""
+    logits = (drawn(2, 11, width, dtype=dtype).detach() * 9).requires_grad_()
+    targets = (torch.arange(24, device=DEVICE) * 7 % V).view(2, 12)[:, 1:]
+    mean, _ = fused.cross_entropy(logits, targets, V)
+    (found,) = torch.autograd.grad(mean * 3, logits)
+    wide = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(wide[..., :V].flatten(0, 1), targets.flatten())
+    (exact,) = torch.autograd.grad(expected * 3, wide)
+    assert mean.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found.dtype == dtype
+    assert (found[..., V:] == 0).all()
+    close(found, exact, {torch.bfloat16: 8e-3}.get(dtype, CLOSE[dtype]))  # an interpreter rounds to zero
 
 
 def test_gelu_and_its_gradient_are_exact():
@@ -204,26 +267,60 @@ def test_a_linear_layer_takes_it_at_full_precision_alone(precision, monkeypatch)
     monkeypatch.setattr(fused, "product", lambda a, b: calls.append(a.shape) or a @ b)
     layer = torch.nn.Linear(24, 10, device=DEVICE)
     x = drawn(2, 5, 24)
-    close(fused.linear(layer, x), layer(x).double(), 1e-2 if GPU else 1e-6)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        fused.linear(layer, x.bfloat16())
+    near = fused.Near(*(p.detach() for p in layer.parameters()))
+    close(fused.linear(layer, near, x), layer(x).double(), 1e-2 if GPU else 1e-6)
+    fused.linear(layer, fused.Near(*(p.bfloat16() for p in near)), x.bfloat16())
     assert calls == ([(10, 24)] if precision == "highest" else [])
 
 
+@pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize(("wide", "bias"), [(40, False), (10, True)])
-def test_a_linear_layer_and_its_gradients_are_what_is_written(wide, bias):
-    """Of float32 where TF32 is allowed, by both ways in which the weight's gradient is taken."""
+def test_a_linear_layer_and_its_gradients_are_what_is_written(wide, bias, dtype):
+    """By both ways in which the weight's gradient is taken; of 16 bits a weight's gradient is not rounded to them."""
     torch.set_float32_matmul_precision("high")
     layer = torch.nn.Linear(24, wide, bias=bias, device=DEVICE)
-    x, up = drawn(2, 5, 24), drawn(2, 5, wide, seed=1).detach()
-    y = fused.linear(layer, x)
-    found = torch.autograd.grad(y, (x, *layer.parameters()), up)
-    exact = [t.detach().double().requires_grad_() for t in (x, *layer.parameters())]
+    x, up = drawn(2, 5, 24, dtype=dtype), drawn(2, 5, wide, seed=1, dtype=dtype).detach()
+    near = [p.detach().to(dtype) for p in layer.parameters()]
+    y = fused.linear(layer, fused.Near(F.pad(near[0], (0, 0, 0, 3)), *(F.pad(b, (0, 3)) for b in near[1:])), x)
+    assert (y[..., wide:] == 0).all()
+    dx, *of_layer = torch.autograd.grad(y[..., :wide], (x, *layer.parameters()), up)
+    exact = [t.detach().double().requires_grad_() for t in (x, *near)]
     expected = F.linear(*exact)
-    close(y, expected, 1e-2 if GPU else 1e-6)
-    for one, other in zip(found, torch.autograd.grad(expected, exact, up.double()), strict=True):
-        assert one.shape == other.shape
-        close(one, other, 1e-2 if GPU else 2e-6)
+    tolerance = CLOSE[dtype] if dtype != torch.float32 or not GPU else 1e-2
+    close(y[..., :wide], expected, tolerance)
+    of_x, *of_numbers = torch.autograd.grad(expected, exact, up.double())
+    assert (y.dtype, dx.dtype) == (dtype, dtype)
+    close(dx, of_x, tolerance)
+    for one, other in zip(of_layer, of_numbers, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, torch.float32)
+        close(one, other, tolerance if dtype == torch.float32 else 3e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("M", "C"), [(128, 32), (70, 24), (1, 40)])
+def test_two_layers_with_gelu_and_their_gradients_are_the_formulas(M, C, dtype, bias):
+    torch.set_float32_matmul_precision("high")
+    x, up = drawn(M, C, dtype=dtype), drawn(M, C, seed=1, dtype=dtype).detach()
+    own = [drawn(4 * C, C, seed=2), drawn(4 * C, seed=3), drawn(C, 4 * C, seed=4), drawn(C, seed=5)][
+        :: 1 if bias else 2
+    ]
+    near = [p.detach().to(dtype) / 4 for p in own]
+    halves = [fused.Near(*near[i : i + 1 + bias]) for i in range(0, len(near), 1 + bias)]
+    padded = own if bias else [own[0], None, own[1], None]
+    y = fused.MLP.apply(x, *padded, halves, True)
+    dx, *of_own = torch.autograd.grad(y, (x, *own), up)
+    exact = [t.detach().double().requires_grad_() for t in (x, *near)]
+    first, second = (exact[1:][i : i + 1 + bias] for i in range(0, len(near), 1 + bias))
+    expected = F.linear(F.gelu(F.linear(exact[0], *first)), *second)
+    of_x, *of_near = torch.autograd.grad(expected, exact, up.double())
+    tolerance = 1e-2 if GPU and dtype == torch.float32 else CLOSE[dtype] * 2
+    for one, other in zip((y, dx, *of_own), (expected, of_x, *of_near), strict=True):
+        close(one, other, tolerance)
+    assert [t.dtype for t in (y, dx, *of_own)] == [dtype, dtype, *[torch.float32] * len(own)]
+    kept, alone = (fused.linear_gelu(x.detach(), near[0], halves[0].bias, keep) for keep in (True, False))
+    assert torch.equal(kept[1], alone[1])
+    assert alone[0].numel() == 0
 
 
 # -- as operators of torch, and in the model --------------------------------------------------------------------------
@@ -237,6 +334,13 @@ def test_torch_accepts_the_operators():
         (fused.attention, (drawn(2, 5, 48), 1, 0.2, seeds(4), 0)),
         (fused.add_norm, (x, y, weight, None, 0.2, seeds(4), 0)),
         (fused.add_norm, (x, y, weight, drawn(16, seed=3), 0.0, seeds(4), 0)),
+        (
+            fused.embed_norm,
+            (seeds([1, 2, 0], [3, 3, 4]), drawn(5, 16), x[0], weight, None, torch.float32, 0.2, seeds(4), 0),
+        ),
+        (fused.cross_entropy, (drawn(2, 3, 7), seeds([1, 2, 0], [3, 3, 4]), 5)),
+        (fused.weight_gradient, (drawn(7, 3).detach(), drawn(7, 5).detach())),
+        (fused.linear_gelu, (drawn(5, 16).detach(), drawn(9, 16).detach(), drawn(9).detach(), True)),
         (fused.gelu, (x,)),
         (fused.product, (drawn(5, 7), drawn(3, 7, seed=1).T)),
     ):
@@ -265,8 +369,10 @@ def test_dropout_is_the_same_where_activations_are_computed_anew():
     assert not torch.equal(fused.logits(model, idx), fused.logits(model, idx))  # the next masks are others
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("change", [{}, {"bias": False}, {"gelu": "tanh"}])
-def test_a_model_finds_its_kernels_prepared(change, monkeypatch):
+def test_a_model_finds_its_kernels_prepared(change, precision, monkeypatch):
+    torch.set_float32_matmul_precision(precision)
     calls = []
     if not GPU:  # the interpreter runs one program at a time
         monkeypatch.setattr(fused, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
@@ -283,52 +389,34 @@ def test_a_model_finds_its_kernels_prepared(change, monkeypatch):
 
             return run
 
-    for name in [name for name in vars(fused.kernels) if name.endswith(("forward", "backward", "sums", "product"))]:
+    for name in [
+        name for name in vars(fused.kernels) if name.endswith(("forward", "backward", "sums", "product", "gelu"))
+    ]:
         monkeypatch.setattr(fused.kernels, name, Kernel(getattr(fused.kernels, name)))
     model = made(dropout=0.25, **change)
     idx = torch.arange(SPEC.block_size, device=DEVICE)[None]
     model.train()
-    gradients(model, fused.logits, idx)
-    fused.logits(model.eval(), idx)
+    torch.autograd.grad(fused.loss(model, idx, idx), list(model.parameters()))
+    with torch.no_grad():
+        fused.loss(model.eval(), idx, idx)
     used = set(calls)
     calls.clear()
     fused.prepare(model.spec, torch.float32, idx.device)
     assert set(calls) == used
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo only hides it
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [
-        (torch.float32, "highest"),
-        (torch.float32, "high"),
-        pytest.param(torch.float16, "highest", marks=pytest.mark.slow),
-    ],
-)
-def test_blocks_share_what_is_compiled_of_one(dtype, precision):
-    """And compute what is written: forward and gradients, in training with the same masks and in evaluation."""
-    torch.set_float32_matmul_precision(precision)
-    frames = []
-
-    def seen(graph, inputs):
-        frames.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    pieces = fused.Pieces(*(torch.compile(piece, backend=seen, dynamic=False) for piece in fused.Pieces()))
-    model = made(dropout=0.25, n_layer=4)
-    idx = torch.arange(18, device=DEVICE).view(2, 9) * 7 % 64
-    for training in (True, False):
-        model.train(training)
-        results = []
-        for some in (fused.Pieces(), pieces):
-            torch.manual_seed(4)
-            with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-                loss = fused.loss(model, some, idx, idx)
-            results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-        for one, other in zip(*results, strict=True):
-            assert torch.equal(one, other)
-    assert len(frames) == 5  # embedding and block, in training and in evaluation, and the loss of both
+@pytest.mark.parametrize("change", [{}, {"bias": False}, {"vocab_size": 64}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_its_loss_and_gradients_are_the_models(dtype, change):
+    model, idx = made(**change), torch.arange(20, device=DEVICE).view(2, 10) * 7 % 64
+    results = []
+    for loss in (fused.loss, GPT.loss):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            mean = loss(model, idx[:, :-1], idx[:, 1:])
+        results.append([mean, *torch.autograd.grad(mean * 64, list(model.parameters()))])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == torch.float32
+        close(one, other.double(), 1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def made(**change):

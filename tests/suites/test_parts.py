@@ -282,7 +282,7 @@ def test_the_suite_says_where_an_iteration_goes(name):
     measure = parts.SUITE.measuring(task(way, gradient_accumulation_steps=2))
     readings = [measure(row) for row in parts.ROWS]
     absent = [r.row for r in readings if r.state is State.ABSENT]
-    assert absent == ["dropout masks"]
+    assert absent == ["dropout masks", "casts"]
     (found,) = accounts(bench(way, readings))
     assert [part.name for part in found.parts] == [each for each in NAMES if each not in absent]
     assert found.total + sum(line.ms for line in found.left) == pytest.approx(found.iteration.ms)
