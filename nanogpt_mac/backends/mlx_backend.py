@@ -27,7 +27,7 @@ from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 if TYPE_CHECKING:
     from nanogpt_mac.backends.mlx_world import MLXWorld
 
-Layers = dict[int, tuple[mx.array, mx.array]]
+Layers = dict[int, mx.array]
 FREE_SHARE = 0.8  # of the GPU's free memory that MLX may hold; the rest is for what it cannot use of its blocks
 
 
@@ -314,8 +314,8 @@ class MLXBackend(Backend):
         cache, model = KVCache(), self.decoding
         model.update(tree_unflatten(self.layout.split(self.trained["weights"])))
         for module in model.modules():
-            if isinstance(module, Linear):  # cast once, and not for every token
-                module.weight = module.weight.astype(module.dtype)
+            if isinstance(module, Linear):  # cast once, not for every token
+                module.apply(partial(mx.array.astype, dtype=module.dtype))
 
         def decoder(tokens: np.ndarray) -> np.ndarray:
             new = mx.array(tokens[None].astype(np.int32))

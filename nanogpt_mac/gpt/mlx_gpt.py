@@ -24,23 +24,20 @@ Keep = Sequence[mx.array | None]  # dropout's masks
 
 
 class KVCache:
-    """Keys and values, (B, nh, block_size, hs), one pair a layer, of which the first `length` are of tokens seen.
+    """Keys and values, (2, B, nh, block_size, hs) a layer, of which the first `length` are of tokens seen.
 
     Their shape never changes, so one compiled step serves every length; there `length` is an int32 array.
     """
 
     def __init__(self) -> None:
-        self.layers: dict[int, tuple[mx.array, mx.array]] = {}
+        self.layers: dict[int, mx.array] = {}
         self.length: int | mx.array = 0
 
-    def append(self, layer: int, k: mx.array, v: mx.array, size: int) -> tuple[mx.array, mx.array]:
-        """Write those of new tokens behind the others; all `size` of them."""
+    def append(self, layer: int, new: mx.array, size: int) -> mx.array:
+        """Write those of new tokens, (2, B, nh, T, hs), behind the others; all `size` of them."""
         if layer not in self.layers:
-            empty = mx.zeros((*k.shape[:2], size, k.shape[3]), k.dtype)
-            self.layers[layer] = empty, empty
-        start = mx.array(self.length).reshape(1)
-        past_k, past_v = self.layers[layer]
-        self.layers[layer] = mx.slice_update(past_k, k, start, (2,)), mx.slice_update(past_v, v, start, (2,))
+            self.layers[layer] = mx.zeros((*new.shape[:3], size, new.shape[4]), new.dtype)
+        self.layers[layer] = mx.slice_update(self.layers[layer], new, mx.array(self.length).reshape(1), (3,))
         return self.layers[layer]
 
     def visible(self, new: int, size: int) -> mx.array:
@@ -93,10 +90,8 @@ def _product_gradient(inputs: Any, cotangent: mx.array, _: mx.array) -> Any:
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None, dtype: mx.Dtype) -> mx.array:
     """x W^T + b in `dtype`. Rows are flattened: the weight gradient is then one product, not a batch of them."""
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)  # (B T, inputs)
-    y = cast(mx.array, product(rows, weight.astype(dtype)))  # (B T, outputs)
-    if bias is not None:
-        y = y + bias.astype(dtype)
-    return y.reshape(*x.shape[:-1], -1)  # (B, T, outputs)
+    y = cast(mx.array, product(rows, weight.astype(dtype))).reshape(*x.shape[:-1], -1)  # (B, T, outputs)
+    return y if bias is None else y + bias.astype(dtype)  # fused with what reads it
 
 
 class Linear(nn.Module):
@@ -218,7 +213,7 @@ class CausalSelfAttention(nn.Module):
         else:
             q, k, v = (part.squeeze(2).swapaxes(1, 2) for part in mx.split(packed, 3, axis=2))  # (B, nh, T, hs) each
             if cache is not None:
-                k, v = cache.append(self.layer, k, v, self.block_size)
+                k, v = cache.append(self.layer, packed[:, :, 1:].transpose(2, 0, 3, 1, 4), self.block_size)
             y = scaled_dot_product_attention(q, k, v, mask)
         y = y.swapaxes(1, 2).reshape(B, T, C)  # the heads side by side
         return drop(self.c_proj(y), keep[1], self.dropout)

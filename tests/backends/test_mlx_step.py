@@ -32,6 +32,13 @@ def shared(monkeypatch):
     monkeypatch.setattr(mlx_backend._Layout, "of", lambda spec, one_buffer: of(spec, True))
 
 
+def primitives(results):
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *(array for _, array in tree_flatten(results)))
+    found = re.findall(r'label ?= ?"([^"]+)", shape ?= ?rectangle', dot.getvalue())
+    return collections.Counter(label.split()[0] for label in found)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_an_iteration_takes_at_most_350_primitives(shared, dropout):
     """The compiled quick recipe as a GPU takes it, but for layer norm and attention, which a CPU takes apart."""
@@ -39,10 +46,7 @@ def test_an_iteration_takes_at_most_350_primitives(shared, dropout):
     backend = kinds.create(dataclasses.replace(QUICK, dropout=dropout), options("mlx", compile=True), tokens)
     batch = backend._batch("train", np.arange(12))
     results = backend._step(batch, mx.array(1e-3), mx.random.key(0), mx.array(0.0))
-    dot = io.StringIO()
-    mx.export_to_dot(dot, *(array for _, array in tree_flatten([*results, backend.trained])))
-    found = re.findall(r'label ?= ?"([^"]+)", shape ?= ?rectangle', dot.getvalue())
-    counts = collections.Counter(label.split()[0] for label in found)
+    counts = primitives([*results, backend.trained])
     assert counts["Matmul"] + counts["AddMM"] == 75  # of the whole graph: 25 products, and two more each for gradients
     assert counts["RandomBits"] == (dropout > 0)
     assert sum(number for name, number in counts.items() if name not in VIEWS) <= 350
@@ -148,6 +152,18 @@ def test_a_token_is_one_graph_whatever_the_length(make, spec, monkeypatch):
     second = [other(np.array([3, 5]))] + [other(np.array([t])) for t in range(8)]
     assert calls == [(1, 2), (1, 1), (1, 2)]
     np.testing.assert_array_equal(first, second)
+
+
+def test_a_token_takes_at_most_125_primitives():
+    """Keys and values are written at once, and biases added with what reads them; a CPU takes layer norms apart."""
+    spec = dataclasses.replace(QUICK, bias=True, gelu="tanh")
+    backend = kinds.create(spec, options("mlx", compile=True, dtype="bfloat16"), Tokens(block_size=64))
+    backend.decode()(np.array([3]))  # casts the weights
+    layers = {i: mx.zeros((2, 1, 4, 64, 32), mx.bfloat16) for i in range(4)}
+    mx.eval(layers)
+    counts = primitives(backend._next_logits(mx.array([[5]]), layers, mx.array(1)))
+    assert counts["DynamicSliceUpdate"] == 4
+    assert sum(number for name, number in counts.items() if name not in VIEWS) <= 125
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -124,7 +124,7 @@ MUTANTS = {
     "mlx: slope of gelu without density": (MLX_GPT, "normal(wide) + wide * density", "normal(wide)"),
     "mlx: gradient of linear weights 3 % off": (MLX_GPT, "cotangent.T @ x", "1.03 * cotangent.T @ x"),
     "mlx: residual scaled": (MLX_GPT, "drop(self.c_proj", "0.98 * drop(self.c_proj"),
-    "mlx: bias forgotten": (MLX_GPT, "if bias is not None:", "if False:"),
+    "mlx: bias forgotten": (MLX_GPT, "else y + bias.astype", "else y + 0 * bias.astype"),
     "mlx: head detached": (MLX_GPT, 't["wte"].weight, None', 'mx.stop_gradient(t["wte"].weight), None'),
     # the step, MLX
     "mlx: decay on vectors": (MLX, "if decays else 1.0", "if True else 1.0"),
