@@ -27,7 +27,6 @@ from nanogpt_mac.gpt.spec import INIT_LOSS_SCALE, GPTSpec, TrainState
 if TYPE_CHECKING:
     from nanogpt_mac.backends.mlx_world import MLXWorld
 
-Layers = dict[int, mx.array]
 FREE_SHARE = 0.8  # of the GPU's free memory that MLX may hold; the rest is for what it cannot use of its blocks
 
 
@@ -125,7 +124,8 @@ class MLXBackend(Backend):
         # A GPU's launches are worth compiling for; on a CPU a compiler would run for seconds first.
         compile_ = mx.compile if options.compile or self.device_name != "cpu" else _eager
         self.decoding = GPT(spec, getattr(mx, options.dtype))  # never trained, and so without dropout
-        self._next_logits = compile_(self._decode_one, inputs=[self.decoding.state])
+        for block in cast(Any, self.decoding.transformer)["h"]:  # but for attention, whose shape each length changes
+            block.before, block.after = (compile_(part, inputs=[block.state]) for part in (block.before, block.after))
 
         if mx.metal.is_available():  # keep the weights from being paged out, as mlx-lm does
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
@@ -320,18 +320,9 @@ class MLXBackend(Backend):
         def decoder(tokens: np.ndarray) -> np.ndarray:
             new = mx.array(tokens[None].astype(np.int32))
             with self.phase("sampling"):
-                if not cache.length or len(tokens) > 1:
-                    return np.array(model(new, cache)[0, -1])
-                logits, cache.layers, cache.length = self._next_logits(new, cache.layers, mx.array(cache.length))
-                return np.array(logits)
+                return np.array(model(new, cache)[0, -1])
 
         return decoder
-
-    def _decode_one(self, token: mx.array, layers: Layers, length: mx.array) -> tuple[mx.array, Layers, mx.array]:
-        """One further token, (1, 1); its logits (V,) and the cache after it. Compiled once for every length."""
-        cache = KVCache()
-        cache.layers, cache.length = dict(layers), length
-        return self.decoding(token, cache)[0, -1], cache.layers, cache.length
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -24,25 +24,19 @@ Keep = Sequence[mx.array | None]  # dropout's masks
 
 
 class KVCache:
-    """Keys and values, (2, B, nh, block_size, hs) a layer, of which the first `length` are of tokens seen.
-
-    Their shape never changes, so one compiled step serves every length; there `length` is an int32 array.
-    """
+    """Keys and values, (2, B, nh, block_size, hs) a layer, of which the first `length` are of tokens seen."""
 
     def __init__(self) -> None:
         self.layers: dict[int, mx.array] = {}
-        self.length: int | mx.array = 0
+        self.length = 0
 
     def append(self, layer: int, new: mx.array, size: int) -> mx.array:
-        """Write those of new tokens, (2, B, nh, T, hs), behind the others; all `size` of them."""
+        """Write those of new tokens, (2, B, nh, T, hs), behind the others, of at most `size`; all that are there."""
         if layer not in self.layers:
             self.layers[layer] = mx.zeros((*new.shape[:3], size, new.shape[4]), new.dtype)
-        self.layers[layer] = mx.slice_update(self.layers[layer], new, mx.array(self.length).reshape(1), (3,))
-        return self.layers[layer]
-
-    def visible(self, new: int, size: int) -> mx.array:
-        """Which of `size` places each of `new` tokens sees, (new, size): those that are filled, itself included."""
-        return mx.arange(size) <= (mx.arange(new) + self.length)[:, None]
+        end = self.length + new.shape[3]
+        self.layers[layer][..., self.length : end, :] = new
+        return self.layers[layer][..., :end, :]
 
 
 def dropout_masks(spec: GPTSpec, batch: int, length: int, key: mx.array) -> list[mx.array]:
@@ -206,17 +200,28 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout, self.layer, self.block_size = spec.n_head, spec.dropout, layer, spec.block_size
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None, keep: Keep) -> mx.array:
-        B, T, C = x.shape
-        packed = self.c_attn(x).reshape(B, T, 3, self.n_head, C // self.n_head)
-        if keep[0] is not None:
-            y = dropped_attention(packed, cast(mx.array, mask), keep[0], self.dropout)  # (B, nh, T, hs)
-        else:
+        return self.after(self.between(self.before(x), mask, cache, keep[0]), keep[1])
+
+    def before(self, x: mx.array) -> mx.array:
+        """Queries, keys and values, (B, T, 3, nh, hs)."""
+        return self.c_attn(x).reshape(*x.shape[:2], 3, self.n_head, -1)
+
+    def between(
+        self, packed: mx.array, mask: mx.array | str | None, cache: KVCache | None, keep: mx.array | None
+    ) -> mx.array:
+        """What the heads see, (B, nh, T, hs)."""
+        if keep is not None:
+            return dropped_attention(packed, cast(mx.array, mask), keep, self.dropout)
+        if cache is None:
             q, k, v = (part.squeeze(2).swapaxes(1, 2) for part in mx.split(packed, 3, axis=2))  # (B, nh, T, hs) each
-            if cache is not None:
-                k, v = cache.append(self.layer, packed[:, :, 1:].transpose(2, 0, 3, 1, 4), self.block_size)
-            y = scaled_dot_product_attention(q, k, v, mask)
-        y = y.swapaxes(1, 2).reshape(B, T, C)  # the heads side by side
-        return drop(self.c_proj(y), keep[1], self.dropout)
+        else:
+            q, new = mx.split(packed.transpose(2, 0, 3, 1, 4), [1])
+            q, (k, v) = q.squeeze(0), cache.append(self.layer, new, self.block_size)
+        return scaled_dot_product_attention(q, k, v, mask)
+
+    def after(self, y: mx.array, keep: mx.array | None) -> mx.array:
+        y = y.swapaxes(1, 2).flatten(2)  # the heads side by side, (B, T, C)
+        return drop(self.c_proj(y), keep, self.dropout)
 
 
 class MLP(nn.Module):
@@ -245,9 +250,16 @@ class Block(nn.Module):
         self.mlp = MLP(spec, dtype)
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: KVCache | None, keep: Keep) -> mx.array:
-        x = x + self.attn(self.ln_1(x), mask, cache, keep)
-        x = x + self.mlp(self.ln_2(x), keep[2])
-        return x
+        return self.after(x, self.attn.between(self.before(x), mask, cache, keep[0]), keep)
+
+    def before(self, x: mx.array) -> mx.array:
+        """All that comes before a token sees others."""
+        return self.attn.before(self.ln_1(x))
+
+    def after(self, x: mx.array, y: mx.array, keep: Keep) -> mx.array:
+        """And all that follows, where `y` is what it sees."""
+        x = x + self.attn.after(y, keep[1])
+        return x + self.mlp(self.ln_2(x), keep[2])
 
 
 def checkpointed(block: Block, x: mx.array, mask: mx.array | str | None, keep: Keep) -> mx.array:
@@ -305,19 +317,17 @@ class GPT(nn.Module):
         t: Any = self.transformer
         T = idx.shape[1]
         keep = keep or [None] * (1 + 3 * self.spec.n_layer)
-        mask: mx.array | str = "causal" if keep[0] is None else self._causal[:T, :T]
+        # One token sees all, without a mask: with one, MLX has no kernel for it on CUDA.
+        mask = (None if T == 1 else "causal") if keep[0] is None else self._causal[:T, :T]
         # A slice, not a lookup: compiled for Metal, torch 2.13 gets a lookup's gradient wrong (docs/method.md).
-        pos = t["wpe"].weight[:T]  # (T, C)
-        if cache is not None:
-            mask = cache.visible(T, self.spec.block_size)
-            pos = mx.slice(t["wpe"].weight, mx.array(cache.length).reshape(1), (0,), (T, self.spec.n_embd))
-        x = self.embed(idx, pos, keep[0])
+        start = cache.length if cache is not None else 0
+        x = self.embed(idx, t["wpe"].weight[start : start + T], keep[0])
         for i, block in enumerate(t["h"]):
             kept = keep[3 * i + 1 : 3 * i + 4]
             again = self.checkpointing and self.training
             x = checkpointed(block, x, mask, kept) if again else block(x, mask, cache, kept)
         if cache is not None:
-            cache.length = cache.length + T
+            cache.length += T
         return self.head(t["ln_f"](x))
 
     def embed(self, idx: mx.array, pos: mx.array, keep: mx.array | None) -> mx.array:

@@ -139,31 +139,29 @@ def test_what_mlx_holds_already_counts_to_the_limit(monkeypatch):
         mx.set_memory_limit(before)
 
 
-def test_a_token_is_one_graph_whatever_the_length(make, spec, monkeypatch):
-    """Compiled once: Python is gone through once for a whole text."""
-    backend, calls = make("mlx", compile=True), []
-    forward = type(backend.model).__call__
-    monkeypatch.setattr(
-        type(backend.model), "__call__", lambda self, *a, **k: calls.append(a[0].shape) or forward(self, *a, **k)
-    )
+def test_a_token_is_traced_once_whatever_the_length(make, spec, monkeypatch):
+    """Of a whole text Python goes through a block twice: of the prompt and of a token."""
+    calls, before = [], mlx_gpt.Block.before
+    monkeypatch.setattr(mlx_gpt.Block, "before", lambda self, x: calls.append(x.shape[:2]) or before(self, x))
+    backend = make("mlx", compile=True)
     decoder = backend.decode()
     first = [decoder(np.array([3, 5]))] + [decoder(np.array([t])) for t in range(8)]
     other = backend.decode()
     second = [other(np.array([3, 5]))] + [other(np.array([t])) for t in range(8)]
-    assert calls == [(1, 2), (1, 1), (1, 2)]
+    assert calls == [(1, 2)] * spec.n_layer + [(1, 1)] * spec.n_layer
     np.testing.assert_array_equal(first, second)
 
 
-def test_a_token_takes_at_most_125_primitives():
-    """Keys and values are written at once, and biases added with what reads them; a CPU takes layer norms apart."""
-    spec = dataclasses.replace(QUICK, bias=True, gelu="tanh")
-    backend = kinds.create(spec, options("mlx", compile=True, dtype="bfloat16"), Tokens(block_size=64))
-    backend.decode()(np.array([3]))  # casts the weights
-    layers = {i: mx.zeros((2, 1, 4, 64, 32), mx.bfloat16) for i in range(4)}
-    mx.eval(layers)
-    counts = primitives(backend._next_logits(mx.array([[5]]), layers, mx.array(1)))
-    assert counts["DynamicSliceUpdate"] == 4
-    assert sum(number for name, number in counts.items() if name not in VIEWS) <= 125
+def test_one_token_has_no_mask(make, monkeypatch):
+    """With one, MLX's CUDA build takes its attention apart."""
+    masks, attention = [], mlx_gpt.scaled_dot_product_attention
+    monkeypatch.setattr(
+        mlx_gpt, "scaled_dot_product_attention", lambda *a: masks.append((a[1].shape[2], a[3])) or attention(*a)
+    )
+    decoder = make("mlx").decode()
+    for tokens in ([3, 5], [1], [2]):
+        decoder(np.array(tokens))
+    assert list(dict.fromkeys(masks)) == [(2, "causal"), (3, None), (4, None)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

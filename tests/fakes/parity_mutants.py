@@ -104,7 +104,7 @@ MUTANTS = {
     "torch: lower precision unasked": (TORCH, "self.dtype, enabled=self.dtype != torch.float32", "torch.bfloat16"),
     "torch: norm misreported": (TORCH, "torch.stack((total, norm", "torch.stack((total, norm * 1.01"),
     # the model, MLX
-    "mlx: no causal mask": (MLX_GPT, '= "causal" if', "= None if"),
+    "mlx: no causal mask": (MLX_GPT, 'else "causal")', "else None)"),
     "mlx: no causal mask with dropout": (MLX_GPT, "mx.where(seen, 0.0, -mx.inf)", "mx.where(seen, 0.0, 0.0)"),
     "mlx: mask one token late with dropout": (MLX_GPT, "spec.block_size, dtype=mx", "spec.block_size, k=1, dtype=mx"),
     "mlx: no scale with dropout": (MLX_GPT, "alpha=scale", "alpha=1.0"),
@@ -116,7 +116,7 @@ MUTANTS = {
     ),
     "mlx: other gelu": (MLX_GPT, '"none" if spec.gelu == "exact"', '"none" if spec.gelu == "tanh"'),
     "mlx: layer norm eps 1e-6": (MLX_GPT, "self.bias, 1e-5", "self.bias, 1e-6"),
-    "mlx: no norm before attention": (MLX_GPT, "self.attn(self.ln_1(x), mask", "self.attn(x, mask"),
+    "mlx: no norm before attention": (MLX_GPT, "self.attn.before(self.ln_1(x))", "self.attn.before(x)"),
     "mlx: q and k swapped": (MLX_GPT, "q, k, v = (part", "k, q, v = (part"),
     "mlx: q and k swapped with dropout": (MLX_GPT, "q, k, v = mx.contiguous", "k, q, v = mx.contiguous"),
     "mlx: dq and dk swapped": (MLX_GPT, "@ k, scores.swapaxes(-1, -2) @ q", "@ q, scores.swapaxes(-1, -2) @ k"),
