@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanogpt_mac.garbage import uncollected
+
 T = TypeVar("T")
 
 
@@ -41,7 +43,8 @@ class Recorded(Generic[T]):
         graph = torch.cuda.CUDAGraph()
         # NCCL has a thread of its own, whose calls must not end what this one records.
         mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
+        # And an earlier graph that is collected meanwhile would end it too.
+        with uncollected(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
             self.result = self.function()
         self.graph = graph
         return self()

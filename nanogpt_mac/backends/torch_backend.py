@@ -73,7 +73,7 @@ class TorchBackend(Backend):
         self.settings = choices.settings
         self.own, graph = choices.own_kernels, choices.cuda_graph
         if (own := self.own) is not None:
-            own.prepare(spec, self.dtype, self.device)
+            own.ops.prepare(spec, self.dtype, self.device)
         self.model = GPT(spec, choices.few_kernels, options.checkpointing, own is not None).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = partial(own.loss, self.model) if own else self.model.loss
         self.compiled = options.compile and not (own is not None and graph)  # which leave nothing to fuse or to call
@@ -81,7 +81,7 @@ class TorchBackend(Backend):
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
             if own is not None:  # else a graph ends there; a change of the precision fails its guards
-                torch.compiler.assume_constant_result(own.exact)
+                torch.compiler.assume_constant_result(own.ops.exact)
             self.loss = torch.compile(self.loss, dynamic=False, mode=self.settings.compile_mode)
         self.parameters = dict(self.model.named_parameters())
         betas, fused = (options.beta1, options.beta2), choices.fused_adamw
@@ -376,8 +376,8 @@ class TorchBackend(Backend):
         a, b = (torch.randn(size, generator=random, **kind) for size in ((m, k), (k, n)))
         out = torch.empty(m, n, **kind)
         multiply: Callable[[], object] = partial(torch.mm, a, b, out=out)
-        if self.own is not None and self.own.exact(a.dtype):
-            multiply = partial(self.own.product, a, b)
+        if self.own is not None and self.own.ops.exact(a.dtype):
+            multiply = partial(self.own.ops.product, a, b)
         self.synchronize()
 
         def matmuls(count: int) -> None:

@@ -114,9 +114,9 @@ class Choices:
             if find_spec("triton") is None:
                 why_not = "the package triton is not installed"
             else:
-                from nanogpt_mac.gpt import fused
+                from nanogpt_mac.gpt import fused, triton_ops
 
-                why_not = fused.fault(self.spec)
+                why_not = triton_ops.fault(self.spec)
         if asked and why_not:
             raise InputError(f"backend.own_kernels=true: {why_not}; use null or false")
         return fused if why_not is None and wanted else None

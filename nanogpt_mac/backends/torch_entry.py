@@ -125,7 +125,7 @@ CUDA = Torch(
             "tiled",
             "our tiled kernel, Triton",
             ("cuda",),
-            "nanogpt_mac.gpt.fused:product",
+            "nanogpt_mac.gpt.triton_ops:product",
             missing=lambda: None if find_spec("triton") else "the package triton is not installed",
         ),
     ),

@@ -71,6 +71,7 @@ def stages(model: GPT) -> list[Stage]:
 def own_stages(model: GPT) -> list[Stage]:
     """The same where `model` takes the way of fused.py, whose kernels draw their masks from `seeds`."""
     from nanogpt_mac.gpt import fused  # and Triton
+    from nanogpt_mac.gpt.triton_ops import Near
 
     t: Any = model.transformer
     own, norms = _owner(model), fused.norms(model)
@@ -81,10 +82,10 @@ def own_stages(model: GPT) -> list[Stage]:
     def embed(tokens: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
         return fused.enter(model, tokens, seeds)
 
-    def lower(tokens: Tensor) -> list[fused.Near]:
+    def lower(tokens: Tensor) -> list[Near]:
         return fused.near(model)
 
-    def head(y: Tensor, near: list[fused.Near], targets: Tensor) -> Tensor:
+    def head(y: Tensor, near: list[Near], targets: Tensor) -> Tensor:
         return fused.nats(model, y, near[0], targets)
 
     chain = [Stage("dropout masks", draw, ("tokens",), ("seeds",), note="are seeds: kernels draw them where they are")]

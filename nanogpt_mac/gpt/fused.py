@@ -1,549 +1,20 @@
-"""torch_gpt's forward pass on an NVIDIA GPU with the kernels of triton_kernels.py, as operators that autograd knows.
+"""torch_gpt's forward pass on an NVIDIA GPU by the operators of triton_ops.py: same arithmetic, nothing left to fuse.
 
-Same arithmetic, in fewer passes over memory: attention reads q, k and v, and writes their gradients, where the packed
-product has them; a residual sum, its dropout and the layer norm behind it are one kernel, as are the embedding and the
-first norm; one casts all weights to 16 bits, and products give their gradients in float32. The backward pass draws the
-masks of dropout anew. A compiler finds nothing to fuse here.
+All weights are cast to 16 bits by one kernel, and their gradients are float32. Loss and logits are what GPT computes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-import triton
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanogpt_mac.gpt import triton_kernels as kernels
-from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.gpt import triton_ops as ops
 from nanogpt_mac.gpt.torch_gpt import GPT, Block, LayerNorm
-
-WIDEST_HEAD = 128
-WIDEST = 4096  # columns of a row that a program holds
-PROGRAMS = 528  # of the layer norm's backward pass: four for each multiprocessor of an H100
-VOCABULARY = 64  # the head's rows are padded to a multiple of it: an odd number has slow kernels
-ELEMENTS = 1024  # of a program of GELU
-TILE = {"ROWS": 128, "COLUMNS": 64, "STEP": 32, "BAND": 8, "num_warps": 8, "num_stages": 3}  # of a product of float32
-WIDER = {**TILE, "COLUMNS": 256, "STEP": 64}  # of 16 bits
-HIDDEN = {4: {**TILE, "COLUMNS": 128}, 2: {**TILE, "COLUMNS": 128, "STEP": 64}}  # with GELU, by an element's bytes
-NARROW = 1024  # channels: of more, cuBLAS gains more on our product than the passes over memory cost
-SHARES, BUSY = 16, 1200  # into how many a product's terms are split at most, and programs that are enough
-EPS = 1e-5
-
-
-def fault(spec: GPTSpec) -> str | None:
-    """Why these kernels cannot compute such a model on this GPU, or None where they can."""
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "need a GPU of compute capability 8.0 or later"
-    if spec.n_embd // spec.n_head > WIDEST_HEAD:
-        return f"have heads of at most {WIDEST_HEAD} channels"
-    return f"have rows of at most {WIDEST} channels" if spec.n_embd > WIDEST else None
-
-
-def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile the kernels of such a model, or load them from Triton's cache, side by side: in turn they take 10 s."""
-    (T, C), p = (spec.block_size, spec.n_embd), spec.dropout
-    y, qkv, hidden = (torch.zeros(1, T, wide * C, dtype=dtype, device=device) for wide in (1, 3, 4))
-    x, lse, drawn = y.float(), y.new_zeros(spec.n_head, T, dtype=torch.float32), y.new_zeros(4, dtype=torch.int64)
-    weight = x[0, 0].clone()
-    bias, idx, mean = weight if spec.bias else None, y.new_zeros(1, T, dtype=torch.int64), x.new_zeros(())
-    scores = y.new_zeros(1, T, _padded(spec.vocab_size))
-    work: list[Callable[[], object]] = [
-        lambda: [attention(qkv, spec.n_head, dropout, drawn, 0) for dropout in {p, 0.0}],
-        lambda: _attention_backward(qkv, y, y, lse, spec.n_head, p, drawn, 0),
-        lambda: [embed_norm(idx, x[0], x[0], weight, bias, dtype, dropout, drawn, 3) for dropout in {p, 0.0}],
-        lambda: _norm_backward(x, weight, bias, x, y, torch.float32, False, p, drawn, 3),
-        lambda: [add_norm(x, y, weight, bias, dropout, drawn, 1) for dropout in {p, 0.0}],
-        lambda: [_norm_backward(x, weight, bias, up, y, dtype, True, p, drawn, 1) for up in (x, None)],
-        lambda: cross_entropy(scores, idx, spec.vocab_size),
-        lambda: _cross_entropy_backward(scores, idx, x[..., 0], mean, spec.vocab_size),
-    ]
-    rows, wide = y[0], y.new_zeros(4 * C, C)
-    near = wide[:, 0].contiguous() if spec.bias else None
-    if spec.gelu == "exact" and not one_product(y):
-        work += [lambda: gelu(hidden), lambda: _gelu_backward(hidden, hidden)]
-    elif spec.gelu == "exact":
-        work += [lambda: [linear_gelu(rows, wide, near, keep) for keep in (True, False)]]
-        work += [lambda: _linear_gelu_backward(rows, wide.view(C, 4 * C), hidden[0])]
-    if exact(dtype):
-        a, ab = x.new_zeros(TILE["ROWS"], C), x.new_zeros(TILE["ROWS"], 3 * C)
-        b = x.new_zeros(3 * C, C).T  # as a linear layer's weight lies
-        work += [lambda: product(a, b), lambda: product(ab, b.T), lambda: product(ab.T, a)]
-    with ThreadPoolExecutor(len(work)) as pool:
-        for done in [pool.submit(one) for one in work]:
-            done.result()
-
-
-def _threshold(dropout: float) -> int:
-    """In units of 2^-32, as the signed number that Triton takes."""
-    dropped = min(round(dropout * 2**32), 2**32 - 1)
-    return dropped - 2**32 if dropped >= 2**31 else dropped
-
-
-def exact(dtype: torch.dtype) -> bool:
-    """Whether products are to keep what float32 holds: where torch was asked for that."""
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-
-
-# -- attention --------------------------------------------------------------------------------------------------------
-
-
-def _head(qkv: Tensor, n_head: int, dropout: float, backward: bool = False) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid, and what both kernels are given by name; tiles and stages are the fastest seen on an H100."""
-    B, T, width = qkv.shape
-    hs = width // 3 // n_head
-    padded = max(16, triton.next_power_of_2(hs))
-    precise = exact(qkv.dtype)
-    small = padded * qkv.element_size() > 256 or (backward and precise)  # else registers do not hold it
-    block = 32 if small else 64
-    sixteen = qkv.element_size() == 2
-    short = sixteen and backward and dropout > 0  # masks take the registers of a longer step
-    ahead = sixteen and (not backward or (padded <= 64 and not short))
-    given = {
-        "T": T,
-        "n_head": n_head,
-        "scale": math.log2(math.e) / math.sqrt(hs),
-        "threshold": _threshold(dropout),
-        "kept": 1 / (1 - dropout),
-        "HS": hs,
-        "D": padded,
-        "BLOCK": block,
-        "STEP": 32 if short else block,
-        "DROP": dropout > 0,
-        "PRECISION": "tf32x3" if precise else "tf32",  # three of TF32 for one; for 16 bits it is of no matter
-        "EVEN": hs == padded and T % block == 0,
-        "num_warps": 4,
-        "num_stages": 3 if ahead else 1,
-    }
-    return (triton.cdiv(T, block), B * n_head), given
-
-
-@torch.library.custom_op("nanogpt_mac::attention", mutates_args=())
-def attention(qkv: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int) -> tuple[Tensor, Tensor]:
-    """Causal attention (B, T, C) of packed `qkv` (B, T, 3 C), in its dtype, and the log2 of its softmax's sums."""
-    B, T, width = qkv.shape
-    out, lse = qkv.new_empty(B, T, width // 3), qkv.new_empty(B * n_head, T, dtype=torch.float32)
-    grid, given = _head(qkv, n_head, dropout)
-    kernels.attention_forward[grid](qkv.contiguous(), out, lse, seeds, site, **given)
-    return out, lse
-
-
-@attention.register_fake
-def _(qkv: Tensor, n_head: int, *_: Any) -> tuple[Tensor, Tensor]:
-    B, T, width = qkv.shape
-    return qkv.new_empty(B, T, width // 3), qkv.new_empty(B * n_head, T, dtype=torch.float32)
-
-
-@torch.library.custom_op("nanogpt_mac::attention_backward", mutates_args=())
-def _attention_backward(
-    qkv: Tensor, out: Tensor, dout: Tensor, lse: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int
-) -> Tensor:
-    qkv, dout = qkv.contiguous(), dout.contiguous()
-    dqkv = torch.empty_like(qkv)
-    grid, given = _head(qkv, n_head, dropout, backward=True)
-    natural = given["scale"] / math.log2(math.e)
-    kernels.attention_backward[grid](qkv, out, dout, lse, seeds, dqkv, site, natural=natural, **given)
-    return dqkv
-
-
-_attention_backward.register_fake(lambda qkv, *_: qkv.new_empty(qkv.shape))
-
-
-def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.n_head, ctx.dropout, seeds, ctx.site = inputs
-    ctx.save_for_backward(qkv, *output, seeds)
-
-
-def _attention_gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
-    qkv, out, lse, seeds = ctx.saved_tensors
-    return _attention_backward(qkv, out, dout, lse, ctx.n_head, ctx.dropout, seeds, ctx.site), None, None, None, None
-
-
-attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
-
-
-# -- embedding and residual sum, with dropout and layer norm ----------------------------------------------------------
-
-
-def _rows(x: Tensor, dropout: float, bias: Tensor | None) -> dict[str, Any]:
-    C, wide = x.shape[-1], triton.next_power_of_2(x.shape[-1])
-    rows = max(1, min(4, 2048 // wide))
-    return {
-        "M": x.numel() // C,
-        "C": C,
-        "eps": EPS,
-        "threshold": _threshold(dropout),
-        "kept": 1 / (1 - dropout),
-        "WIDE": wide,
-        "ROWS": rows,
-        "DROP": dropout > 0,
-        "BIAS": bias is not None,
-        "num_warps": 4 if wide * rows <= 2048 else 8,
-    }
-
-
-def _lines(idx: Tensor) -> tuple[Tensor, dict[str, int]]:
-    """Tokens (B, T), which may be a window less one of its own, and how a kernel finds them."""
-    idx = idx if idx.stride(1) == 1 else idx.contiguous()
-    return idx, {"T": idx.shape[1], "down": idx.stride(0)}
-
-
-@torch.library.custom_op("nanogpt_mac::embed_norm", mutates_args=())
-def embed_norm(
-    idx: Tensor,
-    wte: Tensor,
-    wpe: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    dropout: float,
-    seeds: Tensor,
-    site: int,
-) -> tuple[Tensor, Tensor]:
-    """dropout(wte[idx] + wpe), float32 (B, T, C), and its layer norm in `dtype`."""
-    if idx.shape[1] > len(wpe):
-        raise ValueError(f"{idx.shape[1]} tokens have {len(wpe)} positions")
-    total = wte.new_empty(*idx.shape, wte.shape[1])
-    normed, given = torch.empty_like(total, dtype=dtype), _rows(total, dropout, bias)
-    idx, lines = _lines(idx)
-    grid = (triton.cdiv(given["M"], given["ROWS"]),)
-    kernels.embed_norm_forward[grid](
-        idx, wte, wpe, weight, bias, total, normed, seeds, site, len(wte), **lines, **given
-    )
-    return total, normed
-
-
-@embed_norm.register_fake
-def _(
-    idx: Tensor, wte: Tensor, wpe: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *_: Any
-) -> tuple[Tensor, Tensor]:
-    total = wte.new_empty(*idx.shape, wte.shape[1])
-    return total, torch.empty_like(total, dtype=dtype)
-
-
-@torch.library.custom_op("nanogpt_mac::add_norm", mutates_args=())
-def add_norm(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dropout: float, seeds: Tensor, site: int
-) -> tuple[Tensor, Tensor]:
-    """x + dropout(y), float32 (..., C), and its layer norm in y's dtype."""
-    x, y = x.contiguous(), y.contiguous()
-    total, normed = torch.empty_like(x), torch.empty_like(y)
-    given = _rows(x, dropout, bias)
-    grid = (triton.cdiv(given["M"], given["ROWS"]),)
-    kernels.add_norm_forward[grid](x, y, weight, bias, total, normed, seeds, site, **given)
-    return total, normed
-
-
-add_norm.register_fake(lambda x, y, *_: (x.new_empty(x.shape), y.new_empty(y.shape)))
-
-
-@torch.library.custom_op("nanogpt_mac::norm_backward", mutates_args=())
-def _norm_backward(
-    total: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtotal: Tensor | None,
-    dnormed: Tensor,
-    dtype: torch.dtype,
-    added: bool,
-    dropout: float,
-    seeds: Tensor,
-    site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the sum, empty unless something was `added` to it, of what was dropped, in `dtype`, of the
-    norm's weight and of its bias."""
-    dtotal, dnormed = None if dtotal is None else dtotal.contiguous(), dnormed.contiguous()
-    dx, dy = total.new_empty(total.shape if added else 0), torch.empty_like(total, dtype=dtype)
-    given = _rows(total, dropout, bias)
-    programs = min(PROGRAMS, triton.cdiv(given["M"], given["ROWS"]))
-    dweight = total.new_empty(programs, given["C"])
-    dbias = total.new_empty(programs if bias is not None else 0, given["C"])
-    given |= {"LAST": dtotal is None, "ADDED": added, "programs": programs}
-    kernels.norm_backward[(programs,)](total, weight, dtotal, dnormed, dx, dy, dweight, dbias, seeds, site, **given)
-    return dx, dy, _sum(dweight), _sum(dbias)
-
-
-def _sum(shares: Tensor) -> Tensor:
-    programs, C = shares.shape
-    sums = shares.new_empty(C if programs else 0)
-    if programs:
-        kernels.column_sums[(triton.cdiv(C, 8),)](shares, sums, programs, C, BLOCK=8, STEP=32, num_warps=4)
-    return sums
-
-
-@_norm_backward.register_fake
-def _(
-    total: Tensor, weight: Tensor, bias: Tensor | None, dtotal: Tensor | None, dnormed: Tensor, dtype: torch.dtype,
-    added: bool, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    C, biases = total.shape[-1], 0 if bias is None else total.shape[-1]
-    dx, dy = total.new_empty(total.shape if added else 0), torch.empty_like(total, dtype=dtype)
-    return dx, dy, total.new_empty(C), total.new_empty(biases)
-
-
-def _keep_embed_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    idx, wte, wpe, weight, bias, _, ctx.dropout, seeds, ctx.site = inputs
-    ctx.tokens, ctx.places = wte.shape[0], wpe.shape[0]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(idx, output[0], weight, bias, seeds)
-
-
-def _embed_norm_gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
-    idx, total, weight, bias, seeds = ctx.saved_tensors
-    dnormed = torch.zeros_like(total) if dnormed is None else dnormed
-    _, dsum, dweight, dbias = _norm_backward(
-        total, weight, bias, dtotal, dnormed, torch.float32, False, ctx.dropout, seeds, ctx.site
-    )
-    dwte = dsum.new_zeros(ctx.tokens, dsum.shape[-1])
-    dwte.index_add_(0, idx.flatten(), dsum.flatten(0, 1))  # an embedding's own backward pass sorts the tokens
-    dwpe = F.pad(dsum.sum(0), (0, 0, 0, ctx.places - idx.shape[1]))
-    return None, dwte, dwpe, dweight, dbias if bias is not None else None, None, None, None, None
-
-
-embed_norm.register_autograd(_embed_norm_gradients, setup_context=_keep_embed_norm)
-
-
-def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, y, weight, bias, ctx.dropout, seeds, ctx.site = inputs
-    ctx.dtype = y.dtype
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], weight, bias, seeds)
-
-
-def _add_norm_gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
-    total, weight, bias, seeds = ctx.saved_tensors
-    dnormed = torch.zeros_like(total, dtype=ctx.dtype) if dnormed is None else dnormed
-    dx, dy, dweight, dbias = _norm_backward(
-        total, weight, bias, dtotal, dnormed, ctx.dtype, True, ctx.dropout, seeds, ctx.site
-    )
-    return dx, dy, dweight, dbias if bias is not None else None, None, None, None
-
-
-add_norm.register_autograd(_add_norm_gradients, setup_context=_keep_add_norm)
-
-
-# -- GELU -------------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("nanogpt_mac::gelu", mutates_args=())
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU of `x`, of any shape. Kept for the product behind it, where Inductor computes it again."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    kernels.gelu_forward[(triton.cdiv(x.numel(), ELEMENTS),)](x, y, x.numel(), BLOCK=ELEMENTS)
-    return y
-
-
-@torch.library.custom_op("nanogpt_mac::gelu_backward", mutates_args=())
-def _gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
-    x, dy = x.contiguous(), dy.contiguous()
-    dx = torch.empty_like(x)
-    kernels.gelu_backward[(triton.cdiv(x.numel(), ELEMENTS),)](x, dy, dx, x.numel(), BLOCK=ELEMENTS)
-    return dx
-
-
-gelu.register_fake(lambda x: x.new_empty(x.shape))
-_gelu_backward.register_fake(lambda x, dy: x.new_empty(x.shape))
-gelu.register_autograd(
-    lambda ctx, dy: _gelu_backward(*ctx.saved_tensors, dy),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-# -- a product of matrices --------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("nanogpt_mac::product", mutates_args=())
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a` (M, K) times `b` (K, N), in their dtype with sums in float32. No step takes it in 16 bits; suite=gemm does.
-
-    Each number of float32 is split into three of bfloat16, which hold it to the last bit, and six of the nine products
-    are summed: the other three are below float32's rounding. A quarter of cuBLAS's error, in less time.
-    """
-    (M, K), N, single = a.shape, b.shape[1], a.dtype == torch.float32
-    tile = TILE if single else WIDER
-    tiles = triton.cdiv(M, tile["ROWS"]) * triton.cdiv(N, tile["COLUMNS"])
-    count = min(SHARES, BUSY // tiles, K // 512) if single else 1  # a weight's gradient has few tiles and many terms
-    length = triton.cdiv(K, max(1, count) * tile["STEP"]) * tile["STEP"]
-    shares = a.new_empty(triton.cdiv(K, length), M, N)
-    even = M % tile["ROWS"] == N % tile["COLUMNS"] == K % length == 0
-    precision = "bf16x6" if single and a.is_cuda else "ieee"  # all that Triton's interpreter has
-    kernels.product[tiles, len(shares)](
-        a, b, shares, M, N, K, *a.stride(), *b.stride(), length, PRECISION=precision, EVEN=even, **tile
-    )  # fmt: skip
-    return shares[0] if len(shares) == 1 else shares.sum(0)
-
-
-product.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
-
-
-def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = ctx.saved_tensors
-    return product(grad, b.T), product(grad.T, a).T
-
-
-product.register_autograd(_product_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-
-@torch.library.custom_op("nanogpt_mac::weight_gradient", mutates_args=())
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad`^T (N, M) times `x` (M, K), float32 also of 16 bits, whose sums are float32 and need not be rounded."""
-    if grad.dtype == torch.float32:  # the longer side as columns: a quarter faster
-        return (x.T @ grad).T.contiguous() if grad.shape[1] > x.shape[1] else grad.T @ x
-    if grad.is_cuda:
-        return torch.mm(grad.T, x, out_dtype=torch.float32)
-    return grad.T.float() @ x.float()
-
-
-weight_gradient.register_fake(lambda grad, x: grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32))
-
-
-@torch.library.custom_op("nanogpt_mac::linear_gelu", mutates_args=())
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    """x W^T + b of `x` (M, K) and `weight` (N, K), empty unless it is to be kept, and its exact GELU, (M, N)."""
-    hidden, y = x.new_empty((len(x), len(weight)) if keep else 0), x.new_empty(len(x), len(weight))
-    _product_gelu(x, weight.T, bias, hidden, y, BIAS=bias is not None, KEEP=keep, BACKWARD=False)
-    return hidden, y
-
-
-linear_gelu.register_fake(
-    lambda x, w, _, keep: (x.new_empty((len(x), len(w)) if keep else 0), x.new_empty(len(x), len(w)))
-)
-
-
-@torch.library.custom_op("nanogpt_mac::linear_gelu_backward", mutates_args=())
-def _linear_gelu_backward(grad: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
-    """The gradient of `hidden` (M, N), whose GELU went through `weight` (K, N), from `grad` (M, K)."""
-    dhidden = torch.empty_like(hidden)
-    _product_gelu(grad, weight, None, hidden, dhidden, BIAS=False, KEEP=True, BACKWARD=True)
-    return dhidden
-
-
-_linear_gelu_backward.register_fake(lambda grad, weight, hidden: hidden.new_empty(hidden.shape))
-
-
-def one_product(x: Tensor) -> bool:
-    """Whether GELU is computed with the product before it, of `x` (..., C), and its slope with that of the gradient."""
-    return not exact(x.dtype) and x.shape[-1] <= NARROW
-
-
-def _product_gelu(a: Tensor, b: Tensor, bias: Tensor | None, hidden: Tensor, y: Tensor, **given: bool) -> None:
-    (M, K), N, tile = a.shape, b.shape[1], HIDDEN[a.element_size()]
-    grid = (triton.cdiv(M, tile["ROWS"]) * triton.cdiv(N, tile["COLUMNS"]),)
-    kernels.product_gelu[grid](
-        a.contiguous(), b, bias, hidden, y, M, N, K, *b.stride(), PRECISION="tf32", **given, **tile
-    )
-
-
-class Near(NamedTuple):
-    """What a linear layer computes with: its numbers in the dtype of products."""
-
-    weight: Tensor  # (N, K); there may be more rows than the layer has, of zeros
-    bias: Tensor | None = None
-
-
-def side_by_side(weight: Tensor) -> Tensor:
-    """`weight` (N, K) as a product over N is faster with: TF32 takes a third longer where terms do not lie so."""
-    return weight.T.contiguous().T if weight.dtype == torch.float32 else weight
-
-
-class Linear(torch.autograd.Function):
-    """x W^T + b of rows (M, K) by cuBLAS from `near`; the gradients of the float32 weight and bias are float32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, near_weight: Tensor, near_bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, near_weight)
-        ctx.rows, ctx.biased = weight.shape[0], bias is not None
-        return x @ near_weight.T if near_bias is None else torch.addmm(near_bias, x, near_weight.T)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-        (x, weight), (grad,) = ctx.saved_tensors, gradients
-        dbias = grad.sum(0, dtype=torch.float32)[: ctx.rows] if ctx.biased else None
-        return grad @ side_by_side(weight), weight_gradient(grad, x)[: ctx.rows], dbias, None, None
-
-
-class MLP(torch.autograd.Function):
-    """Two linear layers on rows (M, C) from `near` of both, with the exact GELU in between, as Linear has them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, fc: Tensor, fc_bias: Tensor | None, proj: Tensor, proj_bias: Tensor | None,
-        near: Sequence[Near], keep: bool,
-    ) -> Tensor:  # fmt: skip
-        of_fc, of_proj = near
-        hidden, y = linear_gelu(x, *of_fc, keep)
-        ctx.save_for_backward(x, hidden, y, of_fc.weight, of_proj.weight)
-        ctx.biased = fc_bias is not None
-        return y @ of_proj.weight.T if of_proj.bias is None else torch.addmm(of_proj.bias, y, of_proj.weight.T)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, hidden, y, fc, proj), (grad,) = ctx.saved_tensors, gradients
-        dhidden = _linear_gelu_backward(grad, proj, hidden)
-        of_fc, of_proj = (weight_gradient(dhidden, x), weight_gradient(grad, y))
-        biases = [g.sum(0, dtype=torch.float32) if ctx.biased else None for g in (dhidden, grad)]
-        return dhidden @ side_by_side(fc), of_fc, biases[0], of_proj, biases[1], None, None
-
-
-# -- cross entropy ----------------------------------------------------------------------------------------------------
-
-
-def _tiles(width: int) -> dict[str, int]:
-    wide = min(4096, triton.next_power_of_2(width))
-    return {"WIDE": wide, "ROWS": min(32, 4096 // wide)}
-
-
-@torch.library.custom_op("nanogpt_mac::cross_entropy", mutates_args=())
-def cross_entropy(logits: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy, in nats, float32 (), of `targets` (B, T) by the first V of `logits` (B, T, width); and the
-    log of each softmax's sum, float32 (B, T)."""
-    logits, (targets, lines) = logits.contiguous(), _lines(targets)
-    losses, sums = (logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
-    M, width, tiles = targets.numel(), logits.shape[-1], _tiles(V)
-    grid = (triton.cdiv(M, tiles["ROWS"]),)
-    kernels.cross_entropy_forward[grid](logits, targets, losses, sums, M, V, width, **lines, **tiles)
-    return losses.mean(), sums
-
-
-@torch.library.custom_op("nanogpt_mac::cross_entropy_backward", mutates_args=())
-def _cross_entropy_backward(logits: Tensor, targets: Tensor, sums: Tensor, dmean: Tensor, V: int) -> Tensor:
-    logits, (targets, lines) = logits.contiguous(), _lines(targets)
-    dlogits, M, width = torch.empty_like(logits), targets.numel(), logits.shape[-1]
-    tiles = _tiles(width)
-    grid = (triton.cdiv(M, tiles["ROWS"]), triton.cdiv(width, tiles["WIDE"]))
-    kernels.cross_entropy_backward[grid](logits, targets, sums, dmean, dlogits, M, V, width, **lines, **tiles)
-    return dlogits
-
-
-@cross_entropy.register_fake
-def _(logits: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((), dtype=torch.float32), logits.new_empty(targets.shape, dtype=torch.float32)
-
-
-_cross_entropy_backward.register_fake(lambda logits, *_: logits.new_empty(logits.shape))
-
-
-def _keep_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, targets, ctx.V = inputs
-    ctx.save_for_backward(logits, targets, output[1])
-
-
-def _cross_entropy_gradients(ctx: Any, dmean: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-    return _cross_entropy_backward(*ctx.saved_tensors, dmean, ctx.V), None, None
-
-
-cross_entropy.register_autograd(_cross_entropy_gradients, setup_context=_keep_cross_entropy)
-
-
-# -- the model --------------------------------------------------------------------------------------------------------
 
 
 def logits(model: GPT, idx: Tensor, last: bool = False) -> Tensor:
@@ -560,7 +31,7 @@ def loss(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     return nats(model, *_stream(model, idx), targets)
 
 
-def _stream(model: GPT, idx: Tensor) -> tuple[Tensor, Near]:
+def _stream(model: GPT, idx: Tensor) -> tuple[Tensor, ops.Near]:
     """The last layer norm's output (B, T, C), and what the head computes with."""
     t: Any = model.transformer
     drawn, dropped, after, (of_head, *of_blocks) = seeds(model, idx), dropout(model), norms(model)[2::2], near(model)
@@ -580,7 +51,7 @@ def norms(model: GPT) -> list[LayerNorm]:
     return [norm for block in t["h"] for norm in (block.ln_1, block.ln_2)] + [t["ln_f"]]
 
 
-def near(model: GPT) -> list[Near]:
+def near(model: GPT) -> list[ops.Near]:
     """Of the head, its rows padded, and of each block's four linear layers: in autocast's dtype where that is on."""
     t: Any = model.transformer
     layers = [of for b in t["h"] for of in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
@@ -590,13 +61,9 @@ def near(model: GPT) -> list[Near]:
         lower = [torch.empty_like(p, dtype=dtype) for p in own]
         torch._foreach_copy_(lower, own)  # one kernel, where each weight's own takes as long as its launch
         own = lower
-    rows = F.pad(own[0], (0, 0, 0, _padded(len(own[0])) - len(own[0])))
+    rows = F.pad(own[0], (0, 0, 0, ops.padded(len(own[0])) - len(own[0])))
     biased = model.spec.bias
-    return [Near(rows), *(Near(*own[i : i + 1 + biased]) for i in range(1, len(own), 1 + biased))]
-
-
-def _padded(vocab_size: int) -> int:
-    return -(-vocab_size // VOCABULARY) * VOCABULARY
+    return [ops.Near(rows), *(ops.Near(*own[i : i + 1 + biased]) for i in range(1, len(own), 1 + biased))]
 
 
 def seeds(model: GPT, idx: Tensor) -> Tensor:
@@ -616,59 +83,52 @@ def enter(model: GPT, idx: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     t: Any = model.transformer
     wte, wpe, norm, device = t["wte"].weight, t["wpe"].weight, norms(model)[0], idx.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    return embed_norm(idx, wte, wpe, norm.weight, norm.bias, dtype, dropout(model), drawn[0], 3)
+    return ops.embed_norm(idx, wte, wpe, norm.weight, norm.bias, dtype, dropout(model), drawn[0], 3)
 
 
 def block(
-    of: Block, near: Sequence[Near], following: LayerNorm, x: Tensor, y: Tensor, drawn: Tensor, dropout: float
+    of: Block, near: Sequence[ops.Near], following: LayerNorm, x: Tensor, y: Tensor, drawn: Tensor, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """The residual stream x and the norm y of it, (B, T, C), after a block; `following` is the norm behind it."""
     x, y = add(of.ln_2, x, attend(of, near[:2], y, drawn, dropout), drawn, 1, dropout)
     return add(following, x, mlp(of, near[2:], y), drawn, 2, dropout)
 
 
-def attend(of: Block, near: Sequence[Near], y: Tensor, drawn: Tensor, dropout: float) -> Tensor:
+def attend(of: Block, near: Sequence[ops.Near], y: Tensor, drawn: Tensor, dropout: float) -> Tensor:
     """A block's attention with both projections, (B, T, C)."""
-    y, _ = attention(linear(of.attn.c_attn, near[0], y), of.attn.n_head, dropout, drawn, 0)
+    y, _ = ops.attention(linear(of.attn.c_attn, near[0], y), of.attn.n_head, dropout, drawn, 0)
     return linear(of.attn.c_proj, near[1], y)
 
 
-def linear(of: nn.Linear | nn.Embedding, near: Near, x: Tensor) -> Tensor:
+def linear(of: nn.Linear | nn.Embedding, near: ops.Near, x: Tensor) -> Tensor:
     """What `of`, whose numbers in x's dtype are `near`, makes of `x` (..., K)."""
     rows, bias = x.flatten(0, -2), getattr(of, "bias", None)
-    if exact(x.dtype):
-        y = product(rows, F.pad(of.weight, (0, 0, 0, len(near.weight) - len(of.weight))).T)
+    if ops.exact(x.dtype):
+        y = ops.product(rows, F.pad(of.weight, (0, 0, 0, len(near.weight) - len(of.weight))).T)
         y = y if bias is None else y + bias
     else:
-        y = cast(Tensor, Linear.apply(rows, of.weight, bias, *near))
+        y = cast(Tensor, ops.Linear.apply(rows, of.weight, bias, *near))
     return y.unflatten(0, x.shape[:-1])
 
 
-def mlp(of: Block, near: Sequence[Near], y: Tensor) -> Tensor:
+def mlp(of: Block, near: Sequence[ops.Near], y: Tensor) -> Tensor:
     """A block's MLP, (B, T, C)."""
-    fc, proj, exactly = of.mlp.c_fc, of.mlp.c_proj, of.mlp.gelu.approximate == "none"
-    if exactly and one_product(y):
-        z = cast(
-            Tensor,
-            MLP.apply(y.flatten(0, -2), fc.weight, fc.bias, proj.weight, proj.bias, near, torch.is_grad_enabled()),
-        )
-        return z.unflatten(0, y.shape[:-1])
-    hidden = linear(fc, near[0], y)
-    return linear(proj, near[1], gelu(hidden) if exactly else of.mlp.gelu(hidden))
+    gelu = ops.gelu if of.mlp.gelu.approximate == "none" else of.mlp.gelu
+    return linear(of.mlp.c_proj, near[1], gelu(linear(of.mlp.c_fc, near[0], y)))
 
 
 def add(norm: LayerNorm, x: Tensor, y: Tensor, drawn: Tensor, place: int, dropout: float) -> tuple[Tensor, Tensor]:
     """The residual sum behind a block's attention (`place` 1) or MLP (2), with dropout, and the norm behind it."""
-    return add_norm(x, y, norm.weight, norm.bias, dropout, drawn, place)
+    return ops.add_norm(x, y, norm.weight, norm.bias, dropout, drawn, place)
 
 
-def head(model: GPT, y: Tensor, near: Near) -> Tensor:
+def head(model: GPT, y: Tensor, near: ops.Near) -> Tensor:
     """Logits (B, T, V and more) of the last layer norm's output, in its dtype: `near` has the embedding's rows."""
     t: Any = model.transformer
     return linear(t["wte"], near, y)
 
 
-def nats(model: GPT, y: Tensor, near: Near, targets: Tensor) -> Tensor:
+def nats(model: GPT, y: Tensor, near: ops.Near, targets: Tensor) -> Tensor:
     """Mean cross entropy, in nats, of `targets` (B, T) after the last layer norm's output (B, T, C)."""
-    mean, _ = cross_entropy(head(model, y, near), targets, model.spec.vocab_size)
+    mean, _ = ops.cross_entropy(head(model, y, near), targets, model.spec.vocab_size)
     return mean

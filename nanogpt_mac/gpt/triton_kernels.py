@@ -1,8 +1,8 @@
 """Triton kernels for an NVIDIA GPU: all of a step but the products of 16 bits and TF32, which are cuBLAS's.
 
-fused.py wraps them as operators. Matrices are row-major. A dropout mask is not stored: whether an element is kept is a
-hash of a seed, its row and its column, computed again in the backward pass. `threshold` is the share that is dropped in
-units of 2^-32, and what is kept is multiplied by `kept`; `site` is the place of the seed in `seeds`, int64.
+triton_ops.py wraps them as operators. Matrices are row-major. A dropout mask is not stored: whether an element is kept
+is a hash of a seed, its row and its column, computed again in the backward pass. `threshold` is the share that is
+dropped in units of 2^-32, and what is kept is multiplied by `kept`; `site` is the place of the seed in `seeds`, int64.
 """
 
 from __future__ import annotations
@@ -320,26 +320,21 @@ def gelu_backward(x, dy, dx, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _place(M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):
-    """The rows and columns of a program's tile. Tiles go down BAND at a time before they go across, so that what they
-    read is still in the cache."""
-    down, across = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
-    number = tl.program_id(0)
-    band, within = number // (BAND * across), number % (BAND * across)
-    height = tl.minimum(down - band * BAND, BAND)
-    rows = ((band * BAND + within % height) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    return rows, ((within // height) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-
-
-@triton.jit
 def product(
     a, b, shares, M, N, K, a_down, a_across, b_down, b_across, length,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr, PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `a` (M, K) times `b` (K, N), of `length` of their K terms: `shares` (K / length, M, N) has each sum."""
-    share = tl.program_id(1)
-    rows, columns = _place(M, N, ROWS, COLUMNS, BAND)
+    """A tile of `a` (M, K) times `b` (K, N), of `length` of their K terms: `shares` (K / length, M, N) holds each sum.
+
+    Tiles go down BAND at a time before they go across, so that what they read is still in the cache.
+    """
+    down, across = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
+    number, share = tl.program_id(0), tl.program_id(1)
+    band, within = number // (BAND * across), number % (BAND * across)
+    height = tl.minimum(down - band * BAND, BAND)
+    rows = ((band * BAND + within % height) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = ((within // height) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     terms = share * length + tl.arange(0, STEP)
     left = a + rows[:, None] * a_down + terms[None, :] * a_across
     right = b + terms[:, None] * b_down + columns[None, :] * b_across
@@ -359,45 +354,6 @@ def product(
         tl.store(places, sums.to(shares.dtype.element_ty))
     else:
         tl.store(places, sums.to(shares.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
-
-
-@triton.jit
-def product_gelu(
-    a, b, bias, x, y, M, N, K, b_down, b_across,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS: tl.constexpr, KEEP: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
-    """`x` = a b + bias, kept where it is wanted, and `y`, its GELU, both (M, N), of `a` (M, K) and `b` (K, N).
-
-    BACKWARD: `y` = a b times the slope of GELU at the `x` that was kept.
-    """
-    rows, columns = _place(M, N, ROWS, COLUMNS, BAND)
-    terms = tl.arange(0, STEP)
-    left = a + rows[:, None] * K + terms[None, :]
-    right = b + terms[:, None] * b_down + columns[None, :] * b_across
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for begin in range(0, K, STEP):
-        some = begin + terms < K
-        first = tl.load(left, mask=(rows < M)[:, None] & some[None, :], other=0.0)
-        second = tl.load(right, mask=some[:, None] & (columns < N)[None, :], other=0.0)
-        sums = tl.dot(first, second, sums, input_precision=PRECISION)
-        left += STEP
-        right += STEP * b_down
-    places = rows[:, None] * N + columns[None, :]
-    if BACKWARD:
-        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-        below, density = _normal(value)
-        sums *= below + 0.39894228040 * value * density
-    else:
-        if BIAS:
-            sums += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        value = sums.to(y.dtype.element_ty)
-        if KEEP:
-            tl.store(x + places, value, mask=inside)
-        below, _ = _normal(value.to(tl.float32))
-        sums = value.to(tl.float32) * below
-    tl.store(y + places, sums.to(y.dtype.element_ty), mask=inside)
 
 
 # -- cross entropy ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ with pytest.MonkeyPatch.context() as patch:
 def own_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(Choices, "own_kernels", fused)
-    monkeypatch.setattr(fused, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))  # the interpreter runs one a time
+    monkeypatch.setattr(
+        fused.ops, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1)
+    )  # the interpreter runs one a time
 
 
 def drawn_from(seed, loss):
