@@ -26,11 +26,11 @@ class TorchSettings:
     fused_adamw: bool | None = setting(None)
     """AdamW as one kernel; null is "wherever torch has it"."""
     cuda_graph: bool | None = setting(None)
-    """A whole iteration as one CUDA graph; null is "on CUDA, when it is compiled". False: a sampled token is none
+    """A whole iteration as one CUDA graph; null is "on CUDA, with compile=true". False: a sampled token is none
     either."""
     own_kernels: bool | None = setting(None)
-    """Attention, and residual sums with dropout and layer norm, by Triton kernels of our own; null is "on CUDA, where
-    they can"."""
+    """All but products of matrices by Triton kernels of our own; null is "on CUDA, with compile=true or a graph, where
+    they can". In a graph torch.compile has nothing left to do, and is not called."""
 
 
 class Torch(Kind):

@@ -13,13 +13,18 @@ Weights = dict[str, np.ndarray]
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's, in both frameworks
 NORM_EPSILON = 1e-5
 CLOSE_TO_ZERO = 3e-5  # of a ReLU's input, which is about 1
+UNDECIDED = 1e-6  # the same, of its root mean square: five times what rounding to float32 moves it by
 
 
 class Twin:
-    """One network, and its training, from the given weights."""
+    """One network, and its training, from the given weights.
+
+    `undecided`, after `gradients`: the largest share of a block's ReLU inputs that rounding may put on the other side
+    of zero. Each that it does is worth its own share of a gradient's square, whatever its size.
+    """
 
     def __init__(self, spec: Spec, weights: Mapping[str, np.ndarray]) -> None:
-        self.spec, self.steps = spec, 0
+        self.spec, self.steps, self.undecided = spec, 0, 0.0
         self.weights: Weights = {name: values.astype(np.float64) for name, values in weights.items()}
         self.first: Weights = {name: np.zeros_like(values) for name, values in self.weights.items()}
         self.second: Weights = {name: np.zeros_like(values) for name, values in self.weights.items()}
@@ -41,6 +46,7 @@ class Twin:
     def gradients(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, Weights]:
         """The mean cross entropy and its gradients by name."""
         logits, kept = self._run(inputs)
+        self.undecided = kept["undecided"] if isinstance(self.spec, LMSpec) else 0.0
         flat, classes = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).astype(np.intp)
         shares = np.exp(flat - flat.max(1, keepdims=True))
         shares /= shares.sum(1, keepdims=True)
@@ -146,7 +152,7 @@ def _lm(spec: LMSpec, w: Weights, tokens: np.ndarray) -> tuple[np.ndarray, dict[
     heads = (batch, length, spec.heads, -1)
     x = w["embedding.weight"][tokens] + positions(spec.context, spec.width)[:length]
     hidden = np.triu(np.ones((length, length), bool), 1)
-    kept: dict[str, Any] = {"tokens": tokens}
+    kept: dict[str, Any] = {"tokens": tokens, "undecided": 0.0}
     for i in range(spec.blocks):
         at = f"blocks.{i}"
         y, norm1 = _norm(w, f"{at}.ln1", x)
@@ -157,7 +163,10 @@ def _lm(spec: LMSpec, w: Weights, tokens: np.ndarray) -> tuple[np.ndarray, dict[
         mixed = (shares @ v).swapaxes(1, 2).reshape(batch, length, -1)
         x = x + _linear(w, f"{at}.out", mixed)
         z, norm2 = _norm(w, f"{at}.ln2", x)
-        up = np.maximum(_linear(w, f"{at}.linear1", z), 0)
+        up = _linear(w, f"{at}.linear1", z)
+        near = np.abs(up) < UNDECIDED * np.sqrt((up * up).mean())
+        kept["undecided"] = max(kept["undecided"], float(near.mean()))
+        up = np.maximum(up, 0)
         x = x + _linear(w, f"{at}.linear2", up)
         kept[at] = (norm1, y, q, k, v, shares, mixed, norm2, z, up)
     x, kept["norm"] = _norm(w, "ln", x)

@@ -102,3 +102,22 @@ def test_rows_on_which_rounding_decides_are_left_out() -> None:
     bias[0] = -float(first[0].astype(float) @ inputs[7].astype(float))  # row 7 has a ReLU at zero
     taken = Twin(spec, weights).clear_epoch(inputs, np.zeros(20, np.int32), np.arange(20), 20)
     assert set(range(20)) - set(taken.tolist()) == {7}
+
+
+def test_what_a_relu_at_zero_is_worth_is_known() -> None:
+    """A sign that float32 cannot tell changes gradients by about the root of the share of such ReLUs."""
+    spec = LMSpec(2, 32, 4, 16, 23)
+    inputs, targets = data(spec, 8)
+    weights = drawn(spec, 1)
+    twin = Twin(spec, weights)
+    twin.gradients(inputs, targets)
+    assert twin.undecided < 1e-3
+    units = len(weights["blocks.1.linear1.bias"])
+    weights["blocks.1.linear1.weight"][3] = 0
+    found = []
+    for sign in (1, -1):
+        weights["blocks.1.linear1.bias"][3] = sign * 1e-9
+        twin = Twin(spec, weights)
+        found.append(twin.gradients(inputs, targets)[1])
+        assert twin.undecided == pytest.approx(1 / units, abs=1e-3)
+    assert 1e-3 < distance(*found) < 2 * twin.undecided**0.5
