@@ -76,7 +76,8 @@ class TorchBackend(Backend):
             own.ops.prepare(spec, self.dtype, self.device)
         self.model = GPT(spec, choices.few_kernels, options.checkpointing, own is not None).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = partial(own.loss, self.model) if own else self.model.loss
-        self.compiled = options.compile and not (own is not None and graph)  # which leave nothing to fuse or to call
+        default = self.settings.compile_mode == "default"
+        self.compiled = options.compile and not (own and graph and default)  # which leave nothing to fuse or to call
         if self.compiled:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
@@ -121,6 +122,7 @@ class TorchBackend(Backend):
             "fused_adamw": fused,
             "cuda_graph": graph,
             "own_kernels": own is not None,
+            "torch_compile": self.compiled or choices.joint_graph,
             "resident_data": sorted(self.resident),
         }
 

@@ -47,13 +47,13 @@ LEVERS = (
     Lever(
         "backend.cuda_graph",
         False,
-        "every kernel of an iteration sent by the host",
+        "every kernel of an iteration sent by the host, as torch.compile calls them",
         lambda here, config: here.device == "cuda" and config.compile and config.backend.cuda_graph is not False,
     ),
     Lever(
         "backend.own_kernels",
         False,
-        "attention, layer norm and float32 products by torch's kernels, not by ours",
+        "torch.compile's and torch's kernels, not ours",
         lambda here, config: (
             here.device == "cuda" and (config.compile if (o := config.backend.own_kernels) is None else o)
         ),
@@ -87,7 +87,7 @@ class Choices:
 
     @property
     def cuda_graph(self) -> bool:
-        """Whether an iteration is one CUDA graph: when it is compiled, unless told otherwise."""
+        """Whether an iteration is one CUDA graph: with compile=true, unless told otherwise."""
         asked, mode = self.settings.cuda_graph, self.settings.compile_mode
         own = self.options.compile and mode in ("reduce-overhead", "max-autotune")  # torch.compile makes graphs itself
         if asked and (self.device.type != "cuda" or own):

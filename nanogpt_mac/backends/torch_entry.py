@@ -29,8 +29,8 @@ class TorchSettings:
     """A whole iteration as one CUDA graph; null is "on CUDA, with compile=true". False: a sampled token is none
     either."""
     own_kernels: bool | None = setting(None)
-    """All but products of matrices by Triton kernels of our own; null is "on CUDA, with compile=true or a graph, where
-    they can". In a graph torch.compile has nothing left to do, and is not called."""
+    """Everything but matrix products by Triton kernels of our own; null is "on CUDA, with compile=true or a graph,
+    where they can". In a graph torch.compile has nothing left to do: it is called for another compile_mode alone."""
 
 
 class Torch(Kind):
@@ -129,7 +129,7 @@ CUDA = Torch(
             missing=lambda: None if find_spec("triton") else "the package triton is not installed",
         ),
     ),
-    **TORCH,
+    **{**TORCH, "compiler": "our kernels in one CUDA graph, else torch.compile"},
 )
 
 CPU = Torch(

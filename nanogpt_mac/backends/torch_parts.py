@@ -68,8 +68,9 @@ def stages(model: GPT) -> list[Stage]:
     return [*chain, Stage("layer norms", t["ln_f"], ("x",), ("y",), own(t["ln_f"])), last]
 
 
-def own_stages(model: GPT) -> list[Stage]:
-    """The same where `model` takes the way of fused.py, whose kernels draw their masks from `seeds`."""
+def own_stages(model: GPT, casts: bool) -> list[Stage]:
+    """The same where `model` takes the way of fused.py, whose kernels draw their masks from `seeds` and compute with
+    `near`, which a stage makes where that takes `casts` or copies."""
     from nanogpt_mac.gpt import fused  # and Triton
     from nanogpt_mac.gpt.triton_ops import Near
 
@@ -92,10 +93,10 @@ def own_stages(model: GPT) -> list[Stage]:
     if not model.spec.dropout:
         chain = []
     note, of_embedding = "has dropout and the first layer norm", own(t["wte"], t["wpe"], norms[0])
-    chain += [
-        Stage("casts", lower, ("tokens",), ("near",), note="are of all weights, to what products are computed in"),
-        Stage("embedding", embed, ("tokens", "seeds"), ("x", "y"), of_embedding, note=note),
-    ]
+    if casts:
+        note_of_casts = "are of all weights, to what products are computed in"
+        chain += [Stage("casts", lower, ("tokens",), ("near",), note=note_of_casts)]
+    chain += [Stage("embedding", embed, ("tokens", "seeds"), ("x", "y"), of_embedding, note=note)]
     note = "have dropout and the layer norm behind them, in one kernel of ours"
     for layer, block in enumerate(t["h"]):
 
@@ -115,7 +116,8 @@ def own_stages(model: GPT) -> list[Stage]:
             Stage("MLP", mlp, ("y", "near"), ("y",), own(block.mlp)),
             Stage("residual sums", functools.partial(add, place=2), *sums, own(norms[2 * layer + 2])),
         ]
-        chain += [stage.anew(_again) for stage in inside] if model.checkpointing else inside
+        again = functools.partial(_again, preserve_rng_state=False)  # masks come from seeds that are given
+        chain += [stage.anew(again) for stage in inside] if model.checkpointing else inside
     last = Stage("head and loss", head, ("y", "near", "targets"), ("loss",), tied=("transformer.wte.weight",))
     return [*chain, last]
 
@@ -126,8 +128,8 @@ def _owner(model: GPT) -> Callable[..., tuple[str, ...]]:
     return lambda *modules: tuple(names[id(p)] for module in modules for p in module.parameters())
 
 
-def _again(function: Callable[..., Any]) -> Callable[..., Any]:
-    return functools.partial(checkpoint, function, use_reentrant=False)
+def _again(function: Callable[..., Any], preserve_rng_state: bool = True) -> Callable[..., Any]:
+    return functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 class TorchParts(Parts):
@@ -140,7 +142,10 @@ class TorchParts(Parts):
         if model.own_logits is not None:
             any_numbers = window[:1, :-1].expand(model.spec.n_layer, -1)
             self.values["seeds"] = any_numbers  # where nothing is dropped; else a stage's
-        self.stages = stages(model) if model.own_logits is None else own_stages(model)
+            with backend.autocast():
+                self.values["near"] = backend.own.near(model)
+        casts = backend.dtype != torch.float32 or model.spec.vocab_size % 64 > 0
+        self.stages = stages(model) if model.own_logits is None else own_stages(model, casts)
         self.parts = {part.name: part for part in (self._batch(), *self._of_model(), *self._of_optimizer())}
         if backend.accelerator is not None:
             one = torch.zeros(1, device=backend.device)
@@ -193,7 +198,8 @@ class TorchParts(Parts):
         """The weights stay: the learning rate is 0. Where losses are scaled, each part undoes or ends the scaling."""
         backend, optimizer, scaler = self.backend, self.backend.optimizer, self.backend.scaler
         with backend.autocast():
-            loss = scaler.scale(backend.model.loss(self.values["tokens"], self.values["targets"]))
+            of = backend.own.loss if backend.own else GPT.loss
+            loss = scaler.scale(of(backend.model, self.values["tokens"], self.values["targets"]))
         taken = torch.autograd.grad(loss, optimizer.ordered, materialize_grads=True)
         lr = torch.zeros((), device=backend.device) if isinstance(backend.lr, Tensor) else 0.0
 

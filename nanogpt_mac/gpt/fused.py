@@ -61,9 +61,13 @@ def near(model: GPT) -> list[ops.Near]:
         lower = [torch.empty_like(p, dtype=dtype) for p in own]
         torch._foreach_copy_(lower, own)  # one kernel, where each weight's own takes as long as its launch
         own = lower
-    rows = F.pad(own[0], (0, 0, 0, ops.padded(len(own[0])) - len(own[0])))
-    biased = model.spec.bias
+    biased, rows = model.spec.bias, _longer(own[0], ops.padded(len(own[0])))
     return [ops.Near(rows), *(ops.Near(*own[i : i + 1 + biased]) for i in range(1, len(own), 1 + biased))]
+
+
+def _longer(weight: Tensor, rows: int) -> Tensor:
+    """With rows of zeros behind it; itself where it has as many: padding copies all."""
+    return weight if len(weight) == rows else F.pad(weight, (0, 0, 0, rows - len(weight)))
 
 
 def seeds(model: GPT, idx: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ def linear(of: nn.Linear | nn.Embedding, near: ops.Near, x: Tensor) -> Tensor:
     """What `of`, whose numbers in x's dtype are `near`, makes of `x` (..., K)."""
     rows, bias = x.flatten(0, -2), getattr(of, "bias", None)
     if ops.exact(x.dtype):
-        y = ops.product(rows, F.pad(of.weight, (0, 0, 0, len(near.weight) - len(of.weight))).T)
+        y = ops.product(rows, _longer(of.weight, len(near.weight)).T)
         y = y if bias is None else y + bias
     else:
         y = cast(Tensor, ops.Linear.apply(rows, of.weight, bias, *near))

@@ -231,7 +231,7 @@ def add_norm_forward(
     tl.store(normed + places, result.to(normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["site", "programs"])
 def norm_backward(
     total, weight, dtotal, dnormed, dx, dy, dweight, dbias, seeds, site, M, C, eps, threshold, kept, programs,
     WIDE: tl.constexpr, ROWS: tl.constexpr, DROP: tl.constexpr, BIAS: tl.constexpr, LAST: tl.constexpr,
@@ -274,7 +274,7 @@ def norm_backward(
         tl.store(dbias + program * C + columns, tl.sum(of_bias, 0), mask=columns < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def column_sums(shares, sums, programs, C, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """The sums (C,) of `shares` (programs, C)."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -381,7 +381,7 @@ def cross_entropy_forward(
     for begin in range(0, V, WIDE):
         columns = (begin + tl.arange(0, WIDE))[None, :]
         x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-        now = tl.maximum(largest, tl.max(x, 1))
+        now = tl.maximum(tl.maximum(largest, tl.max(x, 1)), -3e38)  # also where all are minus infinity
         total = total * tl.exp(largest - now) + tl.sum(tl.exp(x - now[:, None]), 1)
         largest = now
     total = largest + tl.log(total)

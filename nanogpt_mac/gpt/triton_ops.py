@@ -46,7 +46,8 @@ def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> None:
     y, qkv, hidden = (torch.zeros(1, T, wide * C, dtype=dtype, device=device) for wide in (1, 3, 4))
     x, lse, drawn = y.float(), y.new_zeros(spec.n_head, T, dtype=torch.float32), y.new_zeros(4, dtype=torch.int64)
     weight = x[0, 0].clone()
-    bias, idx, mean = weight if spec.bias else None, y.new_zeros(1, T, dtype=torch.int64), x.new_zeros(())
+    window = y.new_zeros(1, T + 1, dtype=torch.int64)
+    bias, idx, targets, mean = weight if spec.bias else None, window[:, :-1], window[:, 1:], x.new_zeros(())
     scores = y.new_zeros(1, T, padded(spec.vocab_size))
     work: list[Callable[[], object]] = [
         lambda: [attention(qkv, spec.n_head, dropout, drawn, 0) for dropout in {p, 0.0}],
@@ -55,16 +56,22 @@ def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> None:
         lambda: _norm_backward(x, weight, bias, x, y, torch.float32, False, p, drawn, 3),
         lambda: [add_norm(x, y, weight, bias, dropout, drawn, 1) for dropout in {p, 0.0}],
         lambda: [_norm_backward(x, weight, bias, up, y, dtype, True, p, drawn, 1) for up in (x, None)],
-        lambda: cross_entropy(scores, idx, spec.vocab_size),
-        lambda: _cross_entropy_backward(scores, idx, x[..., 0], mean, spec.vocab_size),
+        lambda: cross_entropy(scores, targets, spec.vocab_size),
+        lambda: _cross_entropy_backward(scores, targets, x[..., 0].contiguous(), mean, spec.vocab_size),
         *((lambda: gelu(hidden), lambda: _gelu_backward(hidden, hidden)) if spec.gelu == "exact" else ()),
     ]
     if exact(dtype):
         a, ab = x.new_zeros(TILE["ROWS"], C), x.new_zeros(TILE["ROWS"], 3 * C)
         b = x.new_zeros(3 * C, C).T  # as a linear layer's weight lies
         work += [lambda: product(a, b), lambda: product(ab, b.T), lambda: product(ab.T, a)]
+    gpu = torch.cuda.current_device() if device.type == "cuda" else -1
+
+    def here(one: Callable[[], object]) -> None:
+        with torch.cuda.device(gpu):  # a thread begins on the first
+            one()
+
     with ThreadPoolExecutor(len(work)) as pool:
-        for done in [pool.submit(one) for one in work]:
+        for done in [pool.submit(here, one) for one in work]:
             done.result()
 
 
@@ -150,6 +157,7 @@ _attention_backward.register_fake(lambda qkv, *_: qkv.new_empty(qkv.shape))
 
 def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, ctx.n_head, ctx.dropout, seeds, ctx.site = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output, seeds)
 
 
@@ -294,7 +302,8 @@ def _embed_norm_gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | Non
         total, weight, bias, dtotal, dnormed, torch.float32, False, ctx.dropout, seeds, ctx.site
     )
     dwte = dsum.new_zeros(ctx.tokens, dsum.shape[-1])
-    dwte.index_add_(0, idx.flatten(), dsum.flatten(0, 1))  # an embedding's own backward pass sorts the tokens
+    tokens = idx.flatten().clamp(0, ctx.tokens - 1)  # what is none must not end the process before its loss is read
+    dwte.index_add_(0, tokens, dsum.flatten(0, 1))  # an embedding's own backward pass sorts them
     dwpe = F.pad(dsum.sum(0), (0, 0, 0, ctx.places - idx.shape[1]))
     return None, dwte, dwpe, dweight, dbias if bias is not None else None, None, None, None, None
 
@@ -326,7 +335,7 @@ add_norm.register_autograd(_add_norm_gradients, setup_context=_keep_add_norm)
 
 @torch.library.custom_op("nanogpt_mac::gelu", mutates_args=())
 def gelu(x: Tensor) -> Tensor:
-    """The exact GELU of `x`, of any shape. Kept for the product behind it, where Inductor computes it again."""
+    """The exact GELU of `x`, of any shape. Kept for the product behind it."""
     x = x.contiguous()
     y = torch.empty_like(x)
     kernels.gelu_forward[(triton.cdiv(x.numel(), ELEMENTS),)](x, y, x.numel(), BLOCK=ELEMENTS)
@@ -464,6 +473,7 @@ _cross_entropy_backward.register_fake(lambda logits, *_: logits.new_empty(logits
 
 def _keep_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, targets, ctx.V = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, output[1])
 
 

@@ -210,9 +210,11 @@ class _One:
         found, wanted = float(self.arrays.get(loss)), float(expected["loss"])
         if not abs(found - wanted) <= WEIGHTS_TOLERANCE * abs(wanted):
             raise _wrong(f"its first loss is {found:.7g}, float64's {wanted:.7g}")
-        off = distance({n: self.arrays.get(g) for n, g in gradients.items()}, _part(expected, "gradient"))
-        if not off <= float(np.hypot(WEIGHTS_TOLERANCE, np.sqrt(expected["undecided"]))):
-            raise _wrong(f"its first gradients are {off:.2g} from float64's, relative")
+        for name, doubt in _part(expected, "doubt").items():
+            gradient = {n: self.arrays.get(g) for n, g in gradients.items() if n == name}
+            off = distance(gradient, {name: expected[f"gradient {name}"]})
+            if not off <= float(np.hypot(WEIGHTS_TOLERANCE, doubt)):
+                raise _wrong(f"its first gradients are {off:.2g} from float64's, relative")
 
     def _reference(self, order: np.ndarray) -> dict[str, np.ndarray]:
         """Float64's loss and gradients of the first batch, the rows of the checked epoch and the weights after it.
@@ -224,10 +226,10 @@ class _One:
             twin = Twin(self.row.spec, self.first)
             taken = twin.clear_epoch(self.row.inputs, self.row.targets, order, self.row.batch)
             rows = taken[: self.row.batch]
-            first = Twin(self.row.spec, self.first)
-            loss, g = first.gradients(self.row.inputs[rows], self.row.targets[rows])
+            first, batch = Twin(self.row.spec, self.first), (self.row.inputs[rows], self.row.targets[rows])
+            loss, g = first.gradients(*batch)
             found = {f"gradient {n}": values for n, values in g.items()} | {"loss": np.array(loss), "order": taken}
-            found["undecided"] = np.array(first.undecided)
+            found |= {f"doubt {n}": np.array(doubt) for n, doubt in first.doubts(*batch).items()}
             found |= {f"weight {n}": values for n, values in twin.weights.items()}
             with (made := folder / "reference.npz").open("wb") as file:
                 np.savez(file, **found)  # type: ignore[arg-type]

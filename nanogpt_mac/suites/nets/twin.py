@@ -13,18 +13,14 @@ Weights = dict[str, np.ndarray]
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's, in both frameworks
 NORM_EPSILON = 1e-5
 CLOSE_TO_ZERO = 3e-5  # of a ReLU's input, which is about 1
-UNDECIDED = 1e-6  # the same, of its root mean square: five times what rounding to float32 moves it by
+UNDECIDED = 1e-6  # the same, of its root mean square: some five times what rounding to float32 moves it by
 
 
 class Twin:
-    """One network, and its training, from the given weights.
-
-    `undecided`, after `gradients`: the largest share of a block's ReLU inputs that rounding may put on the other side
-    of zero. Each that it does is worth its own share of a gradient's square, whatever its size.
-    """
+    """One network, and its training, from the given weights."""
 
     def __init__(self, spec: Spec, weights: Mapping[str, np.ndarray]) -> None:
-        self.spec, self.steps, self.undecided = spec, 0, 0.0
+        self.spec, self.steps = spec, 0
         self.weights: Weights = {name: values.astype(np.float64) for name, values in weights.items()}
         self.first: Weights = {name: np.zeros_like(values) for name, values in self.weights.items()}
         self.second: Weights = {name: np.zeros_like(values) for name, values in self.weights.items()}
@@ -38,22 +34,32 @@ class Twin:
             return _mlp(self.spec, self.weights, inputs)
         return _lm(self.spec, self.weights, inputs)
 
-    def _back(self, kept: Any, dy: np.ndarray) -> Weights:
-        if isinstance(self.spec, MLPSpec):
-            return _mlp_back(self.spec, self.weights, kept, dy)
-        return _lm_back(self.spec, self.weights, kept, dy)
-
     def gradients(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, Weights]:
         """The mean cross entropy and its gradients by name."""
+        value, kept, dy = self._loss(inputs, targets)
+        if isinstance(self.spec, MLPSpec):
+            return value, _mlp_back(self.spec, self.weights, kept, dy)
+        return value, _lm_back(self.spec, self.weights, kept, dy)
+
+    def doubts(self, inputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """How far rounding to float32 may move each gradient, relative to it, by putting ReLU inputs on the other side
+        of zero: all that are so near do. An MLP's rows are chosen so that it has none (`clear_epoch`)."""
+        if isinstance(self.spec, MLPSpec):
+            return dict.fromkeys(self.weights, 0.0)
+        _, kept, dy = self._loss(inputs, targets)
+        one, other = (_lm_back(self.spec, self.weights, kept, dy, turned) for turned in (False, True))
+        return {name: float(np.linalg.norm(other[name] - g) / np.linalg.norm(g)) for name, g in one.items()}
+
+    def _loss(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, Any, np.ndarray]:
+        """The mean cross entropy, what the way back needs, and the gradient of the logits."""
         logits, kept = self._run(inputs)
-        self.undecided = kept["undecided"] if isinstance(self.spec, LMSpec) else 0.0
         flat, classes = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).astype(np.intp)
         shares = np.exp(flat - flat.max(1, keepdims=True))
         shares /= shares.sum(1, keepdims=True)
         rows = np.arange(len(classes))
         value = -float(np.log(shares[rows, classes]).mean())
         shares[rows, classes] -= 1
-        return value, self._back(kept, (shares / len(classes)).reshape(logits.shape))
+        return value, kept, (shares / len(classes)).reshape(logits.shape)
 
     def step(self, inputs: np.ndarray, targets: np.ndarray) -> float:
         value, gradients = self.gradients(inputs, targets)
@@ -152,7 +158,7 @@ def _lm(spec: LMSpec, w: Weights, tokens: np.ndarray) -> tuple[np.ndarray, dict[
     heads = (batch, length, spec.heads, -1)
     x = w["embedding.weight"][tokens] + positions(spec.context, spec.width)[:length]
     hidden = np.triu(np.ones((length, length), bool), 1)
-    kept: dict[str, Any] = {"tokens": tokens, "undecided": 0.0}
+    kept: dict[str, Any] = {"tokens": tokens}
     for i in range(spec.blocks):
         at = f"blocks.{i}"
         y, norm1 = _norm(w, f"{at}.ln1", x)
@@ -165,22 +171,22 @@ def _lm(spec: LMSpec, w: Weights, tokens: np.ndarray) -> tuple[np.ndarray, dict[
         z, norm2 = _norm(w, f"{at}.ln2", x)
         up = _linear(w, f"{at}.linear1", z)
         near = np.abs(up) < UNDECIDED * np.sqrt((up * up).mean())
-        kept["undecided"] = max(kept["undecided"], float(near.mean()))
         up = np.maximum(up, 0)
         x = x + _linear(w, f"{at}.linear2", up)
-        kept[at] = (norm1, y, q, k, v, shares, mixed, norm2, z, up)
+        kept[at] = (norm1, y, q, k, v, shares, mixed, norm2, z, up, near)
     x, kept["norm"] = _norm(w, "ln", x)
     kept["last"] = x
     return _linear(w, "head", x), kept
 
 
-def _lm_back(spec: LMSpec, w: Weights, kept: dict[str, Any], dy: np.ndarray) -> Weights:
+def _lm_back(spec: LMSpec, w: Weights, kept: dict[str, Any], dy: np.ndarray, turned: bool = False) -> Weights:
+    """`turned`: ReLUs whose input is so near zero that rounding decides are open where they are closed."""
     g: Weights = {}
     dx = _norm_back(w, g, "ln", kept["norm"], _linear_back(w, g, "head", kept["last"], dy))
     for i in reversed(range(spec.blocks)):
         at = f"blocks.{i}"
-        norm1, y, q, k, v, shares, mixed, norm2, z, up = kept[at]
-        du = _linear_back(w, g, f"{at}.linear2", up, dx) * (up > 0)
+        norm1, y, q, k, v, shares, mixed, norm2, z, up, near = kept[at]
+        du = _linear_back(w, g, f"{at}.linear2", up, dx) * ((up > 0) ^ (near & turned))
         dx = dx + _norm_back(w, g, f"{at}.ln2", norm2, _linear_back(w, g, f"{at}.linear1", z, du))
         do = _linear_back(w, g, f"{at}.out", mixed, dx).reshape(*dx.shape[:2], spec.heads, -1).swapaxes(1, 2)
         ds = do @ v.swapaxes(2, 3)

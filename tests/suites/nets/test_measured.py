@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanogpt_mac.backends import kinds
-from nanogpt_mac.backends.nets import MLPSpec
+from nanogpt_mac.backends.nets import LMSpec, MLPSpec
 from nanogpt_mac.backends.torch_nets import TorchNet
 from nanogpt_mac.records.bench import NetReading, State, Task, Way
 from nanogpt_mac.suites import ways
@@ -103,6 +103,28 @@ def test_planted(net: type, words: str, tmp_path: Path) -> None:
     assert found.state is State.WRONG, found.reason
     assert words in found.reason
     assert not found.epochs_s
+
+
+LANGUAGE = LMSpec(2, 32, 4, 16, 23)
+
+
+class GradientOff(TorchNet):
+    """Of one tensor, by a thousandth."""
+
+    def gradients(self, inputs: Any, targets: Any) -> tuple[Any, dict[str, Any]]:
+        loss, found = super().gradients(inputs, targets)
+        return loss, {n: g * (1.001 if n == "blocks.1.linear1.weight" else 1.0) for n, g in found.items()}
+
+
+@pytest.mark.parametrize(("net", "state"), [(GradientOff, State.WRONG), (TorchNet, State.OK)])
+def test_a_gradient_of_a_language_model_that_is_a_thousandth_off(net: type, state: State, tmp_path: Path) -> None:
+    windows = np.random.default_rng(3).integers(0, LANGUAGE.vocab, (24, LANGUAGE.context + 1), np.int32)
+    row = NetRow(LANGUAGE, 8, windows[:, :-1], windows[:, 1:], windows[:8, :-1], None, 24, True, 3)
+    task = Task(suite="lm", way=WAY, rows=("x",), round=0, row_s=5, folder=str(tmp_path), work={})
+    settings = Settings(epochs=3, placement="resident", sync="batch", seed=7)
+    found = Measuring(task, ways.arrays(WAY, BenchConfig()), net, lambda name: row, settings)("x")
+    assert found.state is state, found.reason
+    assert ("first gradients are 0.001 from" in found.reason) == (state is State.WRONG)
 
 
 class Unwaited:
