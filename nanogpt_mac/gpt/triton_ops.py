@@ -64,7 +64,7 @@ def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> None:
         a, ab = x.new_zeros(TILE["ROWS"], C), x.new_zeros(TILE["ROWS"], 3 * C)
         b = x.new_zeros(3 * C, C).T  # as a linear layer's weight lies
         work += [lambda: product(a, b), lambda: product(ab, b.T), lambda: product(ab.T, a)]
-    gpu = torch.cuda.current_device() if device.type == "cuda" else -1
+    gpu = torch.cuda.current_device() if y.is_cuda else -1
 
     def here(one: Callable[[], object]) -> None:
         with torch.cuda.device(gpu):  # a thread begins on the first
