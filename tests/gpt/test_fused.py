@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fakes.kernels import CLOSE, DEVICE, GPU, close, drawn
 from torch.nn import functional as F
 
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.gpt.torch_gpt import GPT
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 with pytest.MonkeyPatch.context() as patch:
     if not GPU:
         patch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined, and Triton's own
@@ -22,7 +21,6 @@ with pytest.MonkeyPatch.context() as patch:
     from nanogpt_mac.gpt import fused
     from nanogpt_mac.gpt import triton_ops as ops
 
-CLOSE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 SPEC = GPTSpec(n_layer=2, n_head=2, n_embd=24, block_size=20, vocab_size=65, bias=True)
 
 
@@ -34,16 +32,6 @@ def exact(monkeypatch):
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
-
-
-def drawn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype).requires_grad_()
-
-
-def close(found, expected, tolerance):
-    scale = expected.abs().max()
-    assert scale > 0
-    assert ((found.double() - expected).abs().max() / scale).item() < tolerance
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])

@@ -1,4 +1,4 @@
-"""The Triton kernels against formulas in float64, their masks against statistics, and the model that takes them.
+"""The Triton kernels against formulas in float64, and their masks against statistics.
 
 Without an NVIDIA GPU Triton's interpreter runs them on the CPU, program by program.
 """
@@ -9,19 +9,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from fakes.kernels import CLOSE, DEVICE, GPU, close, drawn
 from torch.nn import functional as F
 
 from nanogpt_mac.gpt.spec import GPTSpec
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 with pytest.MonkeyPatch.context() as patch:
     if not GPU:
         patch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined, and Triton's own
     pytest.importorskip("triton", minversion=None if GPU else "3.7")  # whose interpreter reads numpy's newer arrays
     from nanogpt_mac.gpt import triton_ops as ops
 
-CLOSE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 SPEC = GPTSpec(n_layer=2, n_head=2, n_embd=24, block_size=20, vocab_size=65, bias=True)
 
 
@@ -33,10 +31,6 @@ def exact(monkeypatch):
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
-
-
-def drawn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype).requires_grad_()
 
 
 def seeds(*numbers):
@@ -52,12 +46,6 @@ def formula(qkv, n_head, keep=None):
     if keep is not None:
         weights = weights * keep
     return (weights @ v).transpose(1, 2).reshape(B, T, width // 3)
-
-
-def close(found, expected, tolerance):
-    scale = expected.abs().max()
-    assert scale > 0
-    assert ((found.double() - expected).abs().max() / scale).item() < tolerance
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
