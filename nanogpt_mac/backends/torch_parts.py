@@ -144,8 +144,10 @@ class TorchParts(Parts):
             self.values["seeds"] = any_numbers  # where nothing is dropped; else a stage's
             with backend.autocast():
                 self.values["near"] = backend.own.near(model)
-        casts = backend.dtype != torch.float32 or model.spec.vocab_size % 64 > 0
-        self.stages = stages(model) if model.own_logits is None else own_stages(model, casts)
+            rows = len(self.values["near"][0].weight)
+            self.stages = own_stages(model, backend.dtype != torch.float32 or rows > model.spec.vocab_size)
+        else:
+            self.stages = stages(model)
         self.parts = {part.name: part for part in (self._batch(), *self._of_model(), *self._of_optimizer())}
         if backend.accelerator is not None:
             one = torch.zeros(1, device=backend.device)

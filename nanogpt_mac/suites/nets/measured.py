@@ -207,12 +207,14 @@ class _One:
         """Of the first batch: the loss, and every tensor's gradient."""
         inputs, targets = (rows[order[: self.row.batch]] for rows in (self.row.inputs, self.row.targets))
         loss, gradients = self.net.gradients(self.net.put(inputs), self.net.put(targets))
-        found, wanted = float(self.arrays.get(loss)), float(expected["loss"])
-        if not abs(found - wanted) <= WEIGHTS_TOLERANCE * abs(wanted):
-            raise _wrong(f"its first loss is {found:.7g}, float64's {wanted:.7g}")
+        found, right = float(self.arrays.get(loss)), float(expected["loss"])
+        if not abs(found - right) <= WEIGHTS_TOLERANCE * abs(right):
+            raise _wrong(f"its first loss is {found:.7g}, float64's {right:.7g}")
+        wanted = _part(expected, "gradient")
+        if gradients.keys() != wanted.keys():
+            raise _wrong(f"its gradients are of {', '.join(sorted(gradients))}")
         for name, doubt in _part(expected, "doubt").items():
-            gradient = {n: self.arrays.get(g) for n, g in gradients.items() if n == name}
-            off = distance(gradient, {name: expected[f"gradient {name}"]})
+            off = distance({name: self.arrays.get(gradients[name])}, {name: wanted[name]})
             if not off <= float(np.hypot(WEIGHTS_TOLERANCE, doubt)):
                 raise _wrong(f"its first gradients are {off:.2g} from float64's, relative")
 

@@ -48,7 +48,7 @@ class Twin:
             return dict.fromkeys(self.weights, 0.0)
         _, kept, dy = self._loss(inputs, targets)
         one, other = (_lm_back(self.spec, self.weights, kept, dy, turned) for turned in (False, True))
-        return {name: float(np.linalg.norm(other[name] - g) / np.linalg.norm(g)) for name, g in one.items()}
+        return {name: float(np.linalg.norm(other[name] - g) / (np.linalg.norm(g) or 1.0)) for name, g in one.items()}
 
     def _loss(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[float, Any, np.ndarray]:
         """The mean cross entropy, what the way back needs, and the gradient of the logits."""

@@ -64,6 +64,12 @@ class LossSummed(TorchNet):
         self.loss = lambda inputs, targets: mean(inputs, targets) * len(targets)
 
 
+class FurtherGradient(TorchNet):
+    def gradients(self, inputs: Any, targets: Any) -> tuple[Any, dict[str, Any]]:
+        loss, found = super().gradients(inputs, targets)
+        return loss, found | {"another.weight": next(iter(found.values()))}
+
+
 class StopsTraining(TorchNet):
     """Right where it is checked; nothing is trained from the second timed epoch on."""
 
@@ -95,6 +101,7 @@ def measured(net: type, folder: Path, arrays: Any = None, trained: bool = True) 
         (OtherRowsAsked, "other rows, or other weights, than asked"),
         (OtherLearningRate, "it computes something else"),
         (LossSummed, "its first loss"),
+        (FurtherGradient, "another.weight"),
         (StopsTraining, "the last timed epoch changed no weight"),
     ],
 )
