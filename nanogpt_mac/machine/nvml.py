@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 
@@ -20,13 +21,16 @@ def device() -> Iterator[tuple[Any, Any]]:
     except ImportError:
         raise NvmlError("nvidia-ml-py is not installed") from None
     try:
-        pynvml.nvmlInit()
-        try:
-            yield pynvml, _first_visible(pynvml)
-        finally:
-            pynvml.nvmlShutdown()
+        _start(pynvml)
+        yield pynvml, _first_visible(pynvml)
     except pynvml.NVMLError as error:
         raise NvmlError(f"NVML: {error}") from error
+
+
+@cache
+def _start(pynvml: Any) -> None:
+    """Once a process: NVML's start and end take a tenth of a second, and a run asks whenever it evaluates."""
+    pynvml.nvmlInit()
 
 
 def _first_visible(pynvml: Any) -> Any:
