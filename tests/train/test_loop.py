@@ -190,15 +190,17 @@ def test_where_two_iterations_do_not_fit_each_is_waited_for(held, most):
     ]
 
 
-def test_an_evaluation_is_the_mean_over_its_own_batches_ten_at_a_time():
-    run = Run(Device(val_losses=[1.0, 2.0, 4.0], train_loss=3.0), max_iters=1, eval_interval=2, eval_iters=23)
+@pytest.mark.parametrize(("ahead", "chunk"), [(False, 10), (True, 50)])
+def test_an_evaluation_is_the_mean_over_its_own_batches_some_at_a_time(ahead, chunk):
+    device, batches = Device(val_losses=[1.0, 2.0, 4.0], train_loss=3.0, ahead=ahead), 2 * chunk + 3
+    run = Run(device, max_iters=1, eval_interval=2, eval_iters=batches)
     iteration, train_loss, val_loss, seconds = run.records.evaluations[0]
-    assert (iteration, train_loss, val_loss) == (0, 3.0, pytest.approx((10 * 1 + 10 * 2 + 3 * 4) / 23))
+    assert (iteration, train_loss, val_loss) == (0, 3.0, pytest.approx((chunk * 1 + chunk * 2 + 3 * 4) / batches))
     assert 0 <= seconds < 60
     for split in ("train", "val"):
         drawn = [windows for kind, windows, *_ in run.device.asked if kind == split][:3]
-        assert [len(some) for some in drawn] == [10, 10, 3]
-        expected = starts(run.config.seed, 0, f"eval-{split}", 46, LENGTHS[split], BLOCK).reshape(23, 2)
+        assert [len(some) for some in drawn] == [chunk, chunk, 3]
+        expected = starts(run.config.seed, 0, f"eval-{split}", 2 * batches, LENGTHS[split], BLOCK).reshape(batches, 2)
         assert [start for some in drawn for start in some] == expected.tolist()
 
 
