@@ -6,7 +6,7 @@ An iteration then clips and updates with a handful of kernels, where one a tenso
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 TAIL = 2  # floats behind the gradients, which go from rank to rank with them
 PIECE = 1 << 16  # floats
 PINNED = 1 << 30  # bytes; torch keeps pinned memory for the next time, which must not be all that a host has
+EPS = 1e-8
 ALIGNED = 16  # floats; vector instructions and the matrix product of a GPU want tensors to begin at 64 bytes
 
 
@@ -28,7 +29,7 @@ class AdamW:
     is the gradients with room for the loss and a further number, so that ranks need one sum an iteration. Steps lie
     on the host unless the update is fused or capturable. GradScaler takes it for an optimizer and asks by
     `_step_supports_amp_scaling` whether `step` itself heeds the `found_inf` that it sets: its contract with optimizers
-    that are not torch's, as grad_scaler.py says.
+    that are not torch's, as grad_scaler.py says. `own`, of triton_ops.py, takes the place of torch's fused update.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class AdamW:
         weight_decay: float,
         fused: bool,
         capturable: bool = False,
+        own: Callable[..., None] | None = None,
     ) -> None:
-        self.betas, self.fused, self.capturable = betas, fused, capturable
+        self.betas, self.fused, self.capturable, self.own = betas, fused, capturable, own
         self._step_supports_amp_scaling = fused
         ordered = sorted(parameters, key=lambda name: parameters[name].dim() < 2)  # stable: matrices first
         ends = [0]
@@ -50,7 +52,7 @@ class AdamW:
         self.shared = torch.zeros(ends[-1] + TAIL, device=device)
         flat[1] = self.shared[: ends[-1]]
         self.weights, self.gradients, moment, square = flat
-        self._kept = (self.weights, moment, square)
+        self._flat, self._kept = flat, (self.weights, moment, square)
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         for name, start in zip(ordered, ends, strict=False):
             p = parameters[name]
@@ -68,6 +70,7 @@ class AdamW:
         self._groups = ((decay, weight_decay), (no_decay, 0.0))
         first, second = (torch.zeros((), device=device if fused or capturable else None) for _ in range(2))
         self.steps = (first, first) if fused else (first, second)  # torch's own function counts for each group
+        self._clip = (first, 0.0)  # the norm of the gradients, and its limit
         self.param_groups = [{"params": [weights]} for (weights, *_), _ in self._groups]  # as GradScaler reads them
         for (weights, gradients, *_), _ in self._groups:
             weights.grad = gradients
@@ -104,15 +107,30 @@ class AdamW:
         return self.shared[self._ends[first] : self._ends[last] if last < len(self.ordered) else None]
 
     def clip(self, limit: float) -> Tensor:
-        """Scale the gradients to a global norm of at most `limit` (0: leave them); the norm before, ()."""
-        norm = _norm(self.gradients)
-        if limit:
+        """Scale the gradients to a global norm of at most `limit` (0: leave them); the norm before, (). `own` scales
+        them as it reads them."""
+        self._clip = norm, limit = _norm(self.gradients), limit
+        if limit and self.own is None:
             self.gradients.mul_(torch.clamp(limit / (norm + 1e-6), max=1.0))  # as torch.nn.utils.clip_grad_norm_
         return norm
 
     @torch.no_grad()
     def step(self, lr: float | Tensor) -> None:
         """Update the weights. RuntimeError where torch has no fused AdamW for the device."""
+        found_inf = getattr(self, "found_inf", None)
+        if self.fused:
+            self.steps[0].add_(1.0)
+        if self.own is not None:
+            rate = lr if isinstance(lr, Tensor) else torch.full((), lr, device=self.weights.device)
+            decaying, (norm, limit) = self._ends[self._matrices], self._clip
+            decay = self._groups[0][1]
+            self.own(self._flat, decaying, rate, self.steps[0], norm, found_inf, self.betas, decay, limit, EPS)
+        else:
+            self._update(lr, found_inf)
+        if self.fused and found_inf is not None:
+            self.steps[0].sub_(found_inf)  # a step that the kernel left out
+
+    def _update(self, lr: float | Tensor, found_inf: Tensor | None) -> None:
         beta1, beta2 = self.betas
         given: dict[str, Any] = {
             "amsgrad": False,
@@ -120,19 +138,11 @@ class AdamW:
             "lr": lr,
             "beta1": beta1,
             "beta2": beta2,
-            "eps": 1e-8,
-        }
-        found_inf = getattr(self, "found_inf", None)
-        if self.fused:
-            self.steps[0].add_(1.0)
-            given["found_inf"] = found_inf
-        else:
-            given["capturable"] = self.capturable
+            "eps": EPS,
+        } | ({"found_inf": found_inf} if self.fused else {"capturable": self.capturable})
         update: Any = torch._fused_adamw_ if self.fused else adamw
         for (buffers, weight_decay), steps in zip(self._groups, self.steps, strict=True):
             update(*([buffer] for buffer in buffers), [], [steps], weight_decay=weight_decay, **given)
-        if self.fused and found_inf is not None:
-            self.steps[0].sub_(found_inf)  # a step that the kernel left out
 
 
 def _norm(numbers: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ MEANT = (
     Meant("sampling", "copy_", False, 2, "each token goes to the device"),
 )
 
+TOGETHER = 1 << 30  # bytes of an evaluation's widest activation
+
 
 @dataclass(frozen=True)
 class Handle:
@@ -72,8 +74,9 @@ class TorchBackend(Backend):
         choices = Choices(spec, options, self.device)
         self.settings = choices.settings
         self.own, graph = choices.own_kernels, choices.cuda_graph
-        if (own := self.own) is not None:
-            own.ops.prepare(spec, self.dtype, self.device)
+        own, prepared = self.own, None
+        if own is not None:
+            prepared = own.ops.prepare(spec, self.dtype, self.device)
         self.model = GPT(spec, choices.few_kernels, options.checkpointing, own is not None).to(self.device)
         self.loss: Callable[[Tensor, Tensor], Tensor] = partial(own.loss, self.model) if own else self.model.loss
         default = self.settings.compile_mode == "default"
@@ -82,11 +85,12 @@ class TorchBackend(Backend):
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
             if own is not None:  # else a graph ends there; a change of the precision fails its guards
-                torch.compiler.assume_constant_result(own.ops.exact)
+                torch.compiler.assume_constant_result(own.products.exact)
             self.loss = torch.compile(self.loss, dynamic=False, mode=self.settings.compile_mode)
         self.parameters = dict(self.model.named_parameters())
         betas, fused = (options.beta1, options.beta2), choices.fused_adamw
-        self.optimizer = AdamW(self.parameters, betas, options.weight_decay, fused, capturable=graph)
+        update = own.ops.adamw if own is not None and fused else None
+        self.optimizer = AdamW(self.parameters, betas, options.weight_decay, fused, graph, update)
         self.joint: Callable[[Tensor, Tensor, int], tuple[Tensor, Sequence[Tensor]]] | None = None
         if choices.joint_graph:
             torch._dynamo.config.trace_autograd_ops = True  # else the graph ends before autograd
@@ -118,6 +122,8 @@ class TorchBackend(Backend):
             Graphed(self._last_logits, 1) if self.one_graph else self._last_logits
         )
         self.spare: list[Cached] = []
+        if prepared is not None:
+            prepared.result()
         self.details = {
             "fused_adamw": fused,
             "cuda_graph": graph,
@@ -152,7 +158,7 @@ class TorchBackend(Backend):
     def step(self, starts: np.ndarray, lr: float) -> Handle:
         self._seed(base.step_seed(self.options.seed, self.iteration, self.world.rank))
         self.iteration += 1
-        self.model.train()
+        self._mode(training=True)
         if self.world.size > 1:
             self.optimizer.shared[-1:].fill_(self.world.asked)
         self.lr = self.lr.fill_(lr) if isinstance(self.lr, Tensor) else lr
@@ -165,6 +171,11 @@ class TorchBackend(Backend):
             raise
         with self.phase("result"):
             return self._handle(result)
+
+    def _mode(self, training: bool) -> None:
+        """As nn.Module.train, which walks over all modules for each of a sample's tokens, whatever they are."""
+        if self.model.training is not training:
+            self.model.train(training)
 
     def _seed(self, seed: int) -> None:
         """Dropout, a function of the iteration; torch.manual_seed formats a stack for each device that is not there."""
@@ -244,14 +255,23 @@ class TorchBackend(Backend):
 
     @torch.no_grad()
     def evaluate(self, split: str, starts: np.ndarray) -> float:
-        self.model.eval()
+        self._mode(training=False)
         with self.phase("evaluation"):
-            total = torch.zeros((), device=self.device)
-            for batch_starts in starts:
-                total += self.evaluate_window(self.windows(split, batch_starts))
-            mean = total.item() / len(starts)
+            total, groups = torch.zeros((), device=self.device), self._grouped(starts)
+            for some in groups:
+                total += self.evaluate_window(self.windows(split, some))
+            mean = total.item() / len(groups)
         self.sources.clear()
         return mean
+
+    def _grouped(self, starts: np.ndarray) -> np.ndarray:
+        """Batches (n, B) that are computed as fewer, larger ones, where a graph of them leaves no processor idle."""
+        (n, B), most = starts.shape, 1
+        if isinstance(self.evaluate_window, Graphed) and not self.compiled:
+            widest = max(4 * self.spec.n_embd, self.spec.vocab_size) * self.dtype.itemsize * B * self.spec.block_size
+            most = max(1, TOGETHER // widest)
+        size = next(size for size in range(min(most, n), 0, -1) if n % size == 0)  # one shape, so one graph
+        return starts.reshape(n // size, size * B)
 
     def _evaluate(self, window: Tensor) -> Tensor:
         with self.autocast():
@@ -261,14 +281,14 @@ class TorchBackend(Backend):
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        self.model.eval()
+        self._mode(training=False)
         with self.autocast():
             logits = self.model(self._tokens(tokens))
         return logits.cpu().numpy()
 
     def gradients(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
         # Where nothing is dropped the training graph itself is what is checked; else only evaluation is deterministic.
-        self.model.train(bool(np.float32(1 - self.spec.dropout) == 1))
+        self._mode(training=bool(np.float32(1 - self.spec.dropout) == 1))
         self._seed(base.step_seed(self.options.seed, self.iteration))
         if self.joint is not None:
             loss, gradients = self.joint(self._tokens(tokens), self._tokens(targets), 1)
@@ -285,7 +305,7 @@ class TorchBackend(Backend):
 
         @torch.no_grad()
         def decoder(tokens: np.ndarray) -> np.ndarray:
-            self.model.eval()
+            self._mode(training=False)
             if len(tokens) == self.spec.block_size:  # no room for a further token, so nothing need be kept
                 run = self.full_window
             else:
@@ -378,8 +398,8 @@ class TorchBackend(Backend):
         a, b = (torch.randn(size, generator=random, **kind) for size in ((m, k), (k, n)))
         out = torch.empty(m, n, **kind)
         multiply: Callable[[], object] = partial(torch.mm, a, b, out=out)
-        if self.own is not None and self.own.ops.exact(a.dtype):
-            multiply = partial(self.own.ops.product, a, b)
+        if self.own is not None and self.own.products.exact(a.dtype):
+            multiply = partial(self.own.products.product, a, b)
         self.synchronize()
 
         def matmuls(count: int) -> None:

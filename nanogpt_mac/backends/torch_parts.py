@@ -72,7 +72,7 @@ def own_stages(model: GPT, casts: bool) -> list[Stage]:
     """The same where `model` takes the way of fused.py, whose kernels draw their masks from `seeds` and compute with
     `near`, which a stage makes where that takes `casts` or copies."""
     from nanogpt_mac.gpt import fused  # and Triton
-    from nanogpt_mac.gpt.triton_ops import Near
+    from nanogpt_mac.gpt.triton_products import Near
 
     t: Any = model.transformer
     own, norms = _owner(model), fused.norms(model)
@@ -223,8 +223,9 @@ class TorchParts(Parts):
 
         take(0)
         yield Part("gradients", len(self.starts), take, note="are put into the optimizer's buffers")
-        yield Part("clip", 1, self._sent(clip), note="includes the norm")
-        yield Part("optimizer", 1, self._sent(update), note="is AdamW")
+        own = optimizer.own is not None
+        yield Part("clip", 1, self._sent(clip), note="is the norm alone" if own else "includes the norm")
+        yield Part("optimizer", 1, self._sent(update), note="is AdamW" + ", which clips as it reads" * own)
 
     # -- the device -----------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt_mac.gpt import triton_ops as ops
+from nanogpt_mac.gpt import triton_products as products
 from nanogpt_mac.gpt.torch_gpt import GPT, Block, LayerNorm
 
 
@@ -31,7 +32,7 @@ def loss(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     return nats(model, *_stream(model, idx), targets)
 
 
-def _stream(model: GPT, idx: Tensor) -> tuple[Tensor, ops.Near]:
+def _stream(model: GPT, idx: Tensor) -> tuple[Tensor, products.Near]:
     """The last layer norm's output (B, T, C), and what the head computes with."""
     t: Any = model.transformer
     drawn, dropped, after, (of_head, *of_blocks) = seeds(model, idx), dropout(model), norms(model)[2::2], near(model)
@@ -51,7 +52,7 @@ def norms(model: GPT) -> list[LayerNorm]:
     return [norm for block in t["h"] for norm in (block.ln_1, block.ln_2)] + [t["ln_f"]]
 
 
-def near(model: GPT) -> list[ops.Near]:
+def near(model: GPT) -> list[products.Near]:
     """Of the head, its rows padded, and of each block's four linear layers: in autocast's dtype where that is on."""
     t: Any = model.transformer
     layers = [of for b in t["h"] for of in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
@@ -62,7 +63,7 @@ def near(model: GPT) -> list[ops.Near]:
         torch._foreach_copy_(lower, own)  # one kernel, where each weight's own takes as long as its launch
         own = lower
     biased, rows = model.spec.bias, _longer(own[0], ops.padded(len(own[0])))
-    return [ops.Near(rows), *(ops.Near(*own[i : i + 1 + biased]) for i in range(1, len(own), 1 + biased))]
+    return [products.Near(rows), *(products.Near(*own[i : i + 1 + biased]) for i in range(1, len(own), 1 + biased))]
 
 
 def _longer(weight: Tensor, rows: int) -> Tensor:
@@ -91,31 +92,31 @@ def enter(model: GPT, idx: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block(
-    of: Block, near: Sequence[ops.Near], following: LayerNorm, x: Tensor, y: Tensor, drawn: Tensor, dropout: float
+    of: Block, near: Sequence[products.Near], following: LayerNorm, x: Tensor, y: Tensor, drawn: Tensor, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """The residual stream x and the norm y of it, (B, T, C), after a block; `following` is the norm behind it."""
     x, y = add(of.ln_2, x, attend(of, near[:2], y, drawn, dropout), drawn, 1, dropout)
     return add(following, x, mlp(of, near[2:], y), drawn, 2, dropout)
 
 
-def attend(of: Block, near: Sequence[ops.Near], y: Tensor, drawn: Tensor, dropout: float) -> Tensor:
+def attend(of: Block, near: Sequence[products.Near], y: Tensor, drawn: Tensor, dropout: float) -> Tensor:
     """A block's attention with both projections, (B, T, C)."""
     y, _ = ops.attention(linear(of.attn.c_attn, near[0], y), of.attn.n_head, dropout, drawn, 0)
     return linear(of.attn.c_proj, near[1], y)
 
 
-def linear(of: nn.Linear | nn.Embedding, near: ops.Near, x: Tensor) -> Tensor:
+def linear(of: nn.Linear | nn.Embedding, near: products.Near, x: Tensor) -> Tensor:
     """What `of`, whose numbers in x's dtype are `near`, makes of `x` (..., K)."""
     rows, bias = x.flatten(0, -2), getattr(of, "bias", None)
-    if ops.exact(x.dtype):
-        y = ops.product(rows, _longer(of.weight, len(near.weight)).T)
+    if products.exact(x.dtype):
+        y = products.product(rows, _longer(of.weight, len(near.weight)).T)
         y = y if bias is None else y + bias
     else:
-        y = cast(Tensor, ops.Linear.apply(rows, of.weight, bias, *near))
+        y = cast(Tensor, products.Linear.apply(rows, of.weight, bias, *near))
     return y.unflatten(0, x.shape[:-1])
 
 
-def mlp(of: Block, near: Sequence[ops.Near], y: Tensor) -> Tensor:
+def mlp(of: Block, near: Sequence[products.Near], y: Tensor) -> Tensor:
     """A block's MLP, (B, T, C)."""
     gelu = ops.gelu if of.mlp.gelu.approximate == "none" else of.mlp.gelu
     return linear(of.mlp.c_proj, near[1], gelu(linear(of.mlp.c_fc, near[0], y)))
@@ -126,13 +127,13 @@ def add(norm: LayerNorm, x: Tensor, y: Tensor, drawn: Tensor, place: int, dropou
     return ops.add_norm(x, y, norm.weight, norm.bias, dropout, drawn, place)
 
 
-def head(model: GPT, y: Tensor, near: ops.Near) -> Tensor:
+def head(model: GPT, y: Tensor, near: products.Near) -> Tensor:
     """Logits (B, T, V and more) of the last layer norm's output, in its dtype: `near` has the embedding's rows."""
     t: Any = model.transformer
     return linear(t["wte"], near, y)
 
 
-def nats(model: GPT, y: Tensor, near: ops.Near, targets: Tensor) -> Tensor:
+def nats(model: GPT, y: Tensor, near: products.Near, targets: Tensor) -> Tensor:
     """Mean cross entropy, in nats, of `targets` (B, T) after the last layer norm's output (B, T, C)."""
     mean, _ = ops.cross_entropy(head(model, y, near), targets, model.spec.vocab_size)
     return mean

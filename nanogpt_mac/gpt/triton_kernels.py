@@ -286,6 +286,45 @@ def column_sums(shares, sums, programs, C, BLOCK: tl.constexpr, STEP: tl.constex
     tl.store(sums + columns, tl.sum(total, 0), mask=columns < C)
 
 
+@triton.jit(do_not_specialize=["V", "down", "length"])
+def token_sums(
+    idx, rows, shares, V, M, C, T, down, length,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Each program's share (V, C) of the sums of `rows` (M, C) by their token, over `length` of them: what an embedding
+    is given back. A product with ones and zeros, of float32 in three parts of bfloat16 if SPLIT: no part is rounded.
+    """
+    columns, tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDE)
+    begin = tl.program_id(1) * length
+    end = tl.minimum(begin + length, M)
+    total = tl.zeros((WIDE, BLOCK), tl.float32)
+    for start in range(begin, end, STEP):
+        lines = start + tl.arange(0, STEP)
+        found = tl.load(idx + lines // T * down + lines % T, mask=lines < end, other=-1)
+        found = tl.minimum(tl.maximum(found, 0), V - 1)  # what is none must not end the process before its loss is read
+        inside = (lines < end)[:, None] & (columns < C)[None, :]
+        rest = tl.load(rows + lines.to(tl.int64)[:, None] * C + columns[None, :], mask=inside, other=0.0)
+        same = tokens[:, None] == found[None, :]
+        if SPLIT:
+            for _ in tl.static_range(3):
+                part = rest.to(tl.bfloat16)
+                total = tl.dot(same.to(tl.bfloat16), part, total)
+                rest -= part.to(tl.float32)
+        else:
+            total = tl.dot(same.to(tl.float32), rest, total, input_precision="ieee")
+    places = (tl.program_id(1) * V + tokens)[:, None] * C + columns[None, :]
+    tl.store(shares + places, total, mask=(tokens < V)[:, None] & (columns < C)[None, :])
+
+
+@triton.jit
+def transpose(x, y, M, N, BLOCK: tl.constexpr):
+    """`y` (N, M) of `x` (M, N)."""
+    rows, columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    tile = tl.load(x + rows[:, None] * N + columns[None, :], mask=inside)
+    tl.store(y + columns[:, None] * M + rows[None, :], tl.trans(tile), mask=tl.trans(inside))
+
+
 # -- GELU -------------------------------------------------------------------------------------------------------------
 
 
@@ -412,3 +451,36 @@ def cross_entropy_backward(
 def now(out):
     """The GPU's own clock, ns, into `out`, int64 (1,): once all that was sent before it is done."""
     tl.store(out, globaltimer())
+
+
+# -- AdamW ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["decaying"])
+def adamw(
+    weights, gradients, exp_avg, exp_avg_sq, lr, steps, norm, found_inf, size, decaying,
+    beta1, beta2, log_beta1, log_beta2, decay, limit, eps,
+    CLIP: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """torch's fused AdamW (Loshchilov and Hutter), of whose numbers the first `decaying` decay, with gradients that are
+    clipped on their way from their `norm` to `limit`. SCALED: a gradient scaler's `found_inf` leaves all as it is.
+    """
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if SCALED:
+        size = tl.where(tl.load(found_inf) > 0, 0, size)
+    inside = places < size
+    rate, step = tl.load(lr), tl.load(steps).to(tl.float64)
+    grad = tl.load(gradients + places, mask=inside, other=0.0)
+    if CLIP:
+        clip = limit / (tl.load(norm) + 1e-6)
+        grad *= tl.where(clip > 1, 1.0, clip)
+    first = tl.load(exp_avg + places, mask=inside, other=0.0) * beta1 + grad * (1 - beta1)
+    second = tl.load(exp_avg_sq + places, mask=inside, other=0.0) * beta2 + grad * grad * (1 - beta2)
+    correction1 = (1 - tl.exp2(step * log_beta1)).to(tl.float32)
+    correction2 = (1 - tl.exp2(step * log_beta2)).to(tl.float32)
+    weight = tl.load(weights + places, mask=inside, other=0.0)
+    weight -= tl.where(places < decaying, rate * decay, 0.0) * weight
+    weight -= rate / correction1 * first / (tl.sqrt(second) / tl.sqrt(correction2) + eps)
+    tl.store(exp_avg + places, first, mask=inside)
+    tl.store(exp_avg_sq + places, second, mask=inside)
+    tl.store(weights + places, weight, mask=inside)

@@ -1,4 +1,4 @@
-"""The kernels of triton_kernels.py as operators that autograd and a compiler know, and a linear layer beside them.
+"""The kernels of triton_kernels.py as operators that autograd and a compiler know, and an update of AdamW.
 
 Fewer passes over memory than torch's own make: attention reads q, k and v, and writes their gradients, where the packed
 product has them; a residual sum, its dropout and the layer norm behind it are one kernel, as are the embedding and the
@@ -8,26 +8,27 @@ first norm. The backward pass draws the masks of dropout anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 from torch.nn import functional as F
 
 from nanogpt_mac.gpt import triton_kernels as kernels
 from nanogpt_mac.gpt.spec import GPTSpec
+from nanogpt_mac.gpt.triton_products import TILE, exact, operator, product, transposed
 
 WIDEST_HEAD = 128
 WIDEST = 4096  # columns of a row that a program holds
-PROGRAMS = 528  # of the layer norm's backward pass: four for each multiprocessor of an H100
+MULTIPROCESSORS = 132  # of an H100
+PROGRAMS = 8 * MULTIPROCESSORS  # of the layer norm's backward pass
+FEW = 256  # tokens that a program holds sums for
 VOCABULARY = 64  # the head's rows are padded to a multiple of it: an odd number has slow kernels
-ELEMENTS = 1024  # of a program of GELU
-TILE = {"ROWS": 128, "COLUMNS": 64, "STEP": 32, "BAND": 8, "num_warps": 8, "num_stages": 3}  # of a product of float32
-WIDER = {**TILE, "COLUMNS": 256, "STEP": 64}  # of 16 bits
-SHARES, BUSY = 16, 1200  # into how many a product's terms are split at most, and programs that are enough
+ELEMENTS = 1024  # of a program of GELU or AdamW
 EPS = 1e-5
 
 
@@ -40,8 +41,9 @@ def fault(spec: GPTSpec) -> str | None:
     return f"have rows of at most {WIDEST} channels" if spec.n_embd > WIDEST else None
 
 
-def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile the kernels of such a model, or load them from Triton's cache, side by side: in turn they take 10 s."""
+def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> Future[None]:
+    """Compile the kernels of such a model, or load them from Triton's cache, beside what the caller does, and side by
+    side: in turn they take 10 s."""
     (T, C), p = (spec.block_size, spec.n_embd), spec.dropout
     y, qkv, hidden = (torch.zeros(1, T, wide * C, dtype=dtype, device=device) for wide in (1, 3, 4))
     x, lse, drawn = y.float(), y.new_zeros(spec.n_head, T, dtype=torch.float32), y.new_zeros(4, dtype=torch.int64)
@@ -56,6 +58,8 @@ def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> None:
         lambda: _norm_backward(x, weight, bias, x, y, torch.float32, False, p, drawn, 3),
         lambda: [add_norm(x, y, weight, bias, dropout, drawn, 1) for dropout in {p, 0.0}],
         lambda: [_norm_backward(x, weight, bias, up, y, dtype, True, p, drawn, 1) for up in (x, None)],
+        lambda: _token_sums(idx, x, spec.vocab_size),
+        lambda: adamw([x.flatten()] * 4, 0, mean, mean + 1, mean, None, (0.9, 0.99), 0.0, 1.0, 1e-8),
         lambda: cross_entropy(scores, targets, spec.vocab_size),
         lambda: _cross_entropy_backward(scores, targets, x[..., 0].contiguous(), mean, spec.vocab_size),
         *((lambda: gelu(hidden), lambda: _gelu_backward(hidden, hidden)) if spec.gelu == "exact" else ()),
@@ -64,15 +68,20 @@ def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> None:
         a, ab = x.new_zeros(TILE["ROWS"], C), x.new_zeros(TILE["ROWS"], 3 * C)
         b = x.new_zeros(3 * C, C).T  # as a linear layer's weight lies
         work += [lambda: product(a, b), lambda: product(ab, b.T), lambda: product(ab.T, a)]
+    elif dtype == torch.float32:
+        work += [lambda: transposed(x[0])]
     gpu = torch.cuda.current_device() if y.is_cuda else -1
 
     def here(one: Callable[[], object]) -> None:
         with torch.cuda.device(gpu):  # a thread begins on the first
             one()
 
-    with ThreadPoolExecutor(len(work)) as pool:
-        for done in [pool.submit(here, one) for one in work]:
-            done.result()
+    def all_of_them() -> None:
+        here(lambda: _sum(x[0]))  # alone: for its first, Triton reads all of itself, half a gigabyte
+        with ThreadPoolExecutor(len(work)) as pool:
+            list(pool.map(here, work))
+
+    return ThreadPoolExecutor(1).submit(all_of_them)
 
 
 def padded(vocab_size: int) -> int:
@@ -84,11 +93,6 @@ def _threshold(dropout: float) -> int:
     """In units of 2^-32, as the signed number that Triton takes."""
     dropped = min(round(dropout * 2**32), 2**32 - 1)
     return dropped - 2**32 if dropped >= 2**31 else dropped
-
-
-def exact(dtype: torch.dtype) -> bool:
-    """Whether products are to keep what float32 holds: where torch was asked for that."""
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -105,6 +109,7 @@ def _head(qkv: Tensor, n_head: int, dropout: float, backward: bool = False) -> t
     sixteen = qkv.element_size() == 2
     short = sixteen and backward and dropout > 0  # masks take the registers of a longer step
     ahead = sixteen and (not backward or (padded <= 64 and not short))
+    stages = 3 if ahead else 2 if backward and not sixteen and not precise else 1
     given = {
         "T": T,
         "n_head": n_head,
@@ -119,12 +124,12 @@ def _head(qkv: Tensor, n_head: int, dropout: float, backward: bool = False) -> t
         "PRECISION": "tf32x3" if precise else "tf32",  # three of TF32 for one; for 16 bits it is of no matter
         "EVEN": hs == padded and T % block == 0,
         "num_warps": 4,
-        "num_stages": 3 if ahead else 1,
+        "num_stages": stages,
     }
     return (triton.cdiv(T, block), B * n_head), given
 
 
-@torch.library.custom_op("nanogpt_mac::attention", mutates_args=())
+@operator
 def attention(qkv: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int) -> tuple[Tensor, Tensor]:
     """Causal attention (B, T, C) of packed `qkv` (B, T, 3 C), in its dtype, and the log2 of its softmax's sums."""
     B, T, width = qkv.shape
@@ -134,13 +139,13 @@ def attention(qkv: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int
     return out, lse
 
 
-@attention.register_fake
+@register_fake(attention)
 def _(qkv: Tensor, n_head: int, *_: Any) -> tuple[Tensor, Tensor]:
     B, T, width = qkv.shape
     return qkv.new_empty(B, T, width // 3), qkv.new_empty(B * n_head, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("nanogpt_mac::attention_backward", mutates_args=())
+@operator
 def _attention_backward(
     qkv: Tensor, out: Tensor, dout: Tensor, lse: Tensor, n_head: int, dropout: float, seeds: Tensor, site: int
 ) -> Tensor:
@@ -152,7 +157,7 @@ def _attention_backward(
     return dqkv
 
 
-_attention_backward.register_fake(lambda qkv, *_: qkv.new_empty(qkv.shape))
+register_fake(_attention_backward)(lambda qkv, *_: qkv.new_empty(qkv.shape))
 
 
 def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -166,7 +171,7 @@ def _attention_gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor, Non
     return _attention_backward(qkv, out, dout, lse, ctx.n_head, ctx.dropout, seeds, ctx.site), None, None, None, None
 
 
-attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
+register_autograd(attention, _attention_gradients, setup_context=_keep_attention)
 
 
 # -- embedding and residual sum, with dropout and layer norm ----------------------------------------------------------
@@ -174,7 +179,7 @@ attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
 
 def _rows(x: Tensor, dropout: float, bias: Tensor | None) -> dict[str, Any]:
     C, wide = x.shape[-1], triton.next_power_of_2(x.shape[-1])
-    rows = max(1, min(4, 2048 // wide))
+    rows = max(1, min(4, 1024 // wide))
     return {
         "M": x.numel() // C,
         "C": C,
@@ -185,7 +190,7 @@ def _rows(x: Tensor, dropout: float, bias: Tensor | None) -> dict[str, Any]:
         "ROWS": rows,
         "DROP": dropout > 0,
         "BIAS": bias is not None,
-        "num_warps": 4 if wide * rows <= 2048 else 8,
+        "num_warps": max(1, min(8, wide * rows // 512)),
     }
 
 
@@ -195,7 +200,7 @@ def _lines(idx: Tensor) -> tuple[Tensor, dict[str, int]]:
     return idx, {"T": idx.shape[1], "down": idx.stride(0)}
 
 
-@torch.library.custom_op("nanogpt_mac::embed_norm", mutates_args=())
+@operator
 def embed_norm(
     idx: Tensor,
     wte: Tensor,
@@ -220,7 +225,7 @@ def embed_norm(
     return total, normed
 
 
-@embed_norm.register_fake
+@register_fake(embed_norm)
 def _(
     idx: Tensor, wte: Tensor, wpe: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -228,7 +233,7 @@ def _(
     return total, torch.empty_like(total, dtype=dtype)
 
 
-@torch.library.custom_op("nanogpt_mac::add_norm", mutates_args=())
+@operator
 def add_norm(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, dropout: float, seeds: Tensor, site: int
 ) -> tuple[Tensor, Tensor]:
@@ -241,10 +246,10 @@ def add_norm(
     return total, normed
 
 
-add_norm.register_fake(lambda x, y, *_: (x.new_empty(x.shape), y.new_empty(y.shape)))
+register_fake(add_norm)(lambda x, y, *_: (x.new_empty(x.shape), y.new_empty(y.shape)))
 
 
-@torch.library.custom_op("nanogpt_mac::norm_backward", mutates_args=())
+@operator
 def _norm_backward(
     total: Tensor,
     weight: Tensor,
@@ -278,7 +283,7 @@ def _sum(shares: Tensor) -> Tensor:
     return sums
 
 
-@_norm_backward.register_fake
+@register_fake(_norm_backward)
 def _(
     total: Tensor, weight: Tensor, bias: Tensor | None, dtotal: Tensor | None, dnormed: Tensor, dtype: torch.dtype,
     added: bool, *_: Any,
@@ -286,6 +291,26 @@ def _(
     C, biases = total.shape[-1], 0 if bias is None else total.shape[-1]
     dx, dy = total.new_empty(total.shape if added else 0), torch.empty_like(total, dtype=dtype)
     return dx, dy, total.new_empty(C), total.new_empty(biases)
+
+
+@operator
+def _token_sums(idx: Tensor, rows: Tensor, tokens: int) -> Tensor:
+    """The sums (tokens, C) of `rows` (B, T, C) by their token, in an order that is always the same."""
+    M, C = idx.numel(), rows.shape[-1]
+    if tokens > FEW:  # sorted first: five times as long
+        return torch.ops.aten.embedding_dense_backward(rows, idx.clamp(0, tokens - 1), tokens, -1, False)
+    idx, lines = _lines(idx)
+    tile = {"WIDE": max(16, triton.next_power_of_2(tokens)), "BLOCK": 64, "STEP": 64}
+    blocks = triton.cdiv(C, tile["BLOCK"])
+    length = triton.cdiv(M * blocks, 2 * MULTIPROCESSORS * tile["STEP"]) * tile["STEP"]
+    shares = rows.new_empty(triton.cdiv(M, length), tokens * C)
+    kernels.token_sums[blocks, len(shares)](
+        idx, rows, shares, tokens, M, C, **lines, length=length, SPLIT=rows.is_cuda, num_warps=4, **tile
+    )
+    return _sum(shares).view(tokens, C)
+
+
+register_fake(_token_sums)(lambda idx, rows, tokens: rows.new_empty(tokens, rows.shape[-1]))
 
 
 def _keep_embed_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -301,14 +326,12 @@ def _embed_norm_gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | Non
     _, dsum, dweight, dbias = _norm_backward(
         total, weight, bias, dtotal, dnormed, torch.float32, False, ctx.dropout, seeds, ctx.site
     )
-    dwte = dsum.new_zeros(ctx.tokens, dsum.shape[-1])
-    tokens = idx.flatten().clamp(0, ctx.tokens - 1)  # what is none must not end the process before its loss is read
-    dwte.index_add_(0, tokens, dsum.flatten(0, 1))  # an embedding's own backward pass sorts them
+    dwte = _token_sums(idx, dsum, ctx.tokens)
     dwpe = F.pad(dsum.sum(0), (0, 0, 0, ctx.places - idx.shape[1]))
     return None, dwte, dwpe, dweight, dbias if bias is not None else None, None, None, None, None
 
 
-embed_norm.register_autograd(_embed_norm_gradients, setup_context=_keep_embed_norm)
+register_autograd(embed_norm, _embed_norm_gradients, setup_context=_keep_embed_norm)
 
 
 def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -327,13 +350,13 @@ def _add_norm_gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None)
     return dx, dy, dweight, dbias if bias is not None else None, None, None, None
 
 
-add_norm.register_autograd(_add_norm_gradients, setup_context=_keep_add_norm)
+register_autograd(add_norm, _add_norm_gradients, setup_context=_keep_add_norm)
 
 
 # -- GELU -------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("nanogpt_mac::gelu", mutates_args=())
+@operator
 def gelu(x: Tensor) -> Tensor:
     """The exact GELU of `x`, of any shape. Kept for the product behind it."""
     x = x.contiguous()
@@ -342,7 +365,7 @@ def gelu(x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("nanogpt_mac::gelu_backward", mutates_args=())
+@operator
 def _gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
     x, dy = x.contiguous(), dy.contiguous()
     dx = torch.empty_like(x)
@@ -350,87 +373,13 @@ def _gelu_backward(x: Tensor, dy: Tensor) -> Tensor:
     return dx
 
 
-gelu.register_fake(lambda x: x.new_empty(x.shape))
-_gelu_backward.register_fake(lambda x, dy: x.new_empty(x.shape))
-gelu.register_autograd(
+register_fake(gelu)(lambda x: x.new_empty(x.shape))
+register_fake(_gelu_backward)(lambda x, dy: x.new_empty(x.shape))
+register_autograd(
+    gelu,
     lambda ctx, dy: _gelu_backward(*ctx.saved_tensors, dy),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
-
-
-# -- a product of matrices --------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("nanogpt_mac::product", mutates_args=())
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a` (M, K) times `b` (K, N), in their dtype with sums in float32. No step takes it in 16 bits; suite=gemm does.
-
-    Each number of float32 is split into three of bfloat16, which hold it to the last bit, and six of the nine products
-    are summed: the other three are below float32's rounding. A quarter of cuBLAS's error, in less time.
-    """
-    (M, K), N, single = a.shape, b.shape[1], a.dtype == torch.float32
-    tile = TILE if single else WIDER
-    tiles = triton.cdiv(M, tile["ROWS"]) * triton.cdiv(N, tile["COLUMNS"])
-    count = min(SHARES, BUSY // tiles, K // 512) if single else 1  # a weight's gradient has few tiles and many terms
-    length = triton.cdiv(K, max(1, count) * tile["STEP"]) * tile["STEP"]
-    shares = a.new_empty(triton.cdiv(K, length), M, N)
-    even = M % tile["ROWS"] == N % tile["COLUMNS"] == K % length == 0
-    precision = "bf16x6" if single and a.is_cuda else "ieee"  # all that Triton's interpreter has
-    kernels.product[tiles, len(shares)](
-        a, b, shares, M, N, K, *a.stride(), *b.stride(), length, PRECISION=precision, EVEN=even, **tile
-    )  # fmt: skip
-    return shares[0] if len(shares) == 1 else shares.sum(0)
-
-
-product.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
-
-
-def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = ctx.saved_tensors
-    return product(grad, b.T), product(grad.T, a).T
-
-
-product.register_autograd(_product_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-
-@torch.library.custom_op("nanogpt_mac::weight_gradient", mutates_args=())
-def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad`^T (N, M) times `x` (M, K), float32 also of 16 bits, whose sums are float32 and need not be rounded."""
-    if grad.dtype == torch.float32:  # the longer side as columns: a quarter faster
-        return (x.T @ grad).T.contiguous() if grad.shape[1] > x.shape[1] else grad.T @ x
-    if grad.is_cuda:
-        return torch.mm(grad.T, x, out_dtype=torch.float32)
-    return grad.T.float() @ x.float()
-
-
-weight_gradient.register_fake(lambda grad, x: grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32))
-
-
-class Near(NamedTuple):
-    """What a linear layer computes with: its numbers in the dtype of products."""
-
-    weight: Tensor  # (N, K); there may be more rows than the layer has, of zeros
-    bias: Tensor | None = None
-
-
-class Linear(torch.autograd.Function):
-    """x W^T + b of rows (M, K) by cuBLAS from `near`; the gradients of the float32 weight and bias are float32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, near_weight: Tensor, near_bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, near_weight)
-        ctx.rows, ctx.biased = weight.shape[0], bias is not None
-        return x @ near_weight.T if near_bias is None else torch.addmm(near_bias, x, near_weight.T)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-        (x, weight), (grad,) = ctx.saved_tensors, gradients
-        if grad.dtype == torch.float32:  # TF32 is up to a third slower where terms do not lie side by side
-            weight = weight.T.contiguous().T
-        dbias = grad.sum(0, dtype=torch.float32)[: ctx.rows] if ctx.biased else None
-        return grad @ weight, weight_gradient(grad, x)[: ctx.rows], dbias, None, None
 
 
 # -- cross entropy ----------------------------------------------------------------------------------------------------
@@ -441,7 +390,7 @@ def _tiles(width: int) -> dict[str, int]:
     return {"WIDE": wide, "ROWS": min(32, 4096 // wide)}
 
 
-@torch.library.custom_op("nanogpt_mac::cross_entropy", mutates_args=())
+@operator
 def cross_entropy(logits: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
     """Mean cross entropy, in nats, float32 (), of `targets` (B, T) by the first V of `logits` (B, T, width); and the
     log of each softmax's sum, float32 (B, T)."""
@@ -453,7 +402,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tens
     return losses.mean(), sums
 
 
-@torch.library.custom_op("nanogpt_mac::cross_entropy_backward", mutates_args=())
+@operator
 def _cross_entropy_backward(logits: Tensor, targets: Tensor, sums: Tensor, dmean: Tensor, V: int) -> Tensor:
     logits, (targets, lines) = logits.contiguous(), _lines(targets)
     dlogits, M, width = torch.empty_like(logits), targets.numel(), logits.shape[-1]
@@ -463,12 +412,12 @@ def _cross_entropy_backward(logits: Tensor, targets: Tensor, sums: Tensor, dmean
     return dlogits
 
 
-@cross_entropy.register_fake
+@register_fake(cross_entropy)
 def _(logits: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
     return logits.new_empty((), dtype=torch.float32), logits.new_empty(targets.shape, dtype=torch.float32)
 
 
-_cross_entropy_backward.register_fake(lambda logits, *_: logits.new_empty(logits.shape))
+register_fake(_cross_entropy_backward)(lambda logits, *_: logits.new_empty(logits.shape))
 
 
 def _keep_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -481,4 +430,22 @@ def _cross_entropy_gradients(ctx: Any, dmean: Tensor, _: Tensor) -> tuple[Tensor
     return _cross_entropy_backward(*ctx.saved_tensors, dmean, ctx.V), None, None
 
 
-cross_entropy.register_autograd(_cross_entropy_gradients, setup_context=_keep_cross_entropy)
+register_autograd(cross_entropy, _cross_entropy_gradients, setup_context=_keep_cross_entropy)
+
+
+# -- AdamW ------------------------------------------------------------------------------------------------------------
+
+
+def adamw(
+    flat: Sequence[Tensor], decaying: int, lr: Tensor, steps: Tensor, norm: Tensor, found_inf: Tensor | None,
+    betas: tuple[float, float], decay: float, limit: float, eps: float,
+) -> None:  # fmt: skip
+    """One update, in place, of float32 buffers (n,): weights, gradients, and their first and second moments. The first
+    `decaying` numbers decay, and gradients of `norm` () are clipped to `limit` unless that is 0; `steps` counts this
+    one."""
+    size, logs = flat[0].numel(), [math.log2(beta) if beta else -math.inf for beta in betas]
+    grid = (triton.cdiv(size, ELEMENTS),)
+    kernels.adamw[grid](
+        *flat, lr, steps, norm, found_inf, size, decaying, *betas, *logs, decay, limit, eps,
+        CLIP=limit > 0, SCALED=found_inf is not None, BLOCK=ELEMENTS,
+    )  # fmt: skip

@@ -20,6 +20,7 @@ with pytest.MonkeyPatch.context() as patch:
     pytest.importorskip("triton", minversion=None if GPU else "3.7")  # whose interpreter reads numpy's newer arrays
     from nanogpt_mac.gpt import fused
     from nanogpt_mac.gpt import triton_ops as ops
+    from nanogpt_mac.gpt import triton_products as products
 
 SPEC = GPTSpec(n_layer=2, n_head=2, n_embd=24, block_size=20, vocab_size=65, bias=True)
 
@@ -38,12 +39,12 @@ def exact(monkeypatch):
 def test_a_linear_layer_takes_it_at_full_precision_alone(precision, monkeypatch):
     torch.set_float32_matmul_precision(precision)
     calls = []
-    monkeypatch.setattr(ops, "product", lambda a, b: calls.append(a.shape) or a @ b)
+    monkeypatch.setattr(products, "product", lambda a, b: calls.append(a.shape) or a @ b)
     layer = torch.nn.Linear(24, 10, device=DEVICE)
     x = drawn(2, 5, 24)
-    near = ops.Near(*(p.detach() for p in layer.parameters()))
+    near = products.Near(*(p.detach() for p in layer.parameters()))
     close(fused.linear(layer, near, x), layer(x).double(), 1e-2 if GPU else 1e-6)
-    fused.linear(layer, ops.Near(*(p.bfloat16() for p in near)), x.bfloat16())
+    fused.linear(layer, products.Near(*(p.bfloat16() for p in near)), x.bfloat16())
     assert calls == ([(10, 24)] if precision == "highest" else [])
 
 
@@ -55,7 +56,7 @@ def test_a_linear_layer_and_its_gradients_are_what_is_written(wide, bias, dtype)
     layer = torch.nn.Linear(24, wide, bias=bias, device=DEVICE)
     x, up = drawn(2, 5, 24, dtype=dtype), drawn(2, 5, wide, seed=1, dtype=dtype).detach()
     near = [p.detach().to(dtype) for p in layer.parameters()]
-    y = fused.linear(layer, ops.Near(F.pad(near[0], (0, 0, 0, 3)), *(F.pad(b, (0, 3)) for b in near[1:])), x)
+    y = fused.linear(layer, products.Near(F.pad(near[0], (0, 0, 0, 3)), *(F.pad(b, (0, 3)) for b in near[1:])), x)
     assert (y[..., wide:] == 0).all()
     dx, *of_layer = torch.autograd.grad(y[..., :wide], (x, *layer.parameters()), up)
     exact = [t.detach().double().requires_grad_() for t in (x, *near)]
@@ -112,7 +113,9 @@ def test_a_model_finds_its_kernels_prepared(change, precision, monkeypatch):
 
             return run
 
-    for name in [name for name in vars(ops.kernels) if name.endswith(("forward", "backward", "sums", "product"))]:
+    for name in [
+        name for name in vars(ops.kernels) if name.endswith(("forward", "backward", "sums", "product", "transpose"))
+    ]:
         monkeypatch.setattr(ops.kernels, name, Kernel(getattr(ops.kernels, name)))
     model = made(dropout=0.25, **change)
     window = torch.arange(SPEC.block_size + 1, device=DEVICE)[None]
@@ -123,7 +126,7 @@ def test_a_model_finds_its_kernels_prepared(change, precision, monkeypatch):
         fused.loss(model.eval(), idx, targets)
     used = set(calls)
     calls.clear()
-    ops.prepare(model.spec, torch.float32, idx.device)
+    ops.prepare(model.spec, torch.float32, idx.device).result()
     assert set(calls) == used
 
 

@@ -19,6 +19,7 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined, and Triton's own
     pytest.importorskip("triton", minversion=None if GPU else "3.7")  # whose interpreter reads numpy's newer arrays
     from nanogpt_mac.gpt import triton_ops as ops
+    from nanogpt_mac.gpt import triton_products as products
 
 SPEC = GPTSpec(n_layer=2, n_head=2, n_embd=24, block_size=20, vocab_size=65, bias=True)
 
@@ -248,6 +249,63 @@ def test_a_product_of_16_bits_is_rounded_once(M, K, N):
     ).all()
 
 
+# -- sums by token, a transpose, AdamW --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "M", "C"), [(65, 999, 70), (3, 40, 384), (ops.FEW, 700, 16), (ops.FEW + 1, 700, 16)]
+)
+def test_sums_by_token_are_exact_and_always_the_same(tokens, M, C):
+    """Of numbers that bfloat16 does not hold, relative to the sum of their sizes."""
+    rows = drawn(2, M, C).detach()
+    idx = torch.randint(tokens, (2, M + 1), generator=torch.Generator().manual_seed(1)).to(DEVICE)[:, :-1]
+    found, again = (ops._token_sums(idx, rows, tokens) for _ in range(2))
+    zeros = torch.zeros(tokens, C, dtype=torch.float64, device=DEVICE)
+    flat, wide = idx.flatten(), rows.flatten(0, 1).double()
+    exact, sizes = zeros.index_add(0, flat, wide), zeros.index_add(0, flat, wide.abs())
+    assert torch.equal(found, again)
+    assert ((found.double() - exact).abs() <= 3e-7 * sizes).all()
+
+
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (33, 70), (128, 64)])
+def test_a_transpose_is_a_copy(M, N):
+    x = drawn(M, N).detach()
+    y = ops.transposed(x)
+    assert y.is_contiguous()
+    assert torch.equal(y, x.T)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
+@pytest.mark.parametrize("beta1", [0.0, 0.8])
+def test_adamw_is_torchs_in_float64(limit, beta1):
+    """Five updates of two parameters, one of which decays, their norm clipped; and one that a scaler forbids."""
+    sizes, betas, rates = (1504, 48), (beta1, 0.99), [1e-2, 3e-3, 2e-2, 1e-3, 1e-2]
+    theirs = [torch.nn.Parameter(drawn(n, seed=n).detach().double()) for n in sizes]
+    groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(theirs, (0.2, 0.0), strict=True)]
+    reference = torch.optim.AdamW(groups, betas=betas)
+    flat = [torch.cat([p.detach().float() for p in theirs]), *torch.zeros(3, sum(sizes), device=DEVICE)]
+    steps = torch.zeros((), device=DEVICE)
+    for number, lr in enumerate(rates):
+        gradients = [drawn(n, seed=100 * number + n).detach() for n in sizes]
+        for p, g in zip(theirs, gradients, strict=True):
+            p.grad = g.double()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, limit or math.inf)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+        flat[1].copy_(torch.cat(gradients))
+        given = sizes[0], torch.tensor(lr, device=DEVICE), steps.add_(1), norm.float()
+        ops.adamw(flat, *given, None, betas, 0.2, limit, 1e-8)
+        if number == 2:
+            before = [t.clone() for t in flat]
+            ops.adamw(flat, *given, torch.ones((), device=DEVICE), betas, 0.2, limit, 1e-8)
+            assert all(torch.equal(one, other) for one, other in zip(flat, before, strict=True))
+    states = [reference.state[p] for p in theirs]
+    expected = theirs, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+    for found, exact in zip((flat[0], *flat[2:]), expected, strict=True):
+        close(found, torch.cat([t.detach() for t in exact]), 1e-6)
+
+
 # -- as operators of torch, and in the model --------------------------------------------------------------------------
 
 
@@ -264,7 +322,7 @@ def test_torch_accepts_the_operators():
             (seeds([1, 2, 0], [3, 3, 4]), drawn(5, 16), x[0], weight, None, torch.float32, 0.2, seeds(4), 0),
         ),
         (ops.cross_entropy, (drawn(2, 3, 7), seeds([1, 2, 0], [3, 3, 4]), 5)),
-        (ops.weight_gradient, (drawn(7, 3).detach(), drawn(7, 5).detach())),
+        (products.weight_gradient, (drawn(7, 3).detach(), drawn(7, 5).detach())),
         (ops.gelu, (x,)),
         (ops.product, (drawn(5, 7), drawn(3, 7, seed=1).T)),
     ):
