@@ -34,6 +34,7 @@ MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 # How the loss scale of float16 moves: torch.amp.GradScaler's own defaults.
 SCALE_GROWTH, SCALE_BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000
+EVAL_CHUNK = 10
 
 # What a back end marks with `phase`, in the order of an iteration, an evaluation and the sampling of a token.
 PHASES = ("forward", "backward", "clip", "optimizer", "result", "evaluation", "sampling")
@@ -210,6 +211,7 @@ class Backend(ABC):
     # The other processes of a run, put here before the first step: `step` then takes this rank's share of the windows,
     # and gradients and loss are means over all ranks.
     world: World = World()
+    eval_chunk = EVAL_CHUNK  # batches that `evaluate` is given between two looks for a signal: it must not take long
 
     @property
     def device_name(self) -> str:

@@ -10,11 +10,12 @@ from nanogpt_mac.backends import blas
 from nanogpt_mac.backends.base import BackendOptions, Kind, Rung, setting
 from nanogpt_mac.backends.entry import ALLOCATOR, HALVES, RESIDENT_SET, gpu_left_out, require_compiler
 from nanogpt_mac.errors import InputError
+from nanogpt_mac.machine import nvml
 from nanogpt_mac.records.capabilities import Capabilities
 
-# Of what a CUDA graph of MLX reads, where an H100's own are of 1000: the host then has ten of them under way, not two
-# iterations, so that MLX holds half as much, and is no slower.
-GRAPH_MB = "250"
+# Of what a CUDA graph of MLX reads, on GPUs for which its own limit is 1000: the host then has ten of them under way
+# and not two iterations, so that MLX holds half as much, and is no slower.
+GRAPH_MB, LARGE = "250", {(9, 0), (10, 0), (12, 0)}  # compute capability
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class MLXKind(Kind):
                 "setting; start a new process"
             )
         os.environ["MLX_ENABLE_TF32"] = tf32
-        if sys.platform == "linux":
-            os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", GRAPH_MB)
+        if not loaded:
+            _shorten_graphs()
         settings = MLXSettings(**options.settings)
         if settings.memory_limit_gb < 0:
             raise InputError(f"backend.memory_limit_gb={settings.memory_limit_gb:g}: use 0 or more")
@@ -48,6 +49,17 @@ class MLXKind(Kind):
             mx.set_default_device(mx.Device(mx.cpu))
         if options.compile and mx.default_device() == mx.Device(mx.cpu):
             require_compiler("mx.compile", "g++")  # the only one that MLX asks for; without it nothing is fused
+
+
+def _shorten_graphs() -> None:
+    """Where an NVIDIA GPU gains by it, and nobody has set the length: MLX reads it once."""
+    try:
+        with nvml.device() as (pynvml, handle):
+            capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+    except nvml.NvmlError:
+        return
+    if capability in LARGE:
+        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", GRAPH_MB)
 
 
 MLX = MLXKind(

@@ -38,7 +38,7 @@ MEANT = (
     Meant("sampling", "copy_", False, 2, "each token goes to the device"),
 )
 
-TOGETHER = 1 << 30  # bytes of an evaluation's widest activation
+TOGETHER = 1 << 29  # bytes of an evaluation's widest activation
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class TorchBackend(Backend):
         choices = Choices(spec, options, self.device)
         self.settings = choices.settings
         self.own, graph = choices.own_kernels, choices.cuda_graph
-        own, prepared = self.own, None
+        fused, own, prepared = choices.fused_adamw, self.own, None
         if own is not None:
             prepared = own.ops.prepare(spec, self.dtype, self.device)
         self.model = GPT(spec, choices.few_kernels, options.checkpointing, own is not None).to(self.device)
@@ -84,11 +84,14 @@ class TorchBackend(Backend):
         if self.compiled:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
-            if own is not None:  # else a graph ends there; a change of the precision fails its guards
+            if (
+                own is not None and prepared is not None
+            ):  # else a graph ends there; its guards fail for another precision
+                prepared.result()  # Dynamo is imported here, and not while others import Triton
                 torch.compiler.assume_constant_result(own.products.exact)
             self.loss = torch.compile(self.loss, dynamic=False, mode=self.settings.compile_mode)
         self.parameters = dict(self.model.named_parameters())
-        betas, fused = (options.beta1, options.beta2), choices.fused_adamw
+        betas = (options.beta1, options.beta2)
         update = own.ops.adamw if own is not None and fused else None
         self.optimizer = AdamW(self.parameters, betas, options.weight_decay, fused, graph, update)
         self.joint: Callable[[Tensor, Tensor, int], tuple[Tensor, Sequence[Tensor]]] | None = None
@@ -117,6 +120,8 @@ class TorchBackend(Backend):
         self.iteration = 0
         self.train_windows: Callable[[Tensor], Tensor] = Graphed(self._train) if graph else self._train
         self.evaluate_window: Callable[[Tensor], Tensor] = Graphed(self._evaluate) if graph else self._evaluate
+        self.evaluate_windows: Callable[[Tensor], Tensor] = Graphed(self._evaluate) if graph else self._evaluate
+        self.eval_chunk = 5 * base.EVAL_CHUNK if graph else base.EVAL_CHUNK  # a GPU is idle while a result is read
         self.one_graph = choices.token_graph
         self.full_window: Callable[[Tensor], Tensor] = (
             Graphed(self._last_logits, 1) if self.one_graph else self._last_logits
@@ -257,21 +262,23 @@ class TorchBackend(Backend):
     def evaluate(self, split: str, starts: np.ndarray) -> float:
         self._mode(training=False)
         with self.phase("evaluation"):
-            total, groups = torch.zeros((), device=self.device), self._grouped(starts)
-            for some in groups:
-                total += self.evaluate_window(self.windows(split, some))
-            mean = total.item() / len(groups)
+            total, size = torch.zeros((), device=self.device), self._together(starts.shape[1])
+            whole = len(starts) // size * size if size > 1 else 0
+            for some in starts[:whole].reshape(-1, size * starts.shape[1]):
+                total += self.evaluate_windows(self.windows(split, some)) * size
+            for batch_starts in starts[whole:]:
+                total += self.evaluate_window(self.windows(split, batch_starts))
+            mean = total.item() / len(starts)
         self.sources.clear()
         return mean
 
-    def _grouped(self, starts: np.ndarray) -> np.ndarray:
-        """Batches (n, B) that are computed as fewer, larger ones, where a graph of them leaves no processor idle."""
-        (n, B), most = starts.shape, 1
-        if isinstance(self.evaluate_window, Graphed) and not self.compiled:
-            widest = max(4 * self.spec.n_embd, self.spec.vocab_size) * self.dtype.itemsize * B * self.spec.block_size
-            most = max(1, TOGETHER // widest)
-        size = next(size for size in range(min(most, n), 0, -1) if n % size == 0)  # one shape, so one graph
-        return starts.reshape(n // size, size * B)
+    def _together(self, batch: int) -> int:
+        """How many batches are evaluated as one graph: of larger ones, kernels leave fewer processors idle."""
+        if not isinstance(self.evaluate_window, Graphed) or self.compiled:
+            return 1
+        widest = max(4 * self.spec.n_embd * self.dtype.itemsize, 4 * self.spec.vocab_size) * self.spec.block_size
+        blocks = self.spec.n_head * batch  # of attention's grid, which has room for 65,535
+        return max(1, min(base.EVAL_CHUNK, TOGETHER // (widest * batch), 65535 // blocks))
 
     def _evaluate(self, window: Tensor) -> Tensor:
         with self.autocast():

@@ -292,7 +292,8 @@ def token_sums(
     WIDE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Each program's share (V, C) of the sums of `rows` (M, C) by their token, over `length` of them: what an embedding
-    is given back. A product with ones and zeros, of float32 in three parts of bfloat16 if SPLIT: no part is rounded.
+    is given back. A product with ones and zeros, of float32 in three parts of bfloat16 if SPLIT, none of them rounded;
+    what is not finite reaches the sums of all tokens.
     """
     columns, tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDE)
     begin = tl.program_id(1) * length
@@ -459,11 +460,12 @@ def now(out):
 @triton.jit(do_not_specialize=["decaying"])
 def adamw(
     weights, gradients, exp_avg, exp_avg_sq, lr, steps, norm, found_inf, size, decaying,
-    beta1, beta2, log_beta1, log_beta2, decay, limit, eps,
+    beta1, beta2, rest1, rest2, log_beta1, log_beta2, decay, limit, eps,
     CLIP: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """torch's fused AdamW (Loshchilov and Hutter), of whose numbers the first `decaying` decay, with gradients that are
     clipped on their way from their `norm` to `limit`. SCALED: a gradient scaler's `found_inf` leaves all as it is.
+    `rest1` is 1 - beta1, which float32 would round away, and `log_beta1` the base-2 logarithm of beta1.
     """
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if SCALED:
@@ -474,8 +476,8 @@ def adamw(
     if CLIP:
         clip = limit / (tl.load(norm) + 1e-6)
         grad *= tl.where(clip > 1, 1.0, clip)
-    first = tl.load(exp_avg + places, mask=inside, other=0.0) * beta1 + grad * (1 - beta1)
-    second = tl.load(exp_avg_sq + places, mask=inside, other=0.0) * beta2 + grad * grad * (1 - beta2)
+    first = tl.load(exp_avg + places, mask=inside, other=0.0) * beta1 + grad * rest1
+    second = tl.load(exp_avg_sq + places, mask=inside, other=0.0) * beta2 + grad * grad * rest2
     correction1 = (1 - tl.exp2(step * log_beta1)).to(tl.float32)
     correction2 = (1 - tl.exp2(step * log_beta2)).to(tl.float32)
     weight = tl.load(weights + places, mask=inside, other=0.0)

@@ -50,7 +50,7 @@ def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> Future[N
     weight = x[0, 0].clone()
     window = y.new_zeros(1, T + 1, dtype=torch.int64)
     bias, idx, targets, mean = weight if spec.bias else None, window[:, :-1], window[:, 1:], x.new_zeros(())
-    scores = y.new_zeros(1, T, padded(spec.vocab_size))
+    scores, found_inf = y.new_zeros(1, T, padded(spec.vocab_size)), mean if dtype == torch.float16 else None
     work: list[Callable[[], object]] = [
         lambda: [attention(qkv, spec.n_head, dropout, drawn, 0) for dropout in {p, 0.0}],
         lambda: _attention_backward(qkv, y, y, lse, spec.n_head, p, drawn, 0),
@@ -59,7 +59,7 @@ def prepare(spec: GPTSpec, dtype: torch.dtype, device: torch.device) -> Future[N
         lambda: [add_norm(x, y, weight, bias, dropout, drawn, 1) for dropout in {p, 0.0}],
         lambda: [_norm_backward(x, weight, bias, up, y, dtype, True, p, drawn, 1) for up in (x, None)],
         lambda: _token_sums(idx, x, spec.vocab_size),
-        lambda: adamw([x.flatten()] * 4, 0, mean, mean + 1, mean, None, (0.9, 0.99), 0.0, 1.0, 1e-8),
+        lambda: adamw([x.flatten()] * 4, 0, mean, mean + 1, mean, found_inf, (0.9, 0.99), 0.0, 1.0, 1e-8),
         lambda: cross_entropy(scores, targets, spec.vocab_size),
         lambda: _cross_entropy_backward(scores, targets, x[..., 0].contiguous(), mean, spec.vocab_size),
         *((lambda: gelu(hidden), lambda: _gelu_backward(hidden, hidden)) if spec.gelu == "exact" else ()),
@@ -300,12 +300,13 @@ def _token_sums(idx: Tensor, rows: Tensor, tokens: int) -> Tensor:
     if tokens > FEW:  # sorted first: five times as long
         return torch.ops.aten.embedding_dense_backward(rows, idx.clamp(0, tokens - 1), tokens, -1, False)
     idx, lines = _lines(idx)
-    tile = {"WIDE": max(16, triton.next_power_of_2(tokens)), "BLOCK": 64, "STEP": 64}
+    wide = max(16, triton.next_power_of_2(tokens))
+    tile = {"WIDE": wide, "BLOCK": 64, "STEP": 64, "num_warps": 4 if wide <= 128 else 8}
     blocks = triton.cdiv(C, tile["BLOCK"])
     length = triton.cdiv(M * blocks, 2 * MULTIPROCESSORS * tile["STEP"]) * tile["STEP"]
     shares = rows.new_empty(triton.cdiv(M, length), tokens * C)
     kernels.token_sums[blocks, len(shares)](
-        idx, rows, shares, tokens, M, C, **lines, length=length, SPLIT=rows.is_cuda, num_warps=4, **tile
+        idx, rows, shares, tokens, M, C, **lines, length=length, SPLIT=rows.is_cuda, **tile
     )
     return _sum(shares).view(tokens, C)
 
@@ -443,9 +444,10 @@ def adamw(
     """One update, in place, of float32 buffers (n,): weights, gradients, and their first and second moments. The first
     `decaying` numbers decay, and gradients of `norm` () are clipped to `limit` unless that is 0; `steps` counts this
     one."""
-    size, logs = flat[0].numel(), [math.log2(beta) if beta else -math.inf for beta in betas]
+    size, rest = flat[0].numel(), [1 - beta for beta in betas]
+    logs = [math.log2(beta) if beta else -math.inf for beta in betas]
     grid = (triton.cdiv(size, ELEMENTS),)
     kernels.adamw[grid](
-        *flat, lr, steps, norm, found_inf, size, decaying, *betas, *logs, decay, limit, eps,
+        *flat, lr, steps, norm, found_inf, size, decaying, *betas, *rest, *logs, decay, limit, eps,
         CLIP=limit > 0, SCALED=found_inf is not None, BLOCK=ELEMENTS,
     )  # fmt: skip

@@ -20,9 +20,6 @@ from nanogpt_mac.train.clock import Clock, Completion
 from nanogpt_mac.train.recorder import Recorder
 from nanogpt_mac.train.schedule import learning_rate
 
-EVAL_CHUNK = 10  # batches that are evaluated between two looks for a signal
-LONG_CHUNK = 50  # on a device that works behind the host, which is fast, and idle while its result is read
-
 
 @dataclass
 class Loop:
@@ -107,7 +104,7 @@ class Loop:
         """Mean loss over eval_iters batches, a few at a time so that a signal is heard; None after one."""
         batches, total = self._starts(split, iteration, self.config.eval_iters, stream=f"eval-{split}"), 0.0
         world = self.backend.world
-        chunk = world.size * (LONG_CHUNK if self.backend.runs_ahead else EVAL_CHUNK)
+        chunk = world.size * self.backend.eval_chunk
         for some in np.split(batches, range(chunk, len(batches), chunk)):
             if self.stop() is not None:
                 return None

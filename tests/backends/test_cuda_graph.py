@@ -95,7 +95,9 @@ def test_evaluation_and_decoding_are_the_same(pair, starts, tokens):
     val = np.arange(24).reshape(6, 4)
     assert graph.evaluate("val", val) == pytest.approx(plain.evaluate("val", val), rel=1e-6)
     assert graph.evaluate("val", val[:, :2]) == pytest.approx(plain.evaluate("val", val[:, :2]), rel=1e-6)
-    assert graph._grouped(val).shape == (1, 24)  # all at once
+    many = np.arange(92).reshape(23, 4) % 50  # two graphs of ten at once and one of one
+    assert graph._together(4) == 10
+    assert graph.evaluate("val", many) == pytest.approx(plain.evaluate("val", many), rel=1e-6)
     text = tokens.splits["val"][:12].astype(np.int32)
     decoders = [b.decode() for b in (graph, plain)]
     for part in (text[:5], *text[5:].reshape(-1, 1)):

@@ -53,7 +53,11 @@ MUTANTS = {
         "self._mode(training=True)\n        with self.autocast():\n            logits = self.model(",
     ),
     "torch: attention dropout in evaluation": (TORCH_GPT, "self.dropout if self.training else 0.0", "self.dropout"),
-    "torch: evaluates one batch of many": (TORCH, "for some in groups:", "for some in groups[:1]:"),
+    "torch: evaluates one batch of many": (
+        TORCH,
+        "for batch_starts in starts[whole:]:",
+        "for batch_starts in starts[:1]:",
+    ),
     "torch: other gelu": (TORCH_GPT, '"none" if spec.gelu == "exact"', '"none" if spec.gelu == "tanh"'),
     "torch: layer norm eps 1e-6": (TORCH_GPT, "self.bias, 1e-5", "self.bias, 1e-6"),
     "torch: no norm before attention": (TORCH_GPT, "self.attn(self.ln_1(x), cache, few)", "self.attn(x, cache, few)"),

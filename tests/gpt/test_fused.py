@@ -11,6 +11,7 @@ import torch
 from fakes.kernels import CLOSE, DEVICE, GPU, close, drawn
 from torch.nn import functional as F
 
+from nanogpt_mac.backends.torch_adamw import AdamW
 from nanogpt_mac.gpt.spec import GPTSpec
 from nanogpt_mac.gpt.torch_gpt import GPT
 
@@ -121,7 +122,10 @@ def test_a_model_finds_its_kernels_prepared(change, precision, monkeypatch):
     window = torch.arange(SPEC.block_size + 1, device=DEVICE)[None]
     idx, targets = window[:, :-1], window[:, 1:]
     model.train()
-    torch.autograd.grad(fused.loss(model, idx, targets), list(model.parameters()))
+    adamw = AdamW(dict(model.named_parameters()), (0.8, 0.95), 0.1, fused=True, own=ops.adamw)
+    adamw.take(torch.autograd.grad(fused.loss(model, idx, targets), adamw.ordered))
+    adamw.clip(1.0)
+    adamw.step(1e-3)
     with torch.no_grad():
         fused.loss(model.eval(), idx, targets)
     used = set(calls)

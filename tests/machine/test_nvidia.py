@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from nanogpt_mac.backends import mlx_entry
 from nanogpt_mac.machine import chips, nvml, probe
 from nanogpt_mac.machine.energy import EnergyMeter
 
@@ -20,7 +22,7 @@ class FakeNvml(ModuleType):
     def __init__(self) -> None:
         super().__init__("pynvml")
         self.open = 0
-        self.millijoules = 5_000_000
+        self.millijoules, self.capability = 5_000_000, [9, 0]
         self.refuses: set[str] = set()
         self.asked: list[object] = []
 
@@ -54,6 +56,10 @@ class FakeNvml(ModuleType):
     def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
         self._check("driver")
         return "570.86.15"
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: object) -> list[int]:  # noqa: N802
+        self._check("capability")
+        return self.capability
 
     def nvmlDeviceGetUtilizationRates(self, handle: object) -> object:  # noqa: N802
         self._check("utilisation")
@@ -102,6 +108,20 @@ def test_a_hidden_gpu_is_none(gpu, monkeypatch, visible):
     assert probe.chip() is None
     assert probe.gpu_utilisation() is None
     assert probe.environment()["gpu"] is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "expected"),
+    [([9, 0], None, mlx_entry.GRAPH_MB), ([9, 0], "700", "700"), ([8, 9], None, None), (None, None, None)],
+)
+def test_mlx_has_shorter_graphs_where_its_own_are_long(gpu, monkeypatch, capability, asked, expected):
+    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", asked or "")
+    if asked is None:
+        monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER")
+    gpu.capability = capability
+    gpu.refuses |= {"capability"} if capability is None else set()
+    mlx_entry._shorten_graphs()
+    assert os.environ.get("MLX_MAX_MB_PER_BUFFER") == expected
 
 
 def test_no_driver_is_no_gpu(gpu):
