@@ -337,6 +337,8 @@ class GPT(nn.Module):
             kept = keep[3 * i + 1 : 3 * i + 4]
             again = self.checkpointing and self.training
             x = checkpointed(block, x, mask, kept) if again else block(x, mask, cache, kept)
+            if cache is not None and on_cpu():
+                mx.async_eval(x)  # computed while Python builds what follows
         if cache is not None:
             cache.length += T
         return self.head(t["ln_f"](x))
