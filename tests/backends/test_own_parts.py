@@ -1,4 +1,4 @@
-"""The parts of a step that takes our Triton kernels, computed by Triton's interpreter on the CPU."""
+"""A step that takes our Triton kernels, and its parts, computed by Triton's interpreter on the CPU."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +26,24 @@ def own_kernels(monkeypatch):
     monkeypatch.setattr(
         fused.ops, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1)
     )  # the interpreter runs one a time
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_its_iterations_are_torchs(make, spec, starts, monkeypatch, dtype):
+    """Forward and backward pass, accumulation, float16's scaler, the norm, a clip that bites and AdamW."""
+    plain = dataclasses.replace(spec, dropout=0.0, n_layer=1, bias=True)
+    own = make("cpu", spec=plain, dtype=dtype, weight_decay=2.0)
+    monkeypatch.setattr(Choices, "own_kernels", None)
+    other = make("cpu", spec=plain, dtype=dtype, weight_decay=2.0)
+    assert (own.optimizer.own is None, other.optimizer.own is None) == (False, True)
+    close = {"float32": 2e-6, "float16": 3e-3}[dtype]
+    for number in range(4):
+        at, rate = starts(number, 2)[:, :2], 1e-3 * (number + 1)
+        (loss, norm), expected = (backend.wait(backend.step(at, rate)) for backend in (own, other))
+        assert norm > 1
+        assert (loss, norm) == pytest.approx(expected, rel=close)
+    for name, weight in own.state().weights.items():
+        np.testing.assert_allclose(weight, other.state().weights[name], atol=10 * close)
 
 
 def drawn_from(seed, loss):
