@@ -52,7 +52,7 @@ class AdamW:
         self.shared = torch.zeros(ends[-1] + TAIL, device=device)
         flat[1] = self.shared[: ends[-1]]
         self.weights, self.gradients, moment, square = flat
-        self._flat, self._kept = flat, (self.weights, moment, square)
+        self._flat = flat
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         for name, start in zip(ordered, ends, strict=False):
             p = parameters[name]
@@ -77,7 +77,8 @@ class AdamW:
 
     def copies(self) -> list[dict[str, np.ndarray]]:
         """Weights, first and second moments by name, on the host: views of one copy of each buffer."""
-        hosts = [torch.empty(b.shape, pin_memory=b.is_cuda and b.nbytes <= PINNED).copy_(b) for b in self._kept]
+        kept = self.weights, *self._flat[2:]
+        hosts = [torch.empty(b.shape, pin_memory=b.is_cuda and b.nbytes <= PINNED).copy_(b) for b in kept]
         return [
             {name: host[start : start + p.numel()].view_as(p).numpy() for name, (start, p) in self._places.items()}
             for host in hosts

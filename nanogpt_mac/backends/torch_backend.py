@@ -84,10 +84,9 @@ class TorchBackend(Backend):
         if self.compiled:
             # Until pytorch PR 181564 AOTAutograd's cache did not ask for autocast's type: one ran the other's code.
             torch.compiler.config.cache_key_tag = options.dtype
-            if (
-                own is not None and prepared is not None
-            ):  # else a graph ends there; its guards fail for another precision
+            if own is not None and prepared is not None:
                 prepared.result()  # Dynamo is imported here, and not while others import Triton
+                # Else a graph ends there; a change of the precision fails its guards.
                 torch.compiler.assume_constant_result(own.products.exact)
             self.loss = torch.compile(self.loss, dynamic=False, mode=self.settings.compile_mode)
         self.parameters = dict(self.model.named_parameters())
